@@ -1,0 +1,8 @@
+"""How each Hugging Face architecture spells a spec: config.json <-> ModelSpec, and its weight map.
+
+A family is data about names and fields; it holds no tensors and no modules.
+"""
+
+from bevatron.families.family import Family, FamilyError, by_name, for_config, for_spec
+
+__all__ = ["Family", "FamilyError", "by_name", "for_config", "for_spec"]

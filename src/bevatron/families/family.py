@@ -1,0 +1,81 @@
+"""The registry of families and what one consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from bevatron.errors import BevatronError
+from bevatron.families.weight_map import Entry
+from bevatron.spec.model import ModelSpec
+
+Config = Mapping[str, Any]
+
+
+class FamilyError(BevatronError):
+    """A config.json that no family understands, or a spec that no family can spell."""
+
+
+class Family(Protocol):
+    """One Hugging Face architecture. Each module of this room that defines one exports `FAMILY`."""
+
+    name: str  # llama, nanochat, nemotron, llama_nemotron
+    model_type: str  # as in config.json
+    architecture: str  # the ForCausalLM class name
+
+    def spec(self, config: Config) -> ModelSpec:
+        """config.json -> spec. Raises FamilyError naming any field that is not understood."""
+
+    def config(self, spec: ModelSpec, dtype: str, base: Config | None = None) -> dict[str, Any]:
+        """spec -> config.json, changing only what differs from `base` (the source's config).
+
+        Raises FamilyError saying which part of the spec this family cannot express."""
+
+    def weight_map(self, spec: ModelSpec) -> list[Entry]:
+        """Every native parameter and the HF tensors that it consists of."""
+
+    def skip(self, name: str) -> str | None:
+        """Why an HF tensor that is no parameter may be left out (rotary buffers), or None."""
+
+
+def _families() -> tuple[Family, ...]:
+    from bevatron.families import llama, llama_nemotron, nanochat, nemotron
+
+    return (llama.FAMILY, nanochat.FAMILY, nemotron.FAMILY, llama_nemotron.FAMILY)
+
+
+def by_name(name: str) -> Family:
+    """The family called `name`."""
+    for family in _families():
+        if family.name == name:
+            return family
+    known = ", ".join(f.name for f in _families())
+    raise FamilyError(f"unknown family {name!r}; known are {known}")
+
+
+def for_config(config: Config) -> Family:
+    """The family that config.json names, by `architectures` and `model_type`."""
+    architectures = config.get("architectures") or []
+    for family in _families():
+        if family.architecture in architectures:
+            return family
+    for family in _families():
+        if not architectures and family.model_type == config.get("model_type"):
+            return family
+    known = ", ".join(f.architecture for f in _families())
+    raise FamilyError(
+        f"config.json: architecture {architectures or config.get('model_type')!r} is not "
+        f"supported; supported are {known}"
+    )
+
+
+def for_spec(spec: ModelSpec) -> Family:
+    """The first family that can spell `spec`."""
+    reasons = []
+    for family in _families():
+        try:
+            family.config(spec, "float32")
+            return family
+        except FamilyError as error:
+            reasons.append(f"  {family.name}: {error}")
+    raise FamilyError("no Hugging Face family can express this model:\n" + "\n".join(reasons))

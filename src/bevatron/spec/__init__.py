@@ -1,0 +1,27 @@
+"""What a model is, as plain data: `ModelSpec` and its parts, its JSON form, its exact counts."""
+
+from bevatron.spec.model import (
+    MLP,
+    Attention,
+    Init,
+    LayerSpec,
+    Linear,
+    ModelSpec,
+    Norm,
+    ParameterSpec,
+    Rope,
+    SpecError,
+)
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Init",
+    "LayerSpec",
+    "Linear",
+    "ModelSpec",
+    "Norm",
+    "ParameterSpec",
+    "Rope",
+    "SpecError",
+]
