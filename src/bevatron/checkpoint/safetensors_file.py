@@ -1,0 +1,203 @@
+"""The header of a safetensors file: read strictly, written as safetensors writes it.
+
+A file is 8 bytes of header length (little-endian), the header (JSON, padded with spaces), then the
+tensors' bytes without gaps. The safetensors library accepts a duplicate tensor name (the last one
+wins) and explains a Git LFS pointer as "header too large"; both are clear errors here, and no
+tensor is ever loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bevatron.checkpoint.boxes import open_for_reading, read_exactly
+from bevatron.checkpoint.manifest import CheckpointError
+from bevatron.checkpoint.strict_json import parse_object
+
+HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
+SIZE_LIMIT = 1 << 62
+
+# Bytes per element of every dtype that occupies whole bytes.
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+DTYPES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
+DTYPES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+
+
+class SafetensorsError(CheckpointError):
+    """A file that is no valid safetensors file."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its bytes are `begin` to `end` of the file (absolute)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says, in its own order of tensors, and its text as it stands in the file
+    (padding included, so that it can be written again byte for byte)."""
+
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+    text: bytes
+
+    @property
+    def data_start(self) -> int:
+        return 8 + len(self.text)
+
+    @property
+    def file_size(self) -> int:
+        return max((t.end for t in self.tensors.values()), default=self.data_start)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file against the size of the file.
+
+    Raises SafetensorsError saying what is wrong with which tensor."""
+    fd = open_for_reading(path)
+    try:
+        size = os.fstat(fd).st_size
+        start = bytearray(min(size, 512))
+        read_exactly(fd, memoryview(start), 0, path)
+        _check_kind(bytes(start), path)
+        if size < 8:
+            raise SafetensorsError(
+                f"{path}: has {size} bytes, too few for a safetensors file; download it again"
+            )
+        length = int.from_bytes(start[:8], "little")
+        if length > HEADER_LIMIT:
+            raise SafetensorsError(
+                f"{path}: claims a header of {length} bytes, more than the {HEADER_LIMIT} that "
+                "safetensors allows; this is no safetensors file, or it is damaged"
+            )
+        if length + 8 > size:
+            raise SafetensorsError(
+                f"{path}: claims a header of {length} bytes but has only {size}; it is truncated "
+                "or damaged: download it again"
+            )
+        text = bytearray(length)
+        read_exactly(fd, memoryview(text), 8, path)
+    finally:
+        os.close(fd)
+    return parse_header(bytes(text), path, size)
+
+
+def parse_header(text: bytes, path: Path, size: int | None) -> Header:
+    """Check the text of a header. `size`: of the whole file, or None if there is no file."""
+    if not text.startswith(b"{"):
+        raise SafetensorsError(f"{path}: its header does not begin with '{{'; it is damaged")
+    try:
+        raw = parse_object(text, f"{path}: header")
+    except CheckpointError as error:
+        raise SafetensorsError(str(error)) from error
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise SafetensorsError(f"{path}: __metadata__ must map strings to strings")
+    start = 8 + len(text)
+    tensors = {name: _tensor(value, name, start, path) for name, value in raw.items()}
+    _check_tiling(tensors, start, size, path)
+    return Header(tensors, metadata, text)
+
+
+def write_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The first bytes of a file (length included) whose tensors lie in the given order.
+
+    Args:
+        tensors: name, dtype and shape of each.
+        metadata: becomes `__metadata__`; left out if empty.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * DTYPES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _tensor(value: Any, name: str, start: int, path: Path) -> Stored:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise SafetensorsError(
+            f"{path}: {name[:200]!r} must have exactly dtype, shape and data_offsets"
+        )
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in DTYPES:
+        raise SafetensorsError(
+            f"{path}: {name!r} has dtype {dtype!r}, which is unknown or packed; known are "
+            f"{', '.join(DTYPES)}"
+        )
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise SafetensorsError(
+            f"{path}: {name!r} has shape {shape!r} and data_offsets {offsets!r}; expected "
+            "non-negative integers, begin before end"
+        )
+    nbytes = math.prod(shape) * DTYPES[dtype]
+    if max([nbytes, *shape]) > SIZE_LIMIT:
+        raise SafetensorsError(f"{path}: {name!r} of shape {shape} is larger than any file")
+    if nbytes != offsets[1] - offsets[0]:
+        raise SafetensorsError(
+            f"{path}: {name!r} of shape {shape} in {dtype} takes {nbytes} bytes, but the header "
+            f"gives it {offsets[1] - offsets[0]}; the file is damaged"
+        )
+    return Stored(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _check_tiling(tensors: Mapping[str, Stored], start: int, size: int | None, path: Path) -> None:
+    at, before = start, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.begin != at:
+            what = "overlaps" if tensor.begin < at else "leaves a gap after"
+            raise SafetensorsError(
+                f"{path}: {name!r} begins at byte {tensor.begin} and {what} {before}, which ends "
+                f"at {at}; the file is damaged"
+            )
+        at, before = tensor.end, repr(name)
+    if size is not None and size != at:
+        what = "is truncated" if size < at else "has trailing bytes"
+        raise SafetensorsError(
+            f"{path}: has {size} bytes, its header describes {at}; it {what}: download it again"
+        )
+
+
+def _check_kind(start: bytes, path: Path) -> None:
+    """Files that are often found where weights should be."""
+    advice = None
+    head = start.lstrip().lower()
+    if not start:
+        advice = "is empty (0 bytes); download it again"
+    elif start.startswith(b"version https://git-lfs"):
+        advice = (
+            "is a Git LFS pointer, not the weights; run `git lfs pull` in its folder or download "
+            "it with `hf download`"
+        )
+    elif head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        advice = "is a web page, not weights (often a login or an error page); download it again"
+    elif start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        advice = "is a PyTorch pickle, not safetensors, and is not opened; convert it first"
+    elif start.startswith(b"GGUF"):
+        advice = "is a GGUF file, not safetensors"
+    if advice:
+        raise SafetensorsError(f"{path}: {advice}")
