@@ -1,0 +1,108 @@
+"""Causal self-attention on fused QKV weights.
+
+Rows of the QKV matrix lie by KV group: [group][q query heads, key, value][D]. A tensor-parallel
+rank that owns whole groups multiplies with its rows as they are. Where the ranks do not divide the
+groups, the matrix is stored cut along h, gathered for use, and each rank takes the rows of its own
+query heads and of the groups that those need.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bevatron.nn.comm import Comm, empty
+from bevatron.nn.norm import rms
+from bevatron.nn.rope import rotate
+from bevatron.spec import Attention as AttentionSpec
+
+
+class Cache(Protocol):
+    """Keys and values of the positions seen so far, for one layer."""
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, G, T, D] and return all that is held."""
+
+
+class Projection(nn.Module):
+    """A weight and perhaps a bias; the sublayer that owns it does the product."""
+
+    def __init__(self, *shape: int, bias: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.weight = empty(*shape)
+        self.bias = None if bias is None else empty(*bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, comm: Comm) -> None:
+        super().__init__()
+        self.spec, self.comm, self.eps = spec, comm, eps
+        rows, width = spec.qkv_rows, spec.num_attention_heads * spec.head_dim
+        self.qkv = Projection(rows, hidden_size, bias=(rows,) if spec.qkv_bias else None)
+        self.o = Projection(hidden_size, width, bias=(hidden_size,) if spec.o_bias else None)
+
+    @property
+    def groups_are_cut(self) -> bool:
+        """Whether the ranks do not divide the KV groups (see above)."""
+        return self.spec.num_key_value_heads % self.comm.size != 0
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+        x = self.comm.enter(x)  # [B, T, h]
+        q, k, v = self._cut(x) if self.groups_are_cut else self._grouped(x)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.spec.qk_norm:
+            q, k = rms(q, self.eps), rms(k, self.eps)
+        if cache is not None:
+            k, v = cache.append(k, v)  # [B, G, S, D], S >= T
+        if self.groups_are_cut:
+            groups = self._group_of_head(x.device)
+            k, v = k[:, groups], v[:, groups]  # [B, H, S, D]
+        y = self._attend(q, k, v)  # [B, H, T, D]
+        y = y.transpose(1, 2).flatten(2)  # [B, T, H*D]
+        y = self.comm.leave(F.linear(y, self.comm.view(self.o.weight)))  # [B, T, h]
+        return y if self.o.bias is None else y + self.comm.shared(self.o.bias)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new, held = q.shape[2], k.shape[2]
+        mask = None
+        if 1 < new < held:  # a piece of a prompt: each token sees what came before it
+            mask = torch.ones(new, held, dtype=torch.bool, device=q.device).tril(held - new)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=new == held, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, H, T, D], key and value [B, G, T, D] of this rank's whole groups."""
+        comm, spec = self.comm, self.spec
+        bias = None if self.qkv.bias is None else comm.view(self.qkv.bias)
+        rows = F.linear(x, comm.view(self.qkv.weight), bias)  # [B, T, G*(q+2)*D]
+        q, groups = spec.queries_per_group, spec.num_key_value_heads // comm.size
+        heads = rows.unflatten(-1, (groups, q + 2, spec.head_dim)).permute(0, 2, 3, 1, 4)
+        return heads[:, :, :q].flatten(1, 2), heads[:, :, q], heads[:, :, q + 1]
+
+    def _cut(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query of this rank's heads, key and value of the groups that they need."""
+        comm, spec = self.comm, self.spec
+        q, first, last = spec.queries_per_group, *comm.bounds(spec.num_attention_heads)
+        groups = slice(first // q, -(-last // q))
+
+        def mine(tensor: Tensor) -> Tensor:
+            t = comm.whole(tensor).unflatten(0, (-1, q + 2, spec.head_dim))  # [G, q+2, D, ...]
+            query = t[:, :q].flatten(0, 1)[first:last]
+            return torch.cat((query, t[groups, q], t[groups, q + 1])).flatten(0, 1)
+
+        bias = None if self.qkv.bias is None else mine(self.qkv.bias)
+        rows = F.linear(x, mine(self.qkv.weight), bias)
+        heads = rows.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)  # [B, H + 2G, T, D]
+        n = last - first
+        m = (heads.shape[1] - n) // 2
+        return heads[:, :n], heads[:, n : n + m], heads[:, n + m :]
+
+    def _group_of_head(self, device: torch.device) -> Tensor:
+        """For each query head of this rank, which of its key/value heads it reads."""
+        first, last = self.comm.bounds(self.spec.num_attention_heads)
+        group = torch.arange(first, last, device=device) // self.spec.queries_per_group
+        return group - first // self.spec.queries_per_group

@@ -1,0 +1,180 @@
+"""One decoder for every spec.
+
+- token embedding, perhaps an unweighted norm after it
+- layers that each say what they are: pre-norm residual attention and MLP sublayers, either of which
+  may be one matrix or absent
+- final norm, and a head that is tied to the embedding or not, perhaps with softcapped logits
+- a pipeline stage is the same class over a slice of the layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bevatron.nn.attention import Attention, Cache
+from bevatron.nn.comm import LOCAL, Comm, empty
+from bevatron.nn.mlp import MLP, Linear
+from bevatron.nn.norm import Norm, rms
+from bevatron.nn.rope import rotation
+from bevatron.spec import MLP as MLPSpec
+from bevatron.spec import Attention as AttentionSpec
+from bevatron.spec import LayerSpec, ModelSpec
+
+Rotations = dict[int, tuple[Tensor, ...]]
+# What an objective does with the last hidden states: (hidden [B, T, h], weight [V, h]) -> anything.
+Compute = Callable[[Tensor, Tensor], Tensor]
+
+
+class Embedding(nn.Module):
+    """Token embedding; each rank holds a range of the vocabulary."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, comm: Comm) -> None:
+        super().__init__()
+        self.comm, self.vocab_size = comm, vocab_size
+        self.weight = empty(vocab_size, hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = self.comm.view(self.weight)
+        if self.comm.size == 1:
+            return F.embedding(ids, weight)  # [B, T, h]
+        first, last = self.comm.bounds(self.vocab_size)
+        mine = (ids >= first) & (ids < last)
+        rows = F.embedding(torch.where(mine, ids - first, 0), weight)
+        return self.comm.leave(rows * mine.unsqueeze(-1))
+
+
+class Head(nn.Module):
+    """The output matrix. What is computed with it is the caller's: logits, or a chunked loss that
+    never holds all logits. It runs inside forward, where the weight is unsharded."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, comm: Comm) -> None:
+        super().__init__()
+        self.comm = comm
+        self.weight = empty(vocab_size, hidden_size)
+
+    def forward(self, hidden: Tensor, compute: Compute) -> Tensor:
+        return compute(self.comm.enter(hidden), self.comm.view(self.weight))
+
+
+class Layer(nn.Module):
+    """One entry of the list. Absent sublayers have neither norm nor parameters."""
+
+    def __init__(self, spec: LayerSpec, model: ModelSpec, comm: Comm) -> None:
+        super().__init__()
+        self.spec, self.recompute = spec, False
+        h = model.hidden_size
+        if spec.attention is not None:
+            self.attention_norm = Norm(model.norm, h, comm)
+            self.attention = (
+                Attention(spec.attention, h, model.norm.eps, comm)
+                if isinstance(spec.attention, AttentionSpec)
+                else Linear(h, comm)
+            )
+        if spec.mlp is not None:
+            self.mlp_norm = Norm(model.norm, h, comm)
+            self.mlp = MLP(spec.mlp, h, comm) if isinstance(spec.mlp, MLPSpec) else Linear(h, comm)
+
+    def forward(self, x: Tensor, rotations: Rotations, cache: Cache | None = None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, x, rotations, None, use_reentrant=False)  # type: ignore[no-any-return]
+        return self.run(x, rotations, cache)
+
+    def run(self, x: Tensor, rotations: Rotations, cache: Cache | None) -> Tensor:
+        attention, mlp = self.spec.attention, self.spec.mlp
+        if isinstance(attention, AttentionSpec):
+            normed = self.attention_norm(x)
+            x = x + self.attention(normed, rotations[attention.head_dim], cache)
+        elif attention is not None:
+            x = x + self.attention(self.attention_norm(x))
+        if mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """The layers `layers` of a model, with its embedding and its head if asked for.
+
+    Parameters have the spec's names and global shapes and are uninitialised; build it under
+    `torch.device("meta")` and fill it from a checkpoint or with `bevatron.parallel.init`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        layers: Sequence[int] | None = None,
+        embed: bool = True,
+        head: bool = True,
+        comm: Comm = LOCAL,
+    ) -> None:
+        super().__init__()
+        self.spec, self.comm = spec, comm
+        indices = range(len(spec.layers)) if layers is None else layers
+        self.embed = Embedding(spec.vocab_size, spec.hidden_size, comm) if embed else None
+        self.layers = nn.ModuleDict({str(i): Layer(spec.layers[i], spec, comm) for i in indices})
+        self.final_norm = Norm(spec.norm, spec.hidden_size, comm) if head else None
+        self.head = Head(spec.vocab_size, spec.hidden_size, comm) if head else None
+        self.tie()
+
+    def tie(self) -> None:
+        """Make a tied head and the embedding one parameter (again, after it was replaced)."""
+        if self.spec.tie_word_embeddings and self.embed is not None and self.head is not None:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        x: Tensor,
+        compute: Compute | None = None,
+        *,
+        positions: Tensor | None = None,
+        caches: dict[int, Cache] | None = None,
+    ) -> Tensor:
+        """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
+        final norm, or `compute(hidden, head weight)` if given. `positions` [B or 1, T] default to
+        0..T-1, T being the whole sequence also where x holds a part of it."""
+        if self.embed is not None:
+            ids, x = x, self.embed(x)
+            length = ids.shape[1]
+            if self.spec.embedding_norm:
+                x = rms(x, self.spec.norm.eps)
+        else:
+            length = self.sequence_length(x)
+        if positions is None:
+            positions = torch.arange(length, device=x.device)[None]
+        rotations = self.rotations(positions, x.dtype)
+        for index, layer in self.layers.items():
+            x = layer(x, rotations, caches.get(int(index)) if caches else None)
+        if self.final_norm is None or self.head is None:
+            return x
+        x = self.final_norm(x)
+        return x if compute is None else self.head(x, compute)
+
+    def sequence_length(self, x: Tensor) -> int:
+        """Length of the whole sequence, of which hidden states x may hold this rank's share."""
+        return x.shape[1] * self.comm.sequence_shares
+
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+        """cos and sin for every head_dim that occurs in these layers."""
+        sizes = {
+            a.head_dim
+            for layer in self.layers.values()
+            if isinstance(a := layer.spec.attention, AttentionSpec)  # type: ignore[union-attr]
+        }
+        return {d: rotation(self.spec.rope, d, positions, dtype) for d in sizes}
+
+    def logits(self, ids: Tensor, **kwargs: object) -> Tensor:
+        """Logits [B, T, V] of a whole model in one process."""
+        return self(ids, self.to_logits, **kwargs)  # type: ignore[no-any-return]
+
+    def to_logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return softcap(F.linear(hidden, weight), self.spec.logit_softcap)
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """c * tanh(logits / c)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)

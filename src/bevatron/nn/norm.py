@@ -1,0 +1,35 @@
+"""Norms. Statistics in fp32, the result in the input's dtype, as transformers does it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bevatron.nn.comm import Comm, empty
+from bevatron.spec import Norm as NormSpec
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class Norm(nn.Module):
+    """RMSNorm with or without weight, or LayerNorm1P (stored weight + 1, and a bias)."""
+
+    def __init__(self, spec: NormSpec, hidden_size: int, comm: Comm) -> None:
+        super().__init__()
+        self.spec, self.comm = spec, comm
+        if spec.weight:
+            self.weight = empty(hidden_size)
+        if spec.kind == "layernorm1p":
+            self.bias = empty(hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.spec.kind == "layernorm1p":
+            weight, bias = self.comm.shared(self.weight), self.comm.shared(self.bias)
+            return F.layer_norm(x, (x.shape[-1],), weight + 1, bias, self.spec.eps)
+        x = rms(x, self.spec.eps)
+        return self.comm.shared(self.weight) * x if self.spec.weight else x

@@ -1,0 +1,32 @@
+"""The global gradient norm, right across all meshes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bevatron.checkpoint.shard import copies, local
+from bevatron.parallel.place import Placed
+
+
+def global_norm(placed: Placed) -> float:
+    """L2 norm of the whole model's gradient, the same number on every rank.
+
+    A box that n ranks of a mesh hold counts 1/n on each; a tied head's second copy not at all."""
+    first = next(iter(placed.trainable()), None)
+    device = local(first).device if first is not None else torch.device(placed.mesh.device_type)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for parameter in placed.parameters.values():
+        grad = parameter.grad
+        assert grad is not None
+        total += torch.linalg.vector_norm(local(grad), dtype=torch.float64) ** 2 / copies(parameter)
+    dist.all_reduce(total)
+    return float(total.sqrt())
+
+
+def clip(placed: Placed, norm: float, limit: float) -> None:
+    """Scale all gradients so that their global norm is at most `limit`."""
+    if limit > 0 and norm > limit:
+        grads: list[Tensor] = [local(p.grad) for p in placed.trainable() if p.grad is not None]
+        torch._foreach_mul_(grads, limit / (norm + 1e-6))

@@ -1,0 +1,121 @@
+"""Running one step's micro-batches through this rank's stage, with or without a pipeline."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+from bevatron.errors import BevatronError
+from bevatron.parallel.place import Placed, sum_tied_gradients
+
+Batch = dict[str, Tensor]
+
+
+class Runner:
+    """Forward and backward over micro-batches of fixed shape.
+
+    Args:
+        micro_batch, seq_len: shape [B, T] of a micro-batch.
+        count: micro-batches per step on this data-parallel rank.
+        dtype: of the hidden states that travel between stages.
+    """
+
+    def __init__(
+        self,
+        placed: Placed,
+        *,
+        micro_batch: int,
+        seq_len: int,
+        count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.placed, self.micro_batch, self.count = placed, micro_batch, count
+        self.scale = 1.0
+        self.schedule: Schedule1F1B | None = None
+        if placed.layout.pp > 1:
+            stage = self._pipeline_stage(micro_batch, seq_len, dtype, device)
+            self.schedule = Schedule1F1B(stage, count, self._scaled, scale_grads=False)
+
+    def _pipeline_stage(
+        self, micro_batch: int, seq_len: int, dtype: torch.dtype, device: torch.device
+    ) -> PipelineStage:
+        """Static shapes: examples of what comes in and goes out, so that ranks need not ask."""
+        placed = self.placed
+        shares = placed.stage.decoder.comm.sequence_shares
+        width = placed.spec.hidden_size
+
+        def hidden() -> Tensor:
+            shape = (micro_batch, seq_len // shares, width)
+            return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+
+        ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64, device=device)
+        total = torch.zeros((), device=device, requires_grad=True)
+        return PipelineStage(
+            placed.stage,
+            placed.pp_rank,
+            placed.layout.pp,
+            device,
+            input_args=ids if placed.is_first else hidden(),
+            output_args=total if placed.is_last else hidden(),
+            group=placed.mesh.get_group("pp"),
+        )
+
+    def _scaled(self, out: Tensor, target: Tensor) -> Tensor:
+        return out * self.scale
+
+    def step(self, ids: Tensor, batch: Batch, scale: float) -> Tensor:
+        """Accumulate gradients of scale * sum over all micro-batches; returns that sum.
+
+        ids and every tensor of batch are [count * B, ...]. The value is zero on all stages but the
+        last. Afterwards every parameter of this rank has its whole gradient."""
+        self.scale = scale
+        if self.schedule is None:
+            value = self._accumulate(ids, batch)
+        else:
+            losses = self._run_schedule(ids, batch)
+            value = torch.stack(losses).sum() if losses else torch.zeros((), device=ids.device)
+        missing = [n for n, p in self.placed.parameters.items() if p.grad is None]
+        if missing:
+            raise BevatronError(f"no gradient arrived at {', '.join(missing[:5])}; please report")
+        sum_tied_gradients(self.placed)
+        return value
+
+    def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
+        """The objective's sum without gradients; zero on all stages but the last."""
+        with torch.no_grad():
+            if self.schedule is None:
+                parts = self._chunks(ids, batch)
+                return torch.stack([self.placed.stage(i, **b).detach() for i, b in parts]).sum()
+            self.scale = 1.0
+            losses = self._run_schedule(ids, batch, train=False)
+            return torch.stack(losses).sum() if losses else torch.zeros((), device=ids.device)
+
+    def _run_schedule(self, ids: Tensor, batch: Batch, train: bool = True) -> list[Tensor]:
+        assert self.schedule is not None
+        losses: list[Tensor] = []
+        placed, run = self.placed, self.schedule.step if train else self.schedule.eval
+        args = (ids,) if placed.is_first else ()
+        target = ids if placed.is_last else None
+        extra = {"return_outputs": False} if train else {}
+        run(*args, target=target, losses=losses, **extra, **batch)
+        return [loss.detach() for loss in losses]
+
+    def _accumulate(self, ids: Tensor, batch: Batch) -> Tensor:
+        stage = self.placed.stage
+        total = torch.zeros((), device=ids.device)
+        parts = self._chunks(ids, batch)
+        for i, (part, extra) in enumerate(parts):
+            last = i == len(parts) - 1
+            stage.set_requires_gradient_sync(last)  # type: ignore[operator]
+            stage.set_is_last_backward(last)  # type: ignore[operator]
+            value = stage(part, **extra) * self.scale
+            value.backward()
+            total += value.detach()
+        return total
+
+    def _chunks(self, ids: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
+        n = ids.shape[0] // self.micro_batch
+        pieces = {k: v.chunk(n) for k, v in batch.items()}
+        return [(p, {k: v[i] for k, v in pieces.items()}) for i, p in enumerate(ids.chunk(n))]

@@ -1,0 +1,101 @@
+"""Cross-entropy over a vocabulary that ranks may share, without ever holding all logits.
+
+One pass over chunks of tokens computes the loss and both gradients; the backward only scales.
+At most `chunk x V/tp` fp32 logits exist at a time (the idea of Wijmans et al., arXiv 2411.09009).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bevatron.nn.comm import Comm
+
+IGNORE = -100
+CHUNK_LOGITS = 2**24
+
+
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, comm: Comm, softcap: float | None, rows: int
+) -> Tensor:
+    """Sum of -log p(label) over all labels that are not IGNORE, fp32 scalar.
+
+    Args:
+        hidden: [B, T, h]; under tensor parallelism its gradient is this rank's partial sum.
+        weight: [V/size, h], this rank's rows of a vocabulary of `rows`.
+        labels: [B, T] int64.
+    """
+    first, _ = comm.bounds(rows)
+    keep = torch.is_grad_enabled()
+    flat, targets = hidden.flatten(0, 1), labels.flatten()
+    total: Tensor = _Chunked.apply(flat, weight, targets, first, comm, softcap, keep)
+    return total
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,  # [N, h]
+        weight: Tensor,  # [V, h]
+        labels: Tensor,  # [N]
+        first: int,
+        comm: Comm,
+        cap: float | None,
+        keep: bool,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x) if keep else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if keep else None
+        for part in torch.arange(len(x), device=x.device).split(
+            max(1, CHUNK_LOGITS // max(1, len(weight)))
+        ):
+            piece = slice(int(part[0]), int(part[-1]) + 1)
+            loss, dlogits = _chunk(x[piece], weight, labels[piece], first, comm, cap, keep)
+            total += loss
+            if dlogits is not None and dx is not None and dweight is not None:
+                dx[piece] = dlogits @ weight
+                dweight += dlogits.T @ x[piece]
+        if dx is not None and dweight is not None:
+            ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        dx, dweight = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 5
+
+
+def _chunk(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    first: int,
+    comm: Comm,
+    cap: float | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of one chunk and its gradient with respect to the uncapped logits [n, V]."""
+    logits = (x @ weight.T).float()  # [n, V]
+    slope = None
+    if cap is not None:
+        squashed = torch.tanh(logits / cap)
+        slope, logits = 1 - squashed.square(), cap * squashed
+    logits -= comm.max_(logits.amax(-1))[:, None]
+    valid = labels != IGNORE
+    mine = valid & (labels >= first) & (labels < first + len(weight))
+    column = torch.where(mine, labels - first, 0)[:, None]
+    target = logits.gather(1, column)[:, 0] * mine
+    probabilities = logits.exp_()
+    denominator, target = comm.sum_(torch.stack((probabilities.sum(-1), target)))
+    loss = ((denominator.log() - target) * valid).sum()
+    if not keep:
+        return loss, None
+    dlogits = probabilities.div_(denominator[:, None])
+    dlogits.scatter_add_(1, column, -mine[:, None].float())
+    dlogits *= valid[:, None]
+    if slope is not None:
+        dlogits *= slope
+    return loss, dlogits.to(x.dtype)

@@ -1,0 +1,69 @@
+"""A few real training steps on synthetic tokens, at any layout: what the layout tests compare."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bevatron.parallel.layout import Layout
+from bevatron.parallel.world import mesh
+from bevatron.train.config import OptimizerConfig, TrainConfig
+from bevatron.train.objectives import Pretrain
+from bevatron.train.trainer import Trainer
+from tests.specs import ALL
+
+GLOBAL_BATCH, SEQ_LEN, STEPS = 8, 16, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: which spec, at which layout, in how large micro-batches."""
+
+    spec: str
+    layout: Layout = field(default_factory=Layout)
+    micro_batch: int = 2
+    precision: str = "fp32"
+    recompute: str = "none"
+    compile: bool = False
+
+
+def make_trainer(case: Case) -> Trainer:
+    device = torch.device("cpu")
+    train = TrainConfig(
+        steps=STEPS,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=case.micro_batch,
+        precision=case.precision,
+        recompute=case.recompute,
+        compile=case.compile,
+    )
+    trainer = Trainer(
+        ALL[case.spec],
+        case.layout,
+        mesh(case.layout, device),
+        Pretrain(),
+        seq_len=SEQ_LEN,
+        train=train,
+        optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0, weight_decay=0.1),
+        device=device,
+    )
+    trainer.fill_random(seed=0)
+    return trainer
+
+
+def samples(trainer: Trainer, step: int) -> torch.Tensor:
+    """This rank's part of global batch `step`."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (GLOBAL_BATCH, SEQ_LEN + 1)
+    whole = torch.randint(trainer.spec.vocab_size, shape, generator=generator)
+    return whole.chunk(trainer.layout.dp)[trainer.dp_rank].contiguous()
+
+
+def train(case: Case) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step."""
+    trainer = make_trainer(case)
+    return [trainer.step(samples(trainer, s), 1e-2) for s in range(STEPS)]
