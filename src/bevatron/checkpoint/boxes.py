@@ -74,12 +74,14 @@ def open_for_reading(path: Path) -> int:
 
 
 class Run(NamedTuple):
-    """`nbytes` bytes of a tensor from its row-major byte `begin` on lie in `file` at byte `at`."""
+    """`nbytes` bytes of a tensor from its row-major byte `begin` on lie in `file` at byte `at`, as
+    part of its chunk number `chunk`."""
 
     begin: int
     file: str
     at: int
     nbytes: int
+    chunk: int
 
 
 def runs(entry: TensorEntry) -> Iterator[Run]:
@@ -87,7 +89,7 @@ def runs(entry: TensorEntry) -> Iterator[Run]:
 
     Raises CheckpointError if the chunks do not tile the tensor."""
     position = 0
-    for run in heapq.merge(*(_chunk_runs(entry, chunk) for chunk in entry.chunks)):
+    for run in heapq.merge(*(_chunk_runs(entry, number) for number in range(len(entry.chunks)))):
         if run.begin != position:
             what = "overlap" if run.begin < position else "leave a gap"
             raise CheckpointError(
@@ -111,8 +113,9 @@ def _strides(shape: tuple[int, ...], itemsize: int) -> list[int]:
     return strides
 
 
-def _chunk_runs(entry: TensorEntry, chunk: Chunk) -> Iterator[Run]:
+def _chunk_runs(entry: TensorEntry, number: int) -> Iterator[Run]:
     """The runs of one chunk: as long as the chunk spans the tensor's trailing dimensions."""
+    chunk = entry.chunks[number]
     itemsize = ITEMSIZE[entry.dtype]
     if 0 in chunk.shape:
         return
@@ -125,7 +128,7 @@ def _chunk_runs(entry: TensorEntry, chunk: Chunk) -> Iterator[Run]:
     lead, at = chunk.shape[: max(k, 0)], chunk.at
     for index in _indices(lead):
         position = begin + sum(i * s for i, s in zip(index, strides, strict=False))
-        yield Run(position, chunk.file, at, length)
+        yield Run(position, chunk.file, at, length, number)
         at += length
 
 

@@ -1,0 +1,322 @@
+"""Native checkpoint -> Hugging Face folder: what did not change is written as it was.
+
+If the tensors still have the names, shapes and dtypes of the imported ones, the weight files get
+the headers and layout recorded at import, so an unmodified import comes back byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bevatron
+from bevatron.bridge.card import model_card
+from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
+from bevatron.bridge.hf_folder import INDEX, SINGLE
+from bevatron.bridge.importer import check_space, copy_file, main_dtype, written_bytes
+from bevatron.bridge.mover import Mover
+from bevatron.bridge.native import CONFIG, Native, open_native
+from bevatron.bridge.plan import Task, pieces
+from bevatron.bridge.provenance import fingerprint
+from bevatron.bridge.report import ConversionReport, shown_progress
+from bevatron.checkpoint.boxes import damaged, new_hasher, spell
+from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
+from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, write_header
+from bevatron.errors import BevatronError
+
+SHARD_SIZE = 5_000_000_000
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export will do.
+
+    Attributes:
+        headers: weight file -> its first bytes; `index`: the index to write, if a new one.
+        identical: the files have the layout recorded at import.
+    """
+
+    tasks: tuple[Task, ...]
+    headers: Mapping[str, bytes]
+    index: Mapping[str, Any] | None
+    identical: bool
+
+    def lines(self) -> list[str]:
+        """The plan, for people."""
+        return [
+            f"{', '.join(file for places in t.tensors for file, _ in places)}  {t}"
+            for t in self.tasks
+        ]
+
+
+def export_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Convert a native checkpoint, or a run's latest step, into an HF folder at `dst`.
+
+    Args:
+        dtype: bf16, fp16 or fp32; None keeps the stored one.
+        max_shard_size: such as 5GB (the default where shards are laid out anew).
+        overwrite: replace `dst`, which stays until the new one is complete.
+    Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
+    """
+    started = time.perf_counter()
+    dst = Path(dst)
+    to = parse_dtype(dtype) if dtype else None
+    limit = parse_size(max_shard_size) if max_shard_size is not None else None
+    check_target(dst, overwrite=overwrite)
+    native = open_native(src)
+    check_target(dst, overwrite=overwrite, apart_from=native.folder)
+    plan = plan_export(native, to, limit)
+    check_space(dst, written_bytes(plan.tasks))
+    with new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder:
+        total = sum(t.nbytes for t in plan.tasks)
+        with shown_progress("exporting", total) as advance, Mover(advance) as mover:
+            notes = _move_tensors(native, plan, mover, folder)
+        files = _copy_source(native, plan, folder)
+        _write_own_files(native, plan, folder)
+    stored = [place for t in plan.tasks for places in t.tensors for _, place in places]
+    if native.moved_from:
+        notes.append(
+            f"the model is no longer a {native.moved_from}; it was written as {native.family.name}"
+        )
+    return ConversionReport(
+        source=str(src),
+        target=str(dst),
+        family=native.family.name,
+        parameters=sum(p.numel for p in native.spec.parameters()),
+        tensors=len(stored),
+        nbytes=sum(t.nbytes for t in stored),
+        dtype=_dtype(plan),
+        step=native.manifest.step,
+        files=files,
+        seconds=time.perf_counter() - started,
+        identical=plan.identical,
+        skipped=dict(native.provenance.skipped) if native.provenance else {},
+        notes=notes,
+    )
+
+
+def parse_size(size: str | int) -> int:
+    """`5GB`, `500MB`, `2GiB` or a number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(size).upper())
+    unit = match[2] if match else None
+    unit = f"{unit}B" if unit and not unit.endswith("B") else unit
+    nbytes = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
+    if nbytes < 1:
+        raise BevatronError(f"shard size {size!r} is not a size such as 5GB, 500MB or 2GiB")
+    return nbytes
+
+
+def plan_export(native: Native, dtype: str | None, max_shard_size: int | None) -> ExportPlan:
+    """Where every HF tensor goes: as it was imported if possible, else in new shards."""
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    kept: list[tuple[str, Any, TensorEntry, str]] = []
+    for name, entry, tensor in native.entries():
+        to = dtype if dtype and name.startswith("model/") else tensor.dtype
+        kept.append((name, entry, tensor, to))
+        for source in entry.sources:
+            wanted[source.name] = (to, source.shape)
+    copies: dict[str, list[str]] = {}
+    for copy, other in native.duplicates().items():
+        wanted[copy] = wanted[other]
+        copies.setdefault(other, []).append(copy)
+    old = _old_headers(native, wanted) if max_shard_size is None else None
+    if old is not None:
+        places = {n: (file, t) for file, h in old.items() for n, t in h.tensors.items()}
+        headers = {f: len(h.text).to_bytes(8, "little") + h.text for f, h in old.items()}
+        index = None
+    else:
+        places, headers, index = _new_shards(wanted, max_shard_size or SHARD_SIZE)
+    tasks = []
+    for name, entry, tensor, to in kept:
+        targets = tuple(
+            tuple(places[n] for n in (s.name, *copies.get(s.name, ()))) for s in entry.sources
+        )
+        tasks.append(Task(name, entry, tensor.dtype, to, targets))
+    return ExportPlan(tuple(tasks), headers, index, old is not None)
+
+
+def _old_headers(
+    native: Native, wanted: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, Header] | None:
+    """The headers recorded at import, if they describe exactly the wanted tensors."""
+    if native.provenance is None or native.moved_from:
+        return None
+    headers = native.provenance.parsed_headers()
+    found = {n: (t.dtype, t.shape) for h in headers.values() for n, t in h.tensors.items()}
+    listed = len(headers) == 1 and SINGLE in headers
+    if not listed and not (native.folder / "source" / INDEX).is_file():
+        return None
+    return headers if found == dict(wanted) else None
+
+
+def _new_shards(
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]], limit: int
+) -> tuple[dict[str, tuple[str, Stored]], dict[str, bytes], dict[str, Any] | None]:
+    """Lay tensors out in new files: their places, the files' headers, and the index if needed."""
+    groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    sizes = [0]
+    for name, (dtype, shape) in wanted.items():
+        nbytes = _nbytes(dtype, shape)
+        if groups[-1] and sizes[-1] + nbytes > limit:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append((name, dtype, shape))
+        sizes[-1] += nbytes
+    places: dict[str, tuple[str, Stored]] = {}
+    headers: dict[str, bytes] = {}
+    for i, group in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        group.sort(key=lambda t: (-DTYPES[t[1]], t[0]))  # the order of the safetensors library
+        headers[file] = write_header(group, {"format": "pt"})
+        at = len(headers[file])
+        for name, dtype, shape in group:
+            end = at + _nbytes(dtype, shape)
+            places[name] = (file, Stored(dtype, shape, at, end))
+            at = end
+    if len(groups) == 1:
+        return places, headers, None
+    elements = sum(_nbytes(d, s) // DTYPES[d] for d, s in wanted.values())
+    index = {
+        "metadata": {"total_parameters": elements, "total_size": sum(sizes)},
+        "weight_map": {name: places[name][0] for name in sorted(places)},
+    }
+    return places, headers, index
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return TensorEntry(dtype, shape, ()).nbytes
+
+
+def _move_tensors(native: Native, plan: ExportPlan, mover: Mover, folder: Path) -> list[str]:
+    """Execute the plan; every chunk's hash is checked on the way. Returns notes."""
+    for file, header in plan.headers.items():
+        mover.write(folder / file, 0, header)
+    notes = []
+    for task in plan.tasks:
+        convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
+        tensor = native.manifest.tensors[task.native]
+        ratio = (DTYPES[task.to], ITEMSIZE[task.dtype])
+        hashers = [new_hasher() for _ in tensor.chunks]
+        for piece in pieces(task.entry, tensor):
+            begin = piece.begin * ratio[0] // ratio[1]
+            targets = tuple(
+                (folder / file, stored.begin + begin) for file, stored in task.tensors[piece.source]
+            )
+            mover.move(
+                (native.folder / piece.file, piece.at),
+                piece.nbytes,
+                targets,
+                read_hashers=(hashers[piece.chunk],),
+                convert=convert,
+            )
+        for chunk, hasher in zip(tensor.chunks, hashers, strict=True):
+            if spell(hasher) != chunk.hash:
+                nbytes = TensorEntry(tensor.dtype, chunk.shape, ()).nbytes
+                path = native.folder / chunk.file
+                raise damaged(path, chunk, nbytes, spell(hasher), task.native)
+        if convert and convert.overflows:
+            notes.append(
+                f"{task.native}: {convert.overflows} values are too large for {FLOATS[task.to]} "
+                "and became infinite; use bf16"
+            )
+    return notes
+
+
+def _copy_source(native: Native, plan: ExportPlan, folder: Path) -> int:
+    """The files that the source held besides weights; how many."""
+    source, count = native.folder / "source", 0
+    if not source.is_dir():
+        return 0
+    with Mover(lambda n: None) as mover:
+        for path in sorted(source.rglob("*")):
+            name = path.relative_to(source).as_posix()
+            if path.is_dir():
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            elif name != INDEX or plan.identical:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                copy_file(mover, path, folder / name)
+                count += 1
+    return count
+
+
+def _write_own_files(native: Native, plan: ExportPlan, folder: Path) -> None:
+    """What must differ from the source, and what the source had none of."""
+    if plan.index is not None:
+        _write_json(folder / INDEX, plan.index)
+    dtype = _dtype(plan)
+    if not _config_holds(native, plan, dtype):
+        config = native.family.config(native.spec, dtype, native.config)
+        _write_json(folder / CONFIG, config)
+        if not (folder / "generation_config.json").exists():
+            _write_generation_config(folder, config)
+    if plan.identical and _unmodified(native):
+        return
+    facts = _facts(native, dtype)
+    if not (folder / "bevatron.json").exists():
+        _write_json(folder / "bevatron.json", facts)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(model_card(native.spec, facts), encoding="utf-8")
+
+
+def _config_holds(native: Native, plan: ExportPlan, dtype: str) -> bool:
+    """Whether source/config.json still describes the model, so that it keeps its bytes."""
+    if native.config is None:
+        return False
+    named = native.config.get("dtype") or native.config.get("torch_dtype")
+    if not plan.identical and named is not None and named != dtype:
+        return False
+    try:
+        return native.family.spec(native.config) == native.spec
+    except BevatronError:
+        return False
+
+
+def _unmodified(native: Native) -> bool:
+    record = native.provenance
+    return record is not None and record.weights == fingerprint(native.manifest)
+
+
+def _dtype(plan: ExportPlan) -> str:
+    tensors: Sequence[tuple[str, int]] = [(t.to, t.entry.native.numel) for t in plan.tasks]
+    return main_dtype(tensors)
+
+
+def _write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
+    ids = {k: config.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    known = {k: v for k, v in ids.items() if v is not None}
+    if known:
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **known})
+
+
+def _facts(native: Native, dtype: str) -> dict[str, Any]:
+    """bevatron.json: where this export came from."""
+    record = native.provenance
+    return {
+        "bevatron": bevatron.__version__,
+        "family": native.family.name,
+        "step": native.manifest.step,
+        "parameters": sum(p.numel for p in native.spec.parameters()),
+        "dtype": dtype,
+        "source": record.source if record else None,
+        "revision": record.revision if record else None,
+        "weights": fingerprint(native.manifest),
+    }
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

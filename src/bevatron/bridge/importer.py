@@ -1,0 +1,223 @@
+"""Hugging Face folder -> native checkpoint: plan, move bytes, hash, commit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import bevatron
+from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
+from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
+from bevatron.bridge.mover import Mover
+from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
+from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
+from bevatron.bridge.provenance import Provenance, fingerprint
+from bevatron.bridge.report import ConversionReport, shown_progress
+from bevatron.checkpoint.boxes import Hasher, new_hasher, spell
+from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.checkpoint.safetensors_file import DTYPES
+from bevatron.errors import BevatronError
+from bevatron.families.family import Family, for_config
+from bevatron.spec.json import to_json
+from bevatron.spec.model import ModelSpec
+
+
+def import_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Convert an HF folder or Hub id into a native checkpoint at `dst`.
+
+    Args:
+        dtype: bf16, fp16 or fp32 for all parameters; None keeps each as it is.
+        revision: of a Hub id.
+        overwrite: replace `dst`, which stays until the new one is complete.
+    Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
+    """
+    started = time.perf_counter()
+    dst = Path(dst)
+    to = parse_dtype(dtype) if dtype else None
+    check_target(dst, overwrite=overwrite)
+    source = open_hf(src, revision)
+    check_target(dst, overwrite=overwrite, apart_from=source.path)
+    family, spec = read_spec(source)
+    plan = plan_import(str(source.path), family, spec, source.tensors(), to)
+    check_space(dst, written_bytes(plan.tasks))
+    with new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder:
+        (folder / "model").mkdir()
+        with shown_progress("importing", source.nbytes) as advance, Mover(advance) as mover:
+            chunks, hashes, notes = _move_tensors(source, plan, mover, folder)
+            _check_duplicates(source, plan, mover, hashes)
+        _copy_others(source, folder / "source")
+        manifest = Manifest(family.name, 0, chunks)
+        record = Provenance(
+            bevatron=bevatron.__version__,
+            source=source.name,
+            revision=source.revision,
+            family=family.name,
+            dtype=to,
+            weights=fingerprint(manifest),
+            headers={file: header.text.decode() for file, header in source.headers.items()},
+            tensors={
+                name: {"dtype": t.dtype, "shape": t.shape, "file": file, "xxh3": hashes[name][5:]}
+                for name, (file, t) in source.tensors().items()
+            },
+            duplicates=plan.duplicates,
+            carried=plan.carried,
+            skipped=source.skipped,
+            folders=source.folders,
+        )
+        (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
+        (folder / "spec.json").write_text(to_json(spec), encoding="utf-8")
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return ConversionReport(
+        source=source.name,
+        target=str(dst),
+        family=family.name,
+        parameters=sum(p.numel for p in spec.parameters()),
+        tensors=len(source.tensors()),
+        nbytes=source.nbytes,
+        dtype=main_dtype((t.to, t.entry.native.numel) for t in plan.tasks),
+        step=0,
+        files=len(source.others),
+        seconds=time.perf_counter() - started,
+        skipped=dict(source.skipped),
+        notes=notes,
+    )
+
+
+def read_spec(source: HFFolder) -> tuple[Family, ModelSpec]:
+    """The family and spec that the folder's config.json means; errors name the folder."""
+    if source.config.get("quantization_config"):
+        raise SourceError(
+            f"{source.path}: config.json has a quantization_config; quantised checkpoints are not "
+            "supported: use the original one"
+        )
+    try:
+        family = for_config(source.config)
+        return family, family.spec(source.config)
+    except BevatronError as error:
+        raise type(error)(f"{source.path}: {error}") from error
+
+
+def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:
+    """The floating dtype of most elements, as config.json spells it."""
+    counts: Counter[str] = Counter()
+    for dtype, numel in tensors:
+        if dtype in FLOATS:
+            counts[dtype] += numel
+    return FLOATS[counts.most_common(1)[0][0]]
+
+
+def written_bytes(tasks: Iterable[Task]) -> int:
+    """What the tasks' native tensors take after conversion."""
+    return sum(t.entry.native.numel * DTYPES[t.to] for t in tasks)
+
+
+def check_space(dst: Path, nbytes: int) -> None:
+    """Refuse early what cannot fit on the disk."""
+    place = dst.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise BevatronError(
+            f"{dst}: needs {nbytes / 1e9:.2f} GB, but {place} has only {free / 1e9:.2f} GB free; "
+            "free some space or name another disk"
+        )
+
+
+def _move_tensors(
+    source: HFFolder, plan: ImportPlan, mover: Mover, folder: Path
+) -> tuple[dict[str, TensorEntry], dict[str, str], list[str]]:
+    """Execute the plan: manifest entries, hashes of the source tensors, and notes."""
+    for file, header in plan.headers.items():
+        mover.write(folder / file, 0, header)
+    entries: dict[str, TensorEntry] = {}
+    hashes: dict[str, str] = {}
+    notes: list[str] = []
+    for task in plan.tasks:
+        convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
+        digest, found = _move_one(source, plan, task, mover, folder, convert)
+        hashes |= found
+        file, at = plan.places[task.native]
+        shape = task.entry.native.shape
+        chunk = Chunk((0,) * len(shape), shape, file, at, digest)
+        entries[task.native] = TensorEntry(task.to, shape, (chunk,))
+        if convert and convert.overflows:
+            notes.append(
+                f"{task.entry.native.name}: {convert.overflows} values are too large for "
+                f"{FLOATS[task.to]} and became infinite; use bf16"
+            )
+    return entries, hashes, notes
+
+
+def _move_one(
+    source: HFFolder,
+    plan: ImportPlan,
+    task: Task,
+    mover: Mover,
+    folder: Path,
+    convert: Converter | None,
+) -> tuple[str, dict[str, str]]:
+    """Move one native tensor; its hash, and those of the HF tensors that it consists of."""
+    file, at = plan.places[task.native]
+    row = row_elements(task.entry)
+    read = [new_hasher() for _ in task.entry.sources]
+    same = len(read) == 1 and convert is None
+    written: Hasher = read[0] if same else new_hasher()
+    for part in task.entry.rows:
+        from_file, stored = task.tensors[part.source][0]
+        begin = stored.begin + part.source_start * row * DTYPES[task.dtype]
+        mover.move(
+            (source.path / from_file, begin),
+            part.count * row * DTYPES[task.dtype],
+            ((folder / file, at + part.native_start * row * DTYPES[task.to]),),
+            read_hashers=(read[part.source],),
+            written_hashers=() if same else (written,),
+            convert=convert,
+        )
+    hashes = {s.name: spell(h) for s, h in zip(task.entry.sources, read, strict=True)}
+    return spell(written), hashes
+
+
+def _check_duplicates(
+    source: HFFolder, plan: ImportPlan, mover: Mover, hashes: dict[str, str]
+) -> None:
+    """Hash the tensors that must be copies of others, and refuse if they are not."""
+    tensors = source.tensors()
+    for name, other in plan.duplicates.items():
+        file, stored = tensors[name]
+        hasher = new_hasher()
+        nbytes = math.prod(stored.shape) * DTYPES[stored.dtype]
+        mover.move((source.path / file, stored.begin), nbytes, (), read_hashers=(hasher,))
+        hashes[name] = spell(hasher)
+        if hashes[name] != hashes[other]:
+            raise SourceError(
+                f"{source.path}: config.json ties {name} to {other} (tie_word_embeddings), but "
+                f"their values differ; set it to false to keep both, or remove {name}"
+            )
+
+
+def _copy_others(source: HFFolder, folder: Path) -> None:
+    folder.mkdir()
+    for name in source.folders:
+        (folder / name).mkdir()
+    with Mover(lambda n: None) as mover:
+        for name in source.others:
+            copy_file(mover, source.path / name, folder / name)
+
+
+def copy_file(mover: Mover, source: Path, target: Path) -> None:
+    """Copy a file byte for byte."""
+    mover.write(target, 0, b"")
+    mover.move((source, 0), source.stat().st_size, ((target, 0),))

@@ -1,0 +1,110 @@
+"""Opening a native checkpoint for export and comparison: its spec, manifest, source and family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bevatron.bridge.hf_folder import shown
+from bevatron.bridge.plan import carry, head_name
+from bevatron.bridge.provenance import Provenance, read_provenance
+from bevatron.checkpoint.locate import resolve
+from bevatron.checkpoint.manifest import CheckpointError, Manifest, TensorEntry, read_manifest
+from bevatron.checkpoint.strict_json import read_object
+from bevatron.families.family import Family, FamilyError, by_name, for_spec
+from bevatron.families.weight_map import Entry
+from bevatron.spec.json import from_json
+from bevatron.spec.model import ModelSpec
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Native:
+    """A native checkpoint, opened.
+
+    Attributes:
+        family: the one to export as; `moved_from`: the manifest's, if that cannot express the spec.
+        config: of source/, or None if there is none or it is of another family.
+    """
+
+    folder: Path
+    manifest: Manifest
+    spec: ModelSpec
+    family: Family
+    moved_from: str | None
+    config: Mapping[str, Any] | None
+    provenance: Provenance | None
+
+    def entries(self) -> list[tuple[str, Entry, TensorEntry]]:
+        """Manifest name, weight map entry and stored tensor of every HF-visible tensor: the
+        parameters, then what is carried."""
+        tensors = self.manifest.tensors
+        found = [
+            (f"model/{e.native.name}", e, tensors[f"model/{e.native.name}"])
+            for e in self.family.weight_map(self.spec)
+        ]
+        for name, tensor in tensors.items():
+            if name.startswith("carried/"):
+                found.append((name, carry(name.removeprefix("carried/"), tensor.shape), tensor))
+        return found
+
+    def duplicates(self) -> dict[str, str]:
+        """HF tensors to store twice, as the source did, if the model is still tied."""
+        head = head_name(self.family, self.spec)
+        known = self.provenance.duplicates if self.provenance and not self.moved_from else {}
+        return {name: other for name, other in known.items() if name == head}
+
+
+def open_native(path: str | Path) -> Native:
+    """Open a native checkpoint or a run's latest step, and check that it holds its whole model.
+
+    Raises CheckpointError naming parameters that are missing, unknown or of another shape."""
+    folder = resolve(path)
+    manifest = read_manifest(folder)
+    spec = read_spec(folder)
+    family, moved = _family(manifest.family, spec)
+    config = None
+    if moved is None and (folder / "source" / CONFIG).is_file():
+        config = read_object(folder / "source" / CONFIG)
+    _check_weights(folder, manifest, spec)
+    return Native(folder, manifest, spec, family, moved, config, read_provenance(folder))
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The checkpoint's spec.json."""
+    try:
+        text = (folder / "spec.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder}/spec.json: cannot be read ({error})") from error
+    return from_json(text)
+
+
+def _family(name: str, spec: ModelSpec) -> tuple[Family, str | None]:
+    """The family of that name if it can express the spec, else the first one that can."""
+    family = by_name(name)
+    try:
+        family.config(spec, "float32")
+        return family, None
+    except FamilyError:
+        return for_spec(spec), name
+
+
+def _check_weights(folder: Path, manifest: Manifest, spec: ModelSpec) -> None:
+    weights = manifest.weights()
+    wanted = {p.name: p for p in spec.parameters()}
+    missing = [name for name in wanted if name not in weights]
+    extra = [name for name in weights if name not in wanted]
+    if missing or extra:
+        raise CheckpointError(
+            f"{folder}: manifest.json and spec.json disagree; missing: {shown(missing) or 'none'}; "
+            f"unknown: {shown(extra) or 'none'}"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(tensor.shape)}, spec.json expects "
+                f"{list(wanted[name].shape)}"
+            )

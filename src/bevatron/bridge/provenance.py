@@ -1,0 +1,92 @@
+"""provenance.json: where an imported model came from, down to the bytes of every header.
+
+It lies at the top of a native checkpoint (not in source/, where a source may have a file of any
+name) and travels along with it through training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bevatron.checkpoint.boxes import new_hasher, spell
+from bevatron.checkpoint.manifest import CheckpointError, Manifest
+from bevatron.checkpoint.safetensors_file import Header, parse_header
+from bevatron.checkpoint.strict_json import read_object
+
+FILE_NAME = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an import recorded.
+
+    Attributes:
+        headers: weight file -> its header's text, verbatim.
+        tensors: HF tensor -> {dtype, shape, file, xxh3} as found in the source.
+        duplicates: HF tensor -> the one it was a byte-for-byte copy of.
+        weights: fingerprint of the native tensors as imported; `dtype`: what they became if asked.
+        folders: of source/, empty ones too; `skipped`: tensors and files not taken, with why.
+    """
+
+    bevatron: str
+    source: str
+    revision: str | None
+    family: str
+    dtype: str | None
+    weights: str
+    headers: Mapping[str, str]
+    tensors: Mapping[str, Mapping[str, Any]]
+    duplicates: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """One tensor a line."""
+        tensors = ",\n".join(f"    {_dump(n)}: {_dump(t)}" for n, t in self.tensors.items())
+        others = {k: v for k, v in self.__dict__.items() if k != "tensors"}
+        lines = "".join(f'  "{k}": {_dump(v)},\n' for k, v in others.items())
+        return "{\n" + lines + '  "tensors": {\n' + tensors + "\n  }\n}\n"
+
+    def parsed_headers(self) -> dict[str, Header]:
+        """The source's headers, checked again: this file may have been edited."""
+        found = {}
+        for file, text in self.headers.items():
+            if file != Path(file).name or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{FILE_NAME}: {file!r} is no plain safetensors file name")
+            found[file] = parse_header(text.encode(), Path(FILE_NAME) / file, None)
+        return found
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value)
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """The checkpoint's provenance.json; None if it has none (a model made from random weights)."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    raw = read_object(path)
+    try:
+        raw["folders"] = tuple(raw.get("folders", ()))
+        return Provenance(**raw)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: damaged or of another version ({error})") from error
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """A hash over all weights' names, shapes, dtypes and chunk hashes. It changes with the chunking
+    as well, so an equal one proves an unmodified import; another one proves nothing."""
+    hasher = new_hasher()
+    for name, tensor in sorted(manifest.tensors.items()):
+        if name.startswith(("model/", "carried/")):
+            hashes = " ".join(c.hash for c in tensor.chunks)
+            hasher.update(
+                memoryview(f"{name} {tensor.dtype} {list(tensor.shape)} {hashes}\n".encode())
+            )
+    return spell(hasher)

@@ -1,0 +1,50 @@
+"""What a conversion says about itself, and the progress it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The outcome of an import or export.
+
+    Attributes:
+        parameters: elements of the model; `tensors`, `nbytes`: of the HF side, as written or read.
+        dtype: of most bytes, in config.json's spelling; `step`: of the native checkpoint.
+        identical: an export whose weight files have the layout of the imported ones.
+        skipped: source tensors and files not taken along, with the reason.
+        notes: what the user should know, one sentence each.
+    """
+
+    source: str
+    target: str
+    family: str
+    parameters: int
+    tensors: int
+    nbytes: int
+    dtype: str
+    step: int
+    files: int
+    seconds: float
+    identical: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        values = asdict(self)
+        values["bytes"] = values.pop("nbytes")
+        return values
+
+
+@contextmanager
+def shown_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The program's progress bar over `total` bytes."""
+    from bevatron.progress import progress
+
+    with progress(title, total=total, unit="B") as advance:
+        yield advance
