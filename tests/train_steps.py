@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.world import mesh

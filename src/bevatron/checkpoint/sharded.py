@@ -12,12 +12,19 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bevatron.checkpoint.boxes import new_hasher, read_box, spell
-from bevatron.checkpoint.manifest import CheckpointError, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.boxes import new_hasher, read_box, spell, verify_chunk
+from bevatron.checkpoint.manifest import (
+    ITEMSIZE,
+    CheckpointError,
+    Chunk,
+    Manifest,
+    TensorEntry,
+)
 from bevatron.checkpoint.shard import box, is_first_copy
 
 DTYPES = {
@@ -82,7 +89,7 @@ def _write_file(folder: Path, file: str, items: list[Saved], entries: Boxes) -> 
     with (folder / file).open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for item in items:
-            data = memoryview(_bytes(item.values.detach().to(item.dtype)).numpy())
+            data = _bytes(item.values.detach().to(item.dtype))
             hasher = new_hasher()
             hasher.update(data)
             offset, shape = box(item.placed)
@@ -95,8 +102,19 @@ def _write_file(folder: Path, file: str, items: list[Saved], entries: Boxes) -> 
         os.fsync(out.fileno())
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.cpu().contiguous().flatten().view(torch.uint8)
+def _bytes(tensor: Tensor) -> memoryview:
+    raw: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def verify_share(folder: Path, manifest: Manifest, rank: int, world: int) -> None:
+    """Check the hashes of this rank's share of the checkpoint's bytes: each chunk by one rank.
+
+    Raises CheckpointError naming the file and the tensor of a chunk that changed."""
+    chunks = [(name, t, c) for name, t in manifest.tensors.items() for c in t.chunks]
+    chunks.sort(key=lambda item: -math.prod(item[2].shape))
+    for name, tensor, chunk in chunks[rank::world]:
+        verify_chunk(folder, chunk, ITEMSIZE[tensor.dtype], name)
 
 
 def merge(ranks: Iterable[Boxes]) -> Boxes:

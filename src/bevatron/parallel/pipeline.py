@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -95,10 +97,11 @@ class Runner:
     def _run_schedule(self, ids: Tensor, batch: Batch, train: bool = True) -> list[Tensor]:
         assert self.schedule is not None
         losses: list[Tensor] = []
-        placed, run = self.placed, self.schedule.step if train else self.schedule.eval
+        placed = self.placed
+        run: Any = self.schedule.step if train else self.schedule.eval
         args = (ids,) if placed.is_first else ()
         target = ids if placed.is_last else None
-        extra = {"return_outputs": False} if train else {}
+        extra: dict[str, Any] = {"return_outputs": False} if train else {}
         run(*args, target=target, losses=losses, **extra, **batch)
         return [loss.detach() for loss in losses]
 

@@ -133,7 +133,7 @@ def place(
     for layer in decoder.layers.values():
         layer.recompute = recompute  # type: ignore[assignment]
         if compile_layers:
-            layer.run = torch.compile(layer.run, dynamic=False)  # type: ignore[method-assign, assignment, arg-type]
+            layer.run = torch.compile(layer.run, dynamic=False)  # type: ignore[assignment, arg-type]
     stage = Stage(decoder, make_compute)
     shard(stage, layout, mesh, precision)
     stage.to_empty(device=device)

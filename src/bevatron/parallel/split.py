@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from bevatron.parallel.layout import LayoutError
 from bevatron.spec import Attention, ModelSpec
@@ -46,7 +47,7 @@ def split(
         bounds.append(where[bounds[-1]])
     bounds.append(0)
     bounds.reverse()
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def layer_cost(spec: ModelSpec, index: int, seq_len: int) -> float:

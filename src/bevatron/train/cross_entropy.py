@@ -30,13 +30,15 @@ def cross_entropy_sum(
     first, _ = comm.bounds(rows)
     keep = torch.is_grad_enabled()
     flat, targets = hidden.flatten(0, 1), labels.flatten()
-    total: Tensor = _Chunked.apply(flat, weight, targets, first, comm, softcap, keep)
+    total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+        flat, weight, targets, first, comm, softcap, keep
+    )
     return total
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,  # [N, h]
         weight: Tensor,  # [V, h]
@@ -63,7 +65,7 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         dx, dweight = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 5
 

@@ -25,7 +25,7 @@ class AdamW:
         names = list(placed.parameters)
         if placed.has_tied_copy:
             names.append("embed.weight")
-        self.shards: dict[str, Tensor] = {}
+        self.shards: dict[str, nn.Parameter] = {}
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         self.sources = dict(zip(names, placed.trainable(), strict=True))
         for name, parameter in self.sources.items():
@@ -44,7 +44,7 @@ class AdamW:
     def _state(self, shard: Tensor) -> dict[str, Tensor]:
         """This shard's moments, made on first use so that a load can fill them."""
         assert self.inner is not None
-        state = self.inner.state[shard]
+        state: dict[str, Tensor] = self.inner.state[shard]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state |= {name: torch.zeros_like(shard) for name in STATES}

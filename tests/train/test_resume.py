@@ -1,0 +1,98 @@
+"""A checkpoint knows no topology: any layout continues what any other saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bevatron.checkpoint.manifest import Manifest, read_manifest
+from bevatron.checkpoint.run_folder import RunFolder
+from bevatron.checkpoint.sharded import box_reader, merge, write_rank
+from bevatron.parallel.agree import on_all
+from bevatron.parallel.layout import Layout
+from tests.processes import Pool
+from tests.train_steps import STEPS, Case, make_trainer, samples
+
+SAVED_AT = 3
+LARGE = Layout(tp=2, pp=2, dp_shard=2)
+
+
+def whole_run(case: Case) -> list[tuple[float, float]]:
+    trainer = make_trainer(case)
+    return [trainer.step(samples(trainer, s), 1e-2) for s in range(STEPS)]
+
+
+def save_after(case: Case, path: Path) -> list[tuple[float, float]]:
+    """Train to SAVED_AT, save, and go on as if nothing had happened."""
+    trainer, run = make_trainer(case), RunFolder(path)
+    for step in range(SAVED_AT):
+        trainer.step(samples(trainer, step), 1e-2)
+    main = dist.get_rank() == 0
+    on_all(lambda: run.begin(SAVED_AT) if main else None)
+    temporary = path / f".step-{SAVED_AT:08d}.partial"
+    ranks = on_all(lambda: write_rank(temporary, trainer.to_save(), dist.get_rank()))
+    manifest = Manifest("llama", SAVED_AT, merge(ranks))
+    on_all(lambda: run.commit(temporary, SAVED_AT, manifest, {}) if main else None)
+    return [trainer.step(samples(trainer, s), 1e-2) for s in range(SAVED_AT, STEPS)]
+
+
+def resume(case: Case, path: Path) -> list[tuple[float, float]]:
+    trainer = make_trainer(case)
+    for parameter in trainer.placed.parameters.values():
+        parameter.data.fill_(7.0)  # what is not loaded shows
+    folder = RunFolder(path).newest()
+    assert folder is not None
+    manifest = read_manifest(folder)
+    for prefix, load in (("model/", None), ("optimizer/", SAVED_AT)):
+        tensors = manifest.tensors.items()
+        shapes = {n[len(prefix) :]: t.shape for n, t in tensors if n.startswith(prefix)}
+        read = box_reader(folder, manifest, prefix)
+        if load is None:
+            trainer.load_weights(shapes, read)
+        else:
+            trainer.load_optimizer(shapes, read, load)
+    return [trainer.step(samples(trainer, s), 1e-2) for s in range(SAVED_AT, STEPS)]
+
+
+@pytest.mark.parametrize("spec", ["homogeneous", "heterogeneous"])
+def test_any_layout_continues_like_the_uninterrupted_run(
+    pool: Pool, spec: str, tmp_path: Path
+) -> None:
+    """Saved at TP2 x PP2 x FSDP2; fp32, relative 1e-5."""
+    expected = pool.run(1, whole_run, Case(spec))[0][SAVED_AT:]
+    pool.run(LARGE.world_size, save_after, Case(spec, LARGE), tmp_path)
+    for layout in (Layout(), Layout(tp=2), Layout(dp_shard=2), Layout(pp=2)):
+        got = pool.run(layout.world_size, resume, Case(spec, layout), tmp_path)[0]
+        for a, b in zip(got, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-5), str(layout)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+def test_the_same_layout_continues_bit_equal(
+    pool: Pool, layout: Layout, precision: str, tmp_path: Path
+) -> None:
+    case = Case("heterogeneous", layout, precision=precision)
+    expected = pool.run(layout.world_size, save_after, case, tmp_path)
+    assert pool.run(layout.world_size, resume, case, tmp_path) == expected
+
+
+def test_a_checkpoint_is_the_same_whatever_layout_wrote_it(pool: Pool, tmp_path: Path) -> None:
+    """Global names and shapes; every tensor tiled once, replicated ones and tied ones included."""
+    layouts = [Layout(), LARGE, Layout(dp_replicate=2, dp_shard=2)]
+    manifests = []
+    for i, layout in enumerate(layouts):
+        pool.run(layout.world_size, save_after, Case("heterogeneous", layout), tmp_path / str(i))
+        manifests.append(read_manifest(tmp_path / str(i) / f"step-{SAVED_AT:08d}"))
+    tables = [{n: (t.dtype, t.shape) for n, t in m.tensors.items()} for m in manifests]
+    assert tables[0] == tables[1] == tables[2]
+    assert not any("head" in name for name in tables[0])
+    read = [box_reader(tmp_path / str(i) / "step-00000003", m, "") for i, m in enumerate(manifests)]
+    for name, (_, shape) in tables[0].items():
+        if name.endswith("qkv.bias"):
+            continue  # a key's bias has no effect: its gradient is noise, whose sign AdamW follows
+        parts = [r(name, (0,) * len(shape), shape) for r in read]
+        torch.testing.assert_close(parts[0], parts[1], rtol=1e-3, atol=1e-4)
