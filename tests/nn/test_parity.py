@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from bevatron.generate.engine import decode
 from bevatron.generate.load import load_decoder
 from bevatron.generate.sampling import Sampling
+from tests.nn.llama_nemotron_reference import (
+    BLOCKS,
+    ReferenceLlamaNemotron,
+    published_config,
+)
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -102,3 +109,32 @@ def test_nemotron(variant: str, tmp_path: Path) -> None:
 def test_nanochat(variant: str, tmp_path: Path) -> None:
     config = transformers.NanoChatConfig(**{**SMALL, **NANOCHAT[variant]})
     assert_parity(save(transformers.NanoChatForCausalLM(config), tmp_path), tmp_path)
+
+
+def greedy(model: ReferenceLlamaNemotron, ids: list[int], count: int) -> list[int]:
+    """The slow way: the whole sequence again for every token."""
+    out = list(ids)
+    for _ in range(count):
+        out.append(int(model(torch.tensor([out]))[0, -1].argmax()))
+    return out[len(ids) :]
+
+
+def test_llama_nemotron_against_an_independent_composition(tmp_path: Path) -> None:
+    """transformers has no class for it, so transformers' Llama parts are composed a second time."""
+    config = published_config(BLOCKS)
+    model = ReferenceLlamaNemotron(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + noise * 0.2 if "norm" in name else noise * 0.1
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder, spec = load_decoder(tmp_path)
+    ids = torch.randint(spec.vocab_size, (2, 33), generator=generator)
+    with torch.no_grad():
+        expected = model(ids)
+        assert expected.std() > 0.1
+        assert (decoder.logits(ids) - expected).abs().max() <= 1e-5
+        prompt = ids[0, :7].tolist()
+        ours = list(decode(decoder, prompt, Sampling(), 20, frozenset()))
+        assert ours == greedy(model, prompt, 20)

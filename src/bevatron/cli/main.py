@@ -1,0 +1,248 @@
+"""The command line. A verb's signature is its interface, its docstring the help."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import bevatron
+from bevatron.errors import BevatronError, CheckFailed
+
+app = typer.Typer(
+    name="bevatron",
+    help="From Hugging Face to a training cluster and back: convert, train in 3D, generate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace DST; the old one stays until the new is whole.")
+]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"bevatron {bevatron.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("import")
+def import_(
+    src: Annotated[str, typer.Argument(help="A Hugging Face folder or Hub id.")],
+    dst: Annotated[Path, typer.Argument(help="The native checkpoint to make.")],
+    dtype: Dtype = None,
+    source_format: Annotated[str, typer.Option("--from", help="auto or hf.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a Hugging Face model into a native checkpoint."""
+    from bevatron.bridge.convert import import_checkpoint
+
+    _known("--from", source_format, "auto", "hf")
+    report = import_checkpoint(src, dst, dtype=dtype, revision=revision, overwrite=overwrite)
+    _show(report.to_dict(), as_json)
+
+
+@app.command()
+def export(
+    src: Annotated[Path, typer.Argument(help="A native checkpoint or a run.")],
+    dst: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.")],
+    target_format: Annotated[str, typer.Option("--to", help="hf.")] = "hf",
+    dtype: Dtype = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Such as 5GB; default: the source's shards, else 5GB.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a native checkpoint or a run's latest step into a Hugging Face folder."""
+    from bevatron.bridge.convert import export_checkpoint
+
+    _known("--to", target_format, "hf")
+    report = export_checkpoint(
+        src, dst, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+    )
+    _show(report.to_dict(), as_json)
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(help="Native checkpoint, run or Hugging Face folder.")],
+    b: Annotated[str, typer.Argument(help="The other one.")],
+    logits: Annotated[bool, typer.Option("--logits/--no-logits")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compare two models: every tensor by its hash, then logits. Status 0 only if they agree."""
+    from bevatron.bridge.verify import verify as compare
+
+    report = compare(a, b, logits=logits)
+    _show(report.to_dict(), as_json)
+    if not report.ok:
+        raise CheckFailed(f"{a} and {b} differ; see above")
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Hugging Face folder, native checkpoint or run.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a model is: family, parameters, layers, bytes, dtype, step."""
+    from bevatron.bridge.inspect import inspect as look
+
+    _show(look(path), as_json)
+
+
+@app.command()
+def tokenize(
+    paths: Annotated[list[str], typer.Argument(metavar="SRC... DST", help="Text, then target.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder with tokenizer.json, or Hub id.")],
+    overwrite: Overwrite = False,
+    eos: Annotated[bool, typer.Option("--eos/--no-eos", help="End documents with eos.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Turn text files and folders into a memory-mapped token store."""
+    from bevatron.data.tokenize import tokenize as make
+
+    if len(paths) < 2:
+        raise BevatronError("tokenize needs at least one source and a target: SRC... DST")
+    *sources, target = paths
+    store = make(
+        list(sources), Path(target), tokenizer=tokenizer, overwrite=overwrite, append_eos=eos
+    )
+    _show({"path": target, "tokens": store.tokens, "documents": store.documents}, as_json)
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+def train(
+    config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, start nothing.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration.")
+    ] = False,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Resume although what decides numbers changed.")
+    ] = False,
+) -> None:
+    """Train, or continue, by a run configuration; also under torchrun."""
+    from bevatron.train.launch import train as start
+
+    start(
+        config,
+        overrides or [],
+        nproc=nproc,
+        dry_run=dry_run,
+        print_config=print_config,
+        allow_changed=allow_changed,
+    )
+
+
+@app.command()
+def generate(
+    ckpt: Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")],
+    prompt: Annotated[str, typer.Option(help="The text to complete.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+    tp: Annotated[int, typer.Option(help="1 for now.")] = 1,
+    pp: Annotated[int, typer.Option(help="1 for now.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Complete a prompt."""
+    from bevatron.generate.engine import generate as complete
+
+    if tp != 1 or pp != 1:
+        raise BevatronError("generate runs in one process for now; use --tp 1 --pp 1")
+    out = complete(
+        ckpt,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
+    if as_json:
+        _show({"text": out.text, "tokens": out.tokens, "finish_reason": out.finish_reason}, True)
+    else:
+        print(prompt + out.text)
+
+
+@app.command()
+def demo(
+    source: Annotated[str | None, typer.Argument(help="HF folder or Hub id to start from.")] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Everything goes in here.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(min=5, help="Training steps at each layout.")] = 60,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete --dir first.")] = False,
+) -> None:
+    """The whole tour on real text: convert, train in 3D, resume, export, verify, generate."""
+    from bevatron.demo import demo as tour
+
+    tour(source, folder, steps=steps, overwrite=overwrite)
+
+
+def _known(option: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise BevatronError(f"{option} {value}: not supported; supported: {', '.join(known)}")
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    """One JSON object, or a line per key."""
+    if as_json:
+        print(json.dumps(values))
+        return
+    width = max(len(key) for key in values)
+    for key, value in values.items():
+        print(f"{key:<{width}}  {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, list):
+        return "".join(f"\n  {_plain(v)}" for v in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def main() -> None:
+    """Run a verb; every failure is one message and a status, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except BevatronError as error:
+        _fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
