@@ -1,0 +1,393 @@
+"""Reading and writing config.json, shared by the families.
+
+A family states its fields as a table (`Field`), reads them with `read_fields`, and writes them with
+`write_fields`, which leaves alone whatever already means the wanted value. A field that is neither
+in the table nor known to be harmless is refused: it could change the numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from bevatron.families.family import Config, FamilyError
+from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec, Rope
+
+MAX_LAYERS = 10_000  # a config.json that says more is not genuine
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of config.json. `default`: its value if absent, or how it follows from the fields
+    before it. `null`: that null means the default."""
+
+    kind: Literal["integer", "number", "boolean", "string"]
+    default: Any
+    null: bool = False
+    low: float = 0.0  # an integer may equal it, a number must be greater unless `low_allowed`
+    low_allowed: bool = False
+
+
+def size(default: Any, null: bool = False) -> Field:
+    """A count of at least one."""
+    return Field("integer", default, null, low=1)
+
+
+def flag(default: bool) -> Field:
+    return Field("boolean", default)
+
+
+Fields = Mapping[str, Field]
+Values = dict[str, Any]
+
+_EXPECTED = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a string",
+}
+
+
+def wrong(name: str, value: Any, expected: str) -> FamilyError:
+    """The error for a field of the wrong type or range."""
+    shown = {None: "null", True: "true", False: "false"}.get(value) if _plain(value) else None
+    return FamilyError(f"config.json: {name} is {shown or repr(value)}, expected {expected}")
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def check(name: str, value: Any, field: Field) -> Any:
+    """`value` if it has the field's type and lies in its range. Integers pass for numbers."""
+    if field.kind == "boolean" and isinstance(value, bool):
+        return value
+    if field.kind == "string" and isinstance(value, str):
+        return value
+    if field.kind == "integer" and type(value) is int:
+        if value < field.low:
+            raise wrong(name, value, f"at least {field.low:g}")
+        return value
+    if field.kind == "number" and type(value) in (int, float):
+        if not math.isfinite(value) or value < field.low:
+            raise wrong(name, value, f"a number above {field.low:g}")
+        if value == field.low and not field.low_allowed:
+            raise wrong(name, value, f"a number above {field.low:g}")
+        return float(value)
+    raise wrong(name, value, _EXPECTED[field.kind])
+
+
+def read_field(config: Config, name: str, field: Field, before: Values) -> Any:
+    """What `name` means in `config`; `before` holds the fields that a default may follow from."""
+    value = config.get(name)
+    if name not in config or (value is None and field.null):
+        if not callable(field.default):
+            return field.default
+        follow: Callable[[Values], Any] = field.default
+        value = follow(before)
+    return check(name, value, field)
+
+
+def read_fields(config: Config, fields: Fields) -> Values:
+    """All fields of the table, with transformers' defaults where `config` is silent."""
+    values: Values = {}
+    for name, field in fields.items():
+        values[name] = read_field(config, name, field, values)
+    if values.get("num_hidden_layers", 0) > MAX_LAYERS:
+        raise wrong("num_hidden_layers", values["num_hidden_layers"], f"at most {MAX_LAYERS}")
+    return values
+
+
+def write_fields(config: Values, fields: Fields, wanted: Values, full: bool) -> None:
+    """Set the fields that do not already mean what is wanted; all of them if `full`."""
+    done: Values = {}
+    for name, field in fields.items():
+        value = wanted[name]
+        if full or not _means(config, name, field, done, value):
+            config[name] = value
+        done[name] = value
+
+
+def _means(config: Config, name: str, field: Field, before: Values, wanted: Any) -> bool:
+    try:
+        return bool(read_field(config, name, field, before) == wanted)
+    except FamilyError:
+        return False
+
+
+# --- fields that no family needs -----------------------------------------------------------------
+
+# Token ids, bookkeeping, defaults of generation, training switches: nothing that acts on the logits
+# of a forward pass in eval mode. The generic fields of transformers 4 and 5 are all here or below.
+HARMLESS = frozenset(
+    """
+    architectures auto_map model_type transformers_version dtype torch_dtype name_or_path revision
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id pad_token tokenizer_class prefix use_cache pretraining_tp
+    initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
+    classifier_dropout output_hidden_states output_attentions output_router_logits return_dict
+    attn_implementation experts_implementation torchscript tf_legacy_loss use_bfloat16
+    chunk_size_feed_forward keys_to_ignore_at_inference gradient_checkpointing
+    id2label label2id num_labels problem_type finetuning_task task_specific_params
+    tie_encoder_decoder cross_attention_hidden_size max_sequence_length
+    unsloth_version unsloth_fixed custom_pipelines original_max_position_embeddings
+    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
+    num_beam_groups temperature top_k top_p typical_p min_p repetition_penalty length_penalty
+    diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens epsilon_cutoff eta_cutoff encoder_repetition_penalty
+    num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+    assistant_lookbehind target_lookbehind tie_last_hidden_states
+    """.split()  # noqa: SIM905
+)
+
+# Generic fields that are harmless only while they are off.
+MUST_BE_OFF = (
+    "add_cross_attention",
+    "is_decoder",
+    "is_encoder_decoder",
+    "pruned_heads",
+    "use_sliding_window",
+    "allow_global_per_layer_attribute_access",
+)
+
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+_ADVICE = {
+    "quantization_config": "import the checkpoint that it was quantised from",
+    "compression_config": "import the checkpoint that it was quantised from",
+    "per_layer_config": (
+        "this family has the same layers throughout; spell differing layers as block_configs of "
+        "DeciLMForCausalLM"
+    ),
+    "block_configs": "per-layer blocks belong to DeciLMForCausalLM; correct `architectures`",
+    "sliding_window": (
+        "attention here always sees all earlier tokens; set it to null if the model was trained so"
+    ),
+}
+
+
+def refuse_others(config: Config, known: tuple[str, ...]) -> None:
+    """Raise FamilyError on the first field that is neither known, harmless, private nor null."""
+    for name, value in config.items():
+        if value is None or name in known or name in HARMLESS or name.startswith("_"):
+            continue
+        if name in MUST_BE_OFF and not value:
+            continue
+        advice = _ADVICE.get(name, "remove it if it does not act on what the model computes")
+        raise FamilyError(
+            f"config.json: {name} = {_shown(value)} is not understood and may change the model's "
+            f"output; {advice}"
+        )
+
+
+def require(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise FamilyError unless `value` is one of those that the decoder implements."""
+    if value not in allowed:
+        raise FamilyError(
+            f"config.json: {name} = {_shown(value)} is not supported; this family computes with "
+            f"{' or '.join(repr(a) for a in allowed)} only"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- rope ----------------------------------------------------------------------------------------
+
+_ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_LLAMA3_CONTEXT = "original_max_position_embeddings"
+_ROPE_KEYS: tuple[str, ...] = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    _LLAMA3_CONTEXT,
+)
+_POSITIVE = Field("number", None)
+
+
+def read_rope(config: Config, max_positions: int, partial: float | None = None) -> Rope:
+    """The rope of a config.json in the old or the new spelling, as transformers 5.23 reads it.
+
+    A non-empty `rope_scaling` wins over `rope_parameters`; within the dict, `rope_theta` and
+    `partial_rotary_factor` win over those next to it; then come theta 10000 and `partial`, the
+    family's default. Without `partial` the family rotates whole heads, and a config that asks
+    otherwise is refused.
+    """
+    place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    found = config.get(place)
+    given = {} if found is None else found
+    if not isinstance(given, Mapping):
+        raise wrong(place, found, "an object or null")
+    for key, value in given.items():
+        if key not in _ROPE_KEYS and value is not None:
+            raise FamilyError(
+                f"config.json: {place}.{key} = {_shown(value)} is not understood and may change "
+                f"the positions; known are {', '.join(_ROPE_KEYS)}"
+            )
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
+        raise FamilyError(
+            f"config.json: {place}.rope_type is {_shown(kind)}; supported are "
+            f"{', '.join(_ROPE_NUMBERS)}"
+        )
+
+    def number(name: str, default: float) -> float:
+        where, value = name, config.get(name, default)
+        if name in given:
+            where, value = f"{place}.{name}", given[name]
+        if value is None and name == "partial_rotary_factor" and partial is None:
+            return default
+        return float(check(where, value, _POSITIVE))
+
+    share = number("partial_rotary_factor", 1.0 if partial is None else partial)
+    if share > 1.0 or (partial is None and share != 1.0):
+        limit = "1.0 for this family" if partial is None else "at most 1.0"
+        raise wrong("partial_rotary_factor", share, limit)
+    rope: Values = {"theta": number("rope_theta", 10000.0), "kind": kind, "partial": share}
+    for name in _ROPE_NUMBERS[kind]:
+        if name not in given:
+            raise FamilyError(f"config.json: {place}.{name} is missing; rope {kind} needs it")
+        rope[name] = check(f"{place}.{name}", given[name], _POSITIVE)
+    if kind == "llama3":
+        if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+            raise wrong(
+                f"{place}.high_freq_factor", rope["high_freq_factor"], "more than low_freq_factor"
+            )
+        context = given.get(_LLAMA3_CONTEXT, max_positions)
+        context = context if config.get(_LLAMA3_CONTEXT) is None else config[_LLAMA3_CONTEXT]
+        rope[_LLAMA3_CONTEXT] = check(f"{place}.{_LLAMA3_CONTEXT}", context, size(None))
+    return Rope(**rope)
+
+
+def write_rope(
+    config: Values, rope: Rope, max_positions: int, full: bool, partial: float | None = None
+) -> None:
+    """Write both spellings, equal, unless `config` already means `rope`; always if `full`.
+
+    transformers 4 ignores `rope_parameters`, and without the old spelling would silently compute
+    with theta 10000. `partial` as in `read_rope`.
+    """
+    try:
+        if not full and read_rope(config, max_positions, partial) == rope:
+            return
+    except FamilyError:
+        pass  # the base's rope cannot be read, so it is replaced
+    scaling: Values = {n: getattr(rope, n) for n in _ROPE_NUMBERS[rope.kind]}
+    config.pop(_LLAMA3_CONTEXT, None)
+    if rope.kind == "llama3":
+        scaling[_LLAMA3_CONTEXT] = rope.original_max_position_embeddings
+        if rope.original_max_position_embeddings != 8192:  # llama.cpp looks for it here only
+            config[_LLAMA3_CONTEXT] = rope.original_max_position_embeddings
+    scaling["rope_type"] = rope.kind
+    parameters = {**scaling, "rope_theta": rope.theta}
+    if partial is not None:
+        parameters["partial_rotary_factor"] = rope.partial
+        config["partial_rotary_factor"] = rope.partial
+    config["rope_theta"] = rope.theta
+    config["rope_scaling"] = None if rope.kind == "default" else scaling
+    config["rope_parameters"] = parameters
+
+
+# --- writing a config ----------------------------------------------------------------------------
+
+_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Named(Protocol):
+    """What `start` needs to know of a family."""
+
+    model_type: str
+    architecture: str
+
+
+def start(family: Named, dtype: str, base: Config | None) -> tuple[Values, bool]:
+    """The config to write into, and whether every field is still to be written.
+
+    A base of the same family is copied, another family's only lends its token ids. Without any the
+    ids are null: transformers' defaults would name tokens of some other vocabulary.
+    """
+    if base is not None and base.get("model_type", family.model_type) == family.model_type:
+        config = dict(base)
+        named = [name for name in ("dtype", "torch_dtype") if config.get(name) is not None]
+        for name in named or ["torch_dtype"]:
+            config[name] = dtype
+        return config, False
+    config = {"architectures": [family.architecture], "model_type": family.model_type}
+    config |= {name: (base or {}).get(name) for name in _CARRIED}
+    config |= {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
+    return config, True
+
+
+def cannot(family: Named, place: str, found: Any, expected: str) -> FamilyError:
+    """The error for a part of a spec that a family has no words for."""
+    return FamilyError(f"{family.architecture}: {place} is {found}; it can only be {expected}")
+
+
+def expect_model(family: Named, spec: ModelSpec, wanted: Mapping[str, Any]) -> None:
+    """Raise FamilyError unless the spec has these values; `norm.kind` reads a nested field."""
+    for path, value in wanted.items():
+        found: Any = spec
+        for name in path.split("."):
+            found = getattr(found, name)
+        if found != value:
+            raise cannot(family, path, found, str(value))
+
+
+def uniform(family: Named, spec: ModelSpec) -> tuple[Attention, MLP]:
+    """The one attention and the one MLP of all layers. Raises FamilyError naming the first layer
+    and field that differ."""
+    first = spec.layers[0]
+    for i, layer in enumerate(spec.layers):
+        for name, cls in (("attention", Attention), ("mlp", MLP)):
+            sublayer, model = getattr(layer, name), getattr(first, name)
+            if not isinstance(sublayer, cls):
+                kind = "absent" if sublayer is None else type(sublayer).__name__.lower()
+                raise cannot(family, f"layers.{i}.{name}", kind, f"an {name}")
+            for field in vars(sublayer):
+                if getattr(sublayer, field) != getattr(model, field):
+                    raise cannot(
+                        family,
+                        f"layers.{i}.{name}.{field}",
+                        getattr(sublayer, field),
+                        f"{getattr(model, field)} as in layer 0: all its layers are the same",
+                    )
+    assert isinstance(first.attention, Attention) and isinstance(first.mlp, MLP)
+    return first.attention, first.mlp
+
+
+def expect_sublayer(
+    family: Named, place: str, sublayer: Attention | MLP, wanted: Mapping[str, Any]
+) -> None:
+    """Raise FamilyError unless the sublayer has these values."""
+    for name, value in wanted.items():
+        if getattr(sublayer, name) != value:
+            raise cannot(family, f"{place}.{name}", getattr(sublayer, name), str(value))
+
+
+def repeated(attention: Attention, mlp: MLP, layers: int) -> tuple[LayerSpec, ...]:
+    return (LayerSpec(attention, mlp),) * layers
+
+
+def reversed_rope(rope: Rope) -> Rope:
+    return replace(rope, reversed=not rope.reversed)
+
+
+def skip_rotary(name: str) -> str | None:
+    """Why `...rotary_emb.inv_freq` may be left out: old checkpoints store it, nobody reads it."""
+    if name.endswith((".rotary_emb.inv_freq", ".rotary_emb.original_inv_freq")):
+        return "rotary frequencies, computed from config.json"
+    return None
