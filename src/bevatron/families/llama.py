@@ -27,7 +27,7 @@ from bevatron.families.config_fields import (
     write_fields,
     write_rope,
 )
-from bevatron.families.family import Config, FamilyError
+from bevatron.families.family import Config, Family, FamilyError
 from bevatron.families.weight_map import Entry, Names, weight_map
 from bevatron.spec.model import MLP, Attention, Init, ModelSpec, Norm, SpecError
 
@@ -141,4 +141,4 @@ RMS_MODEL = {
     "logit_softcap": None,
 }
 
-FAMILY = Llama()
+FAMILY: Family = Llama()

@@ -31,7 +31,7 @@ from bevatron.families.config_fields import (
     write_rope,
     wrong,
 )
-from bevatron.families.family import Config, FamilyError
+from bevatron.families.family import Config, Family, FamilyError
 from bevatron.families.llama import RMS_MODEL
 from bevatron.families.weight_map import Entry, Names, weight_map
 from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, SpecError
@@ -304,7 +304,7 @@ def _block_attention(block: Mapping[str, Any], place: str, v: Values) -> Attenti
                 f"num_attention_heads {heads}" + ("" if kv is None else f" to {kv} KV heads")
             )
         kv = heads // group
-    check(f"{where}.num_key_value_heads", kv, _COUNT)
+    kv = int(check(f"{where}.num_key_value_heads", kv, _COUNT))
     bias = v["attention_bias"]
     try:
         return Attention(heads, kv, v["head_dim"], qkv_bias=bias, o_bias=bias)
@@ -333,8 +333,7 @@ def _block_mlp(block: Mapping[str, Any], place: str, v: Values) -> MLP | Linear 
                 f"{meant}; keep the one that the weights have"
             )
         f = meant
-    check(f"{where}.intermediate_size", f, _COUNT)
-    return MLP(f, bias=v["mlp_bias"])
+    return MLP(int(check(f"{where}.intermediate_size", f, _COUNT)), bias=v["mlp_bias"])
 
 
-FAMILY = LlamaNemotron()
+FAMILY: Family = LlamaNemotron()

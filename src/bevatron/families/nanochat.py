@@ -1,4 +1,4 @@
-"""NanoChatForCausalLM: no norm weights, QK norm, rope turned the other way, a soft cap on logits."""
+"""NanoChatForCausalLM: no norm weights, QK norm, rope turned the other way, softcapped logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bevatron.families.config_fields import (
     write_fields,
     write_rope,
 )
-from bevatron.families.family import Config, FamilyError
+from bevatron.families.family import Config, Family, FamilyError
 from bevatron.families.weight_map import Entry, Names, weight_map
 from bevatron.spec.model import MLP, Attention, Init, ModelSpec, Norm, SpecError
 
@@ -142,4 +142,4 @@ def _softcap(config: Config) -> float | None:
     return None if value is None else float(check(SOFTCAP, value, _CAP))
 
 
-FAMILY = NanoChat()
+FAMILY: Family = NanoChat()
