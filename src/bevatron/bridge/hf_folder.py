@@ -116,13 +116,29 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
     try:
         folder = Path(snapshot_download(name, revision=revision, ignore_patterns=ignored))
     except Exception as error:  # the Hub raises many kinds, requests' among them
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise SourceError(
-            f"{name}: no such folder, and it could not be downloaded from the Hugging Face Hub "
-            f"({type(error).__name__}: {first}); check the name and the connection, or download "
-            "it elsewhere with `hf download` and pass the folder"
-        ) from error
+        raise _not_downloaded(name, error) from error
     return folder, _cache_commit(folder)
+
+
+def fetch_config(name: str) -> Path:
+    """config.json of a Hub id, downloaded alone. Raises SourceError."""
+    if not _looks_like_hub_id(name):
+        raise SourceError(f"{name}: does not exist; expected a folder or a Hub id such as org/name")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:
+        raise _not_downloaded(name, error) from error
+
+
+def _not_downloaded(name: str, error: Exception) -> SourceError:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return SourceError(
+        f"{name}: no such folder, and it could not be downloaded from the Hugging Face Hub "
+        f"({type(error).__name__}: {first}); check the name and the connection, or download "
+        "it elsewhere with `hf download` and pass the folder"
+    )
 
 
 def _cache_commit(path: Path) -> str | None:

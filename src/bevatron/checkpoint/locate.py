@@ -11,7 +11,10 @@ STEP = re.compile(r"step-\d{8,}")
 
 
 def is_native(path: Path) -> bool:
-    """Whether `path` is a native checkpoint or a run folder (complete or not)."""
+    """Whether `path` is a native checkpoint or a run folder. A Hugging Face folder may hold files
+    of any name, a manifest.json too; but config.json is never at the top of a native one."""
+    if (path / "config.json").exists():
+        return False
     return (path / FILE_NAME).is_file() or (path / "latest").is_file()
 
 
@@ -22,6 +25,11 @@ def resolve(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; expected a native checkpoint or a run")
+    if (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: is a Hugging Face folder, expected a native checkpoint; make one with "
+            f"`bevatron import {path} DST`"
+        )
     if (path / FILE_NAME).is_file():
         return path
     latest = path / "latest"
@@ -39,11 +47,6 @@ def resolve(path: str | Path) -> Path:
                 f"{', '.join(known) or 'none'}"
             )
         return path / name
-    if (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path}: is a Hugging Face folder, expected a native checkpoint; make one with "
-            f"`bevatron import {path} DST`"
-        )
     raise CheckpointError(
         f"{path}: holds neither {FILE_NAME} nor latest; it is no complete native checkpoint and "
         "no run with a saved step"

@@ -183,8 +183,11 @@ def _check_tiling(tensors: Mapping[str, Stored], start: int, size: int | None, p
 
 
 def _check_kind(start: bytes, path: Path) -> None:
-    """Files that are often found where weights should be."""
+    """Files that are often found where weights should be. A header's length may look like the
+    first bytes of any of them, so what follows it decides."""
     advice = None
+    if start[8:9] == b"{":
+        return
     head = start.lstrip().lower()
     if not start:
         advice = "is empty (0 bytes); download it again"

@@ -1,0 +1,124 @@
+"""What a checkpoint is, from config.json or manifest.json alone: no weights are read, no torch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bevatron.bridge.dtypes import FLOATS
+from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
+from bevatron.bridge.importer import main_dtype
+from bevatron.bridge.native import read_spec
+from bevatron.bridge.provenance import read_provenance
+from bevatron.checkpoint.locate import is_native, resolve
+from bevatron.checkpoint.manifest import ITEMSIZE, read_manifest
+from bevatron.checkpoint.strict_json import read_object
+from bevatron.errors import BevatronError
+from bevatron.families.family import for_config
+from bevatron.spec.model import MLP, Attention, ModelSpec
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe an HF folder (config.json alone is enough), a Hub id, a native checkpoint or a run.
+
+    Returns:
+        family, parameters, layers, bytes (of the weights), dtype, step (None for an HF folder),
+        kind (hf or native), and the model's sizes.
+    Raises BevatronError if it is none of these.
+    """
+    folder = Path(path)
+    if folder.is_dir() and is_native(folder):
+        return _native(resolve(folder))
+    return _hf(path)
+
+
+def _native(folder: Path) -> dict[str, Any]:
+    manifest, spec, record = read_manifest(folder), read_spec(folder), read_provenance(folder)
+    weights = manifest.weights().values()
+    optimizer = [t for n, t in manifest.tensors.items() if n.startswith("optimizer/")]
+    return {
+        "family": manifest.family,
+        "parameters": sum(p.numel for p in spec.parameters()),
+        "layers": len(spec.layers),
+        "bytes": sum(t.nbytes for t in weights),
+        "dtype": main_dtype((t.dtype, t.nbytes // ITEMSIZE[t.dtype]) for t in weights),
+        "step": manifest.step,
+        "kind": "native",
+        "path": str(folder),
+        "optimizer_bytes": sum(t.nbytes for t in optimizer),
+        "source": record.source if record else None,
+        "revision": record.revision if record else None,
+        **sizes(spec),
+    }
+
+
+def _hf(path: str | Path) -> dict[str, Any]:
+    if os.path.lexists(path):
+        file = Path(path)
+        file = file / "config.json" if file.is_dir() else file
+        if not file.is_file():
+            raise SourceError(
+                f"{path}: holds no config.json, manifest.json or latest; expected a Hugging Face "
+                "folder, a native checkpoint or a run"
+            )
+    else:
+        file = fetch_config(str(path))
+    config = read_object(file)
+    try:
+        family = for_config(config)
+        spec = family.spec(config)
+    except BevatronError as error:
+        raise type(error)(f"{file.parent}: {error}") from error
+    parameters = sum(p.numel for p in spec.parameters())
+    dtype = _dtype(config, file.parent)
+    itemsize = next((ITEMSIZE[k] for k, v in FLOATS.items() if v == dtype), None)
+    return {
+        "family": family.name,
+        "parameters": parameters,
+        "layers": len(spec.layers),
+        "bytes": parameters * itemsize if itemsize else None,
+        "dtype": dtype,
+        "step": None,
+        "kind": "hf",
+        "path": str(path),
+        **sizes(spec),
+    }
+
+
+def _dtype(config: dict[str, Any], folder: Path) -> str:
+    """What config.json says; else what the weights are; else float32, as transformers has it."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(named, str):
+        return named.removeprefix("torch.")
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        stored = open_hf(folder).tensors().values()
+        return main_dtype((t.dtype, t.nbytes) for _, t in stored)
+    return "float32"
+
+
+def sizes(spec: ModelSpec) -> dict[str, Any]:
+    """The model's sizes, and how many layers have which kind of sublayer."""
+    attention = Counter(_kind(layer.attention) for layer in spec.layers)
+    mlp = Counter(_kind(layer.mlp) for layer in spec.layers)
+    return {
+        "hidden_size": spec.hidden_size,
+        "vocab_size": spec.vocab_size,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "attention": dict(attention),
+        "mlp": dict(mlp),
+    }
+
+
+def _kind(sublayer: object) -> str:
+    if sublayer is None:
+        return "no-op"
+    if isinstance(sublayer, Attention):
+        heads, groups = sublayer.num_attention_heads, sublayer.num_key_value_heads
+        return f"{heads} heads, {groups} key/value heads of {sublayer.head_dim}"
+    if isinstance(sublayer, MLP):
+        gated = "gated " if sublayer.gated else ""
+        return f"{gated}{sublayer.activation} {sublayer.intermediate_size}"
+    return "linear"

@@ -1,0 +1,249 @@
+"""Do two checkpoints hold the same model? Tensors by hash, in Hugging Face names; then logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bevatron.bridge.hf_folder import HFFolder, open_hf
+from bevatron.bridge.importer import read_spec
+from bevatron.bridge.native import Native, open_native
+from bevatron.bridge.plan import head_name, pieces
+from bevatron.bridge.report import shown_progress
+from bevatron.checkpoint.boxes import (
+    HASH_BUFFER,
+    hash_range,
+    new_hasher,
+    open_for_reading,
+    read_exactly,
+    spell,
+)
+from bevatron.checkpoint.locate import is_native
+from bevatron.checkpoint.manifest import TensorEntry
+from bevatron.errors import BevatronError
+from bevatron.families.family import Family
+from bevatron.families.weight_map import Entry
+from bevatron.spec.model import ModelSpec
+
+Advance = Callable[[int], None]
+
+
+class Found(NamedTuple):
+    """What one side holds under a name."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    hash: str
+
+
+@dataclass
+class VerifyReport:
+    """The outcome of `verify`.
+
+    Attributes:
+        tensors: how many were compared; `differences`: one sentence each, naming tensors.
+        logits: {max_abs_difference, max_relative_difference, tolerance, a, b}, or {reason} why they
+            were not compared; None if not asked for.
+    """
+
+    a: str
+    b: str
+    tensors: int = 0
+    differences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    logits: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Tensors are equal, and so are the logits if they were compared."""
+        return not self.differences and (self.logits is None or self.logits.get("ok") is not False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+
+def verify(a: str | Path, b: str | Path, *, logits: bool = True) -> VerifyReport:
+    """Compare two checkpoints: each an HF folder, a Hub id, a native checkpoint or a run.
+
+    Every byte of every tensor is read. Raises BevatronError if one of them cannot be opened;
+    what differs is in the report."""
+    report = VerifyReport(str(a), str(b))
+    left, right = _open(a), _open(b)
+    with shown_progress("verifying", left.nbytes + right.nbytes) as advance:
+        ours = left.hashes(report, advance)
+        theirs = right.hashes(report, advance)
+    _compare_specs(left, right, report)
+    _compare_tensors(left, ours, right, theirs, report)
+    if logits:
+        report.logits = _logits(left, right, report)
+    return report
+
+
+class _Side:
+    """One checkpoint, opened."""
+
+    def __init__(self, label: str, path: Path, spec: ModelSpec | None, family: Family | None):
+        self.label, self.path, self.spec, self.family = label, path, spec, family
+        self.nbytes = 0
+
+    def hashes(self, report: VerifyReport, advance: Advance) -> dict[str, Found]:
+        raise NotImplementedError
+
+
+class _HFSide(_Side):
+    def __init__(self, label: str, source: HFFolder):
+        spec, family = None, None
+        try:
+            family, spec = read_spec(source)
+        except BevatronError as error:
+            self.unknown = str(error)
+        super().__init__(label, source.path, spec, family)
+        self.source, self.nbytes = source, source.nbytes
+
+    def hashes(self, report: VerifyReport, advance: Advance) -> dict[str, Found]:
+        found, buffer = {}, memoryview(bytearray(HASH_BUFFER))
+        for file, header in self.source.headers.items():
+            path = self.source.path / file
+            fd = open_for_reading(path)
+            try:
+                for name, t in header.tensors.items():
+                    digest = hash_range(fd, t.begin, t.nbytes, path, buffer)
+                    found[name] = Found(t.dtype, t.shape, digest)
+                    advance(t.nbytes)
+            finally:
+                os.close(fd)
+        if self.spec is None:
+            report.notes.append(f"compared by names alone: {self.unknown}")
+        return found
+
+
+class _NativeSide(_Side):
+    def __init__(self, label: str, native: Native):
+        super().__init__(label, native.folder, native.spec, native.family)
+        self.native = native
+        self.nbytes = sum(t.nbytes for _, _, t in native.entries())
+
+    def hashes(self, report: VerifyReport, advance: Advance) -> dict[str, Found]:
+        found: dict[str, Found] = {}
+        for name, entry, tensor in self.native.entries():
+            digests = self._hash(name, entry, tensor, report)
+            for source, digest in zip(entry.sources, digests, strict=True):
+                found[source.name] = Found(tensor.dtype, source.shape, digest)
+            advance(tensor.nbytes)
+        for copy, other in self.native.duplicates().items():
+            found[copy] = found[other]
+        return found
+
+    def _hash(
+        self, name: str, entry: Entry, tensor: TensorEntry, report: VerifyReport
+    ) -> list[str]:
+        """Hashes of the HF tensors; chunks whose bytes are not those written are differences."""
+        sources = [new_hasher() for _ in entry.sources]
+        chunks = [new_hasher() for _ in tensor.chunks]
+        buffer = memoryview(bytearray(HASH_BUFFER))
+        files: dict[str, int] = {}
+        try:
+            for piece in pieces(entry, tensor):
+                path = self.path / piece.file
+                if piece.file not in files:
+                    files[piece.file] = open_for_reading(path)
+                for done in range(0, piece.nbytes, len(buffer)):
+                    data = buffer[: min(len(buffer), piece.nbytes - done)]
+                    read_exactly(files[piece.file], data, piece.at + done, path)
+                    sources[piece.source].update(data)
+                    chunks[piece.chunk].update(data)
+        finally:
+            for fd in files.values():
+                os.close(fd)
+        for chunk, hasher in zip(tensor.chunks, chunks, strict=True):
+            if spell(hasher) != chunk.hash:
+                report.differences.append(
+                    f"{name}: damaged in {self.path / chunk.file}: its hash is {spell(hasher)}, "
+                    f"the manifest says {chunk.hash}"
+                )
+        return [spell(h) for h in sources]
+
+
+def _open(path: str | Path) -> _Side:
+    if Path(path).is_dir() and is_native(Path(path)):
+        return _NativeSide(str(path), open_native(path))
+    return _HFSide(str(path), open_hf(path))
+
+
+def _compare_specs(a: _Side, b: _Side, report: VerifyReport) -> None:
+    if a.spec is None or b.spec is None or a.spec == b.spec:
+        return
+    for f in dataclasses.fields(ModelSpec):
+        left, right = getattr(a.spec, f.name), getattr(b.spec, f.name)
+        if f.name == "init" or left == right:  # init says nothing about trained weights
+            continue
+        if f.name == "layers" and len(left) == len(right):
+            i = next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y)
+            report.differences.append(
+                f"the models differ in layer {i}: {a.label} has {left[i]}, {b.label} has {right[i]}"
+            )
+            continue
+        if f.name == "layers":
+            left, right = f"{len(left)} layers", f"{len(right)} layers"
+        report.differences.append(
+            f"the models differ in {f.name}: {a.label} has {left}, {b.label} has {right}"
+        )
+
+
+def _compare_tensors(
+    a: _Side, left: dict[str, Found], b: _Side, right: dict[str, Found], report: VerifyReport
+) -> None:
+    for side, found, other in ((a, left, b), (b, right, a)):
+        there = right if found is left else left
+        for name in [n for n in found if n not in there]:
+            reason = _why_optional(side, name, found)
+            if reason:
+                report.notes.append(f"{name}: only in {side.label}: {reason}")
+            else:
+                report.differences.append(f"{name}: in {side.label} but not in {other.label}")
+    for name in [n for n in left if n in right]:
+        report.tensors += 1
+        one, two = left[name], right[name]
+        for what in ("dtype", "shape", "hash"):
+            if getattr(one, what) != getattr(two, what):
+                report.differences.append(
+                    f"{name}: {'values differ' if what == 'hash' else what + ' differs'}: "
+                    f"{_spelled(getattr(one, what))} in {a.label}, "
+                    f"{_spelled(getattr(two, what))} in {b.label}"
+                )
+                break
+    if not report.tensors:
+        report.differences.append(f"{a.label} and {b.label} have no tensor in common")
+
+
+def _why_optional(side: _Side, name: str, found: dict[str, Found]) -> str | None:
+    """Why a tensor may be on one side only."""
+    if side.family is None or side.spec is None:
+        return None
+    if name == head_name(side.family, side.spec):
+        embed = next(
+            e.sources[0].name
+            for e in side.family.weight_map(side.spec)
+            if e.native.role == "embedding"
+        )
+        return f"a copy of {embed}" if found[name] == found[embed] else None
+    return side.family.skip(name)
+
+
+def _spelled(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _logits(a: _Side, b: _Side, report: VerifyReport) -> dict[str, Any]:
+    if a.spec is None or b.spec is None:
+        return {"reason": "the architecture is not one that Bevatron knows"}
+    if report.differences:
+        return {"reason": "the tensors differ already"}
+    from bevatron.bridge.logits import compare_logits
+
+    return compare_logits(a.path, b.path)
