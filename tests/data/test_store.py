@@ -1,0 +1,131 @@
+"""The token store keeps what was written, and says what is wrong with one that is not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bevatron.data.store import DOCUMENTS, FILE_NAME, TOKENS, StoreWriter, TokenStore
+from bevatron.errors import BevatronError
+
+
+def write_store(path: Path, documents: list[list[int]], vocab: int, eos: int | None = None) -> Path:
+    path.mkdir(parents=True)
+    writer = StoreWriter(path, vocab, eos)
+    for ids in documents:
+        writer.add(ids, ends=True)
+    writer.finish(tokenizer="toy", fingerprint="xxh3:0")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "store", [[1, 2, 3], [], [4, 5]], vocab=100, eos=99)
+
+
+def test_what_was_written_is_read(store: Path) -> None:
+    opened = TokenStore.open(store)
+    assert opened.tokens == 7
+    assert opened.read(0, 7).tolist() == [1, 2, 3, 99, 4, 5, 99]
+    assert opened.read(2, 3).tolist() == [3, 99, 4]
+    assert opened.read(0, 1).dtype == np.int64
+    assert opened.document_starts().tolist() == [0, 4]
+    opened.verify()
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "size"), [(65536, "uint16", 2), (65537, "uint32", 4)], ids=["16", "32"]
+)
+def test_the_vocabulary_decides_the_width(
+    tmp_path: Path, vocab: int, dtype: str, size: int
+) -> None:
+    opened = TokenStore.open(write_store(tmp_path / "s", [[0, vocab - 1]], vocab))
+    assert opened.info.dtype == dtype
+    assert (tmp_path / "s" / TOKENS).stat().st_size == 2 * size
+    assert opened.read(0, 2).tolist() == [0, vocab - 1]
+    assert opened.info.max_id == vocab - 1
+
+
+@pytest.mark.parametrize("name", [TOKENS, DOCUMENTS])
+def test_a_truncated_file_is_named(store: Path, name: str) -> None:
+    data = (store / name).read_bytes()
+    (store / name).write_bytes(data[:-1])
+    with pytest.raises(BevatronError, match=rf"{name}: is truncated: {len(data) - 1} bytes"):
+        TokenStore.open(store)
+    (store / name).write_bytes(data + b"x")
+    with pytest.raises(BevatronError, match=f"{name}: is too long"):
+        TokenStore.open(store)
+    (store / name).unlink()
+    with pytest.raises(BevatronError, match=f"{name}: is missing"):
+        TokenStore.open(store)
+
+
+def test_flipped_bytes_are_found_by_verify(store: Path) -> None:
+    data = bytearray((store / TOKENS).read_bytes())
+    data[3] ^= 1
+    (store / TOKENS).write_bytes(data)
+    with pytest.raises(BevatronError, match="is damaged: its hash is xxh3:"):
+        TokenStore.open(store).verify()
+
+
+def test_documents_out_of_order_are_found_by_verify(store: Path) -> None:
+    (store / DOCUMENTS).write_bytes(np.array([0, 9], dtype="<i8").tobytes())
+    with pytest.raises(BevatronError, match="do not ascend"):
+        TokenStore.open(store).verify()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("version", 2, "format version 2, expected 1"),
+        ("dtype", "int8", "dtype is 'int8', expected uint16 or uint32"),
+        ("tokens", "7", "tokens is '7', expected int"),
+        ("tokens", -1, "names -1 tokens"),
+        ("documents", 0, "in 0 documents"),
+        ("max_id", None, "max_id is None, expected int"),
+    ],
+)
+def test_a_wrong_description_is_refused(store: Path, key: str, value: object, message: str) -> None:
+    data = json.loads((store / FILE_NAME).read_text()) | {key: value}
+    (store / FILE_NAME).write_text(json.dumps(data))
+    with pytest.raises(BevatronError, match=message):
+        TokenStore.open(store)
+
+
+def test_what_is_no_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BevatronError, match=r"absent: does not exist"):
+        TokenStore.open(tmp_path / "absent")
+    with pytest.raises(BevatronError, match=r"has no store\.json"):
+        TokenStore.open(tmp_path)
+
+
+def test_reading_beyond_the_ends_is_refused(store: Path) -> None:
+    opened = TokenStore.open(store)
+    for start, length in [(-1, 2), (6, 2), (0, -1), (8, 0)]:
+        with pytest.raises(BevatronError, match="it has 7"):
+            opened.read(start, length)
+
+
+def test_a_vocabulary_too_small_for_the_tokens_is_refused(store: Path) -> None:
+    opened = TokenStore.open(store)
+    opened.check_vocab(100)
+    with pytest.raises(BevatronError, match=r"holds token 99, the model has a vocabulary of 99 "):
+        opened.check_vocab(99)
+
+
+def test_the_map_is_read_only(store: Path) -> None:
+    opened = TokenStore.open(store)
+    opened.read(0, 3)[0] = 50  # a copy
+    assert opened.read(0, 1).tolist() == [1]
+    with pytest.raises(ValueError, match="read-only"):
+        opened._tokens[0] = 1
+
+
+def test_a_token_outside_of_the_vocabulary_is_not_written(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, 10, None)
+    with pytest.raises(BevatronError, match="token 10 lies outside of the vocabulary of 10"):
+        writer.add([1, 10], ends=True)
+    writer.close()
