@@ -1,0 +1,143 @@
+"""A tokenizer straight from its tokenizer.json, and the ids that begin and end a document."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bevatron.checkpoint.boxes import new_hasher, spell
+from bevatron.checkpoint.locate import is_native, resolve
+from bevatron.checkpoint.strict_json import read_object
+from bevatron.errors import BevatronError
+
+TOKENIZER = "tokenizer.json"
+CONFIGS = ("generation_config.json", "config.json", "tokenizer_config.json")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class OpenTokenizer:
+    """A tokenizer and what a token store records of it.
+
+    Attributes:
+        name: the path or Hub id as the user gave it; `file`: its tokenizer.json.
+        fingerprint: `xxh3:...` of the bytes of tokenizer.json.
+        vocab_size: one more than the largest id, added tokens included.
+        eos_id, bos_id: of the first of CONFIGS beside tokenizer.json that names one, or None.
+    """
+
+    name: str
+    file: Path
+    encoder: Tokenizer
+    fingerprint: str
+    vocab_size: int
+    eos_id: int | None
+    bos_id: int | None
+
+
+def open_tokenizer(source: str | Path) -> OpenTokenizer:
+    """Open a tokenizer for text of any length: truncation and padding are switched off.
+
+    Args:
+        source: HF folder, native checkpoint or run (its source/ folder), a tokenizer.json, or a
+            Hub id, of which only tokenizer.json and CONFIGS are downloaded.
+    Raises BevatronError if there is none or it cannot be read.
+    """
+    file = _locate(source)
+    try:
+        data = file.read_bytes()
+        encoder = Tokenizer.from_str(data.decode("utf-8"))
+    except OSError as error:
+        raise BevatronError(f"{file}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # the library raises plain Exception
+        raise BevatronError(
+            f"{file}: is no tokenizer that the tokenizers library can read ({error}); expected the "
+            "tokenizer.json of a Hugging Face folder"
+        ) from error
+    encoder.no_truncation()
+    encoder.no_padding()
+    ids = encoder.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise BevatronError(f"{file}: has an empty vocabulary; expected at least one token")
+    hasher = new_hasher()
+    hasher.update(memoryview(data))
+    size = max(ids) + 1
+    eos, bos = (_special(file, encoder, size, kind) for kind in ("eos", "bos"))
+    return OpenTokenizer(str(source), file, encoder, spell(hasher), size, eos, bos)
+
+
+def _locate(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.exists():
+        return _download(str(source))
+    folders = [path, path / "source"]
+    if is_native(path):
+        folders.append(resolve(path) / "source")
+    for folder in folders:
+        if (folder / TOKENIZER).is_file():
+            return folder / TOKENIZER
+    raise BevatronError(
+        f"{path}: has no {TOKENIZER}, nor has its source folder; pass a Hugging Face folder, a "
+        f"native checkpoint, a run, a {TOKENIZER} or a Hub id as the tokenizer (a folder with only "
+        "tokenizer.model must be converted first, for example by transformers' AutoTokenizer)"
+    )
+
+
+def _download(name: str) -> Path:
+    if not HUB_ID.fullmatch(name):
+        raise BevatronError(
+            f"{name}: does not exist; expected a folder, a {TOKENIZER} or a Hub id such as org/name"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        file = Path(hf_hub_download(name, TOKENIZER))
+        for config in CONFIGS:
+            with suppress(EntryNotFoundError):  # none of them is required
+                hf_hub_download(name, config)
+    except Exception as error:  # the Hub raises many kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise BevatronError(
+            f"{name}: no such folder, and its {TOKENIZER} could not be downloaded from the Hugging "
+            f"Face Hub ({type(error).__name__}: {first}); check the name and the connection, or "
+            "pass a folder"
+        ) from error
+    return file
+
+
+def _special(file: Path, encoder: Tokenizer, size: int, kind: str) -> int | None:
+    """The id that the files beside tokenizer.json name for `eos` or `bos`."""
+    for name in CONFIGS:
+        path = file.parent / name
+        if not path.is_file():
+            continue
+        found = _named(read_object(path), encoder, kind)
+        if found is None:
+            continue
+        if not 0 <= found < size:
+            raise BevatronError(
+                f"{path}: {kind}_token_id is {found}, {file} has ids 0 to {size - 1}; correct it, "
+                "or pass the tokenizer that belongs to it"
+            )
+        return found
+    return None
+
+
+def _named(config: Mapping[str, Any], encoder: Tokenizer, kind: str) -> int | None:
+    ids = config.get(f"{kind}_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    if isinstance(first, int) and not isinstance(first, bool):
+        return first
+    token = config.get(f"{kind}_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return encoder.token_to_id(token) if isinstance(token, str) else None
