@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from bevatron.parallel.layout import LayoutError
-from bevatron.spec import Attention, ModelSpec
+from bevatron.spec import ModelSpec
+from bevatron.spec.count import layer_flops
 
 
 def split(
@@ -51,12 +52,8 @@ def split(
 
 
 def layer_cost(spec: ModelSpec, index: int, seq_len: int) -> float:
-    """Forward FLOPs per token of one layer: its matrices, and causal attention over `seq_len`."""
-    flops = sum(2.0 * p.numel for p in spec.layer_parameters(index) if len(p.shape) > 1)
-    attention = spec.layers[index].attention
-    if isinstance(attention, Attention):
-        flops += 2.0 * seq_len * attention.num_attention_heads * attention.head_dim
-    return flops
+    """Forward FLOPs per token of one layer, with causal attention over `seq_len`."""
+    return layer_flops(spec, index, seq_len, causal=True)
 
 
 def given(counts: Sequence[int], layers: int, stages: int) -> list[range]:
