@@ -15,7 +15,7 @@ def is_native(path: Path) -> bool:
     of any name, a manifest.json too; but config.json is never at the top of a native one."""
     if (path / "config.json").exists():
         return False
-    return (path / FILE_NAME).is_file() or (path / "latest").is_file()
+    return any((path / name).is_file() for name in (FILE_NAME, "latest")) or bool(_steps(path))
 
 
 def resolve(path: str | Path) -> Path:
@@ -41,13 +41,19 @@ def resolve(path: str | Path) -> Path:
                 "step-00000500"
             )
         if not (path / name / FILE_NAME).is_file():
-            known = sorted(p.name for p in path.glob("step-*") if (p / FILE_NAME).is_file())
             raise CheckpointError(
                 f"{latest}: names {name}, which is missing or incomplete; complete steps here: "
-                f"{', '.join(known) or 'none'}"
+                f"{', '.join(_steps(path)) or 'none'}"
             )
         return path / name
+    if steps := _steps(path):
+        return path / steps[-1]
     raise CheckpointError(
         f"{path}: holds neither {FILE_NAME} nor latest; it is no complete native checkpoint and "
         "no run with a saved step"
     )
+
+
+def _steps(path: Path) -> list[str]:
+    """The complete step folders of a run, oldest first."""
+    return sorted(p.name for p in path.glob("step-*") if (p / FILE_NAME).is_file())
