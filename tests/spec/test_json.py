@@ -70,7 +70,7 @@ def test_wrong_values_are_refused_by_path(path: str, value: object) -> None:
     set_at(data, path, value)
     with pytest.raises(SpecError) as caught:
         from_json(json.dumps(data))
-    assert path.split(".")[0] in str(caught.value) or "model" in str(caught.value)
+    assert path.split(".", maxsplit=1)[0] in str(caught.value) or "model" in str(caught.value)
     if path.startswith("layers."):
         assert ".".join(path.split(".")[:2]) in str(caught.value)
 
