@@ -78,6 +78,7 @@ class Runner:
         else:
             losses = self._run_schedule(ids, batch)
             value = torch.stack(losses).sum() if losses else torch.zeros((), device=ids.device)
+            value /= scale  # the schedule reports what it differentiates
         missing = [n for n, p in self.placed.parameters.items() if p.grad is None]
         if missing:
             raise BevatronError(f"no gradient arrived at {', '.join(missing[:5])}; please report")
@@ -113,8 +114,8 @@ class Runner:
             last = i == len(parts) - 1
             stage.set_requires_gradient_sync(last)  # type: ignore[operator]
             stage.set_is_last_backward(last)  # type: ignore[operator]
-            value = stage(part, **extra) * self.scale
-            value.backward()
+            value = stage(part, **extra)
+            (value * self.scale).backward()
             total += value.detach()
         return total
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bevatron.errors import BevatronError
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """Strict, frozen, and no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True
+    )
 
 
 class ModelConfig(Section):
@@ -82,7 +86,7 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)  # YAML gives a list
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0)
@@ -138,8 +142,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=deep)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise BevatronError(f"line {line}: the key {key!r} is not text; put it in quotes")
         if key in seen:
-            line = key_node.start_mark.line + 1
             raise BevatronError(f"line {line}: the key {key!r} appears twice; keep one of them")
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
@@ -178,13 +184,21 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise BevatronError(f"{path}: expected sections such as `model:` and `train:`")
+    problems: list[str] = []
+    config = None
     for override in overrides:
-        _apply(raw, override)
+        try:
+            _apply(raw, override)
+        except BevatronError as error:
+            problems.append(str(error))
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise BevatronError(f"{path}: " + "\n  ".join(["", *problems]).strip()) from None
+        problems += [_explain(problem) for problem in error.errors()]
+    if config is None or problems:
+        shown = problems[0] if len(problems) == 1 else "\n  ".join(["", *problems]).lstrip(" ")
+        raise BevatronError(f"{path}: {shown}")
+    return config
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -251,8 +265,8 @@ def to_yaml(config: RunConfig) -> str:
 
 
 # Sections and keys whose change would change the numbers, or what a step is.
-FIXED: tuple[str, ...] = ("objective", "data.train", "data.seq_len", "train.seed", "train.global_batch")
-FIXED += ("train.precision", "optimizer", "schedule")
+FIXED: tuple[str, ...] = ("objective", "optimizer", "schedule", "data.train", "data.seq_len")
+FIXED += ("train.seed", "train.global_batch", "train.precision")
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

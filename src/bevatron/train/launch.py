@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,6 @@ def _objective(config: RunConfig) -> Any:
 
 def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     """One rank's whole run."""
-    import torch
-
     from bevatron.parallel.world import default_device, world
     from bevatron.train.run import Run, find_start
 
@@ -131,8 +130,9 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
         if main:
             print(text, file=sys.stderr, flush=True)
 
+    # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     with world(device):
-        torch.manual_seed(0)
         start = find_start(config)
         run = Run(config, start, layout, _objective(config), device, allow_changed)
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"

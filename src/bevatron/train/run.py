@@ -256,7 +256,7 @@ class Run:
             provenance = weights.folder / "provenance.json"
             if provenance.is_file():
                 shutil.copy(provenance, temporary / "provenance.json")
-        state = {"step": self.step, "tokens": self.tokens}
+        state: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
         state |= {"samples": self.step * self.config.train.global_batch}
         state["schedule"] = self.config.schedule.name
         texts = {"spec.json": to_json(start.spec), "config.yaml": to_yaml(self.config)}

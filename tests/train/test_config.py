@@ -1,0 +1,165 @@
+"""A run configuration is checked in full, and says in one message what is wrong and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bevatron.errors import BevatronError
+from bevatron.train.config import (
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    changed_keys,
+    load_config,
+    to_yaml,
+)
+
+SMALL = """\
+model: {spec: tiny}
+data: {train: [{path: tokens}], seq_len: 16}
+train: {steps: 5, global_batch: 8}
+optimizer: {name: adamw, lr: 1e-4}
+run: {dir: runs/a}
+"""
+
+
+def load(folder: Path, text: str = SMALL, *overrides: str) -> RunConfig:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, list(overrides))
+
+
+def refusal(folder: Path, text: str = SMALL, *overrides: str) -> str:
+    with pytest.raises(BevatronError) as caught:
+        load(folder, text, *overrides)
+    return str(caught.value)
+
+
+def test_the_example_of_the_interface_loads(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        """\
+model: {init: path-or-hub-id}
+tokenizer: path-or-hub-id
+objective: {name: pretrain}
+data: {train: [{path: tokens/, weight: 1.0}], validation: [{path: held-out/}], seq_len: 4096}
+parallel: {tp: 2, pp: 2, dp_shard: 2, dp_replicate: 1, cp: 1, sequence_parallel: true, schedule: 1f1b}
+train: {steps: 1000, global_batch: 64, micro_batch: 2, precision: bf16, recompute: none, compile: false, seed: 0}
+optimizer: {name: adamw, lr: 3.0e-4, betas: [0.9, 0.95], weight_decay: 0.1, clip_grad: 1.0}
+schedule: {name: cosine, warmup_steps: 100, min_lr: 3.0e-5}
+checkpoint: {every: 500, keep: 3, async: true}
+run: {dir: runs/llama3-8b}
+""",  # noqa: E501
+    )
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.checkpoint.async_
+    assert config.parallel.schedule == "1f1b"
+
+
+def test_sections_are_built_by_keyword_too() -> None:
+    assert OptimizerConfig(lr=1e-2, clip_grad=1.0).name == "adamw"
+    assert TrainConfig(steps=1, global_batch=8).micro_batch == 1
+
+
+@pytest.mark.parametrize("spelling", ["1e-4", "1.0e-4", "0.0001", "1E-4", "+1e-4", "10e-5"])
+def test_every_spelling_of_a_number_is_a_number(tmp_path: Path, spelling: str) -> None:
+    assert load(tmp_path, SMALL, f"optimizer.lr={spelling}").optimizer.lr == pytest.approx(1e-4)
+    assert load(tmp_path, SMALL.replace("1e-4", spelling)).optimizer.lr == pytest.approx(1e-4)
+
+
+def test_overrides_reach_sections_lists_and_absent_sections(tmp_path: Path) -> None:
+    overrides = [
+        "train.steps=7",
+        "parallel.tp=2",
+        "data.train.0.weight=2.5",
+        "parallel.split=[1, 3]",
+    ]
+    config = load(tmp_path, SMALL, *overrides)
+    assert (config.train.steps, config.parallel.tp, config.parallel.split) == (7, 2, [1, 3])
+    assert config.data.train[0].weight == 2.5
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stepz=3", "train.stepz: unknown key; did you mean train.steps?"),
+        ("optimiser.lr=3", "optimiser: unknown key; did you mean optimizer?"),
+        (
+            "data.train.0.wieght=3",
+            "data.train.0.wieght: unknown key; did you mean data.train.0.weight?",
+        ),
+        ("checkpoint.asinc=true", "did you mean checkpoint.async?"),
+        ("parallel.tp='2'", "parallel.tp: "),
+        ("train.compile=1", "train.compile: "),
+        ("train.steps=1.5", "train.steps: "),
+        ("optimizer.lr=.inf", "optimizer.lr: "),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: "),
+        ("model.init=x", "model: give exactly one of init"),
+        ("data.train=[]", "data.train: "),
+        ("data.train.4.weight=1", "4 is not one of 1 items"),
+        ("train.steps.x=1", "train.steps is a value, not a section"),
+        ("steps", "expected section.key=value"),
+        ("run.dir=[", "not valid YAML"),
+        ("train.precision=fp8", "train.precision: "),
+        ("train.val_every=2", "data.validation is empty"),
+    ],
+)
+def test_a_bad_value_is_named_by_its_dotted_path(tmp_path: Path, override: str, says: str) -> None:
+    message = refusal(tmp_path, SMALL, override)
+    assert says in message
+    assert message.startswith(str(tmp_path / "config.yaml"))
+
+
+def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
+    text = SMALL.replace("steps: 5", "stepz: 5").replace("1e-4", "fast")
+    message = refusal(tmp_path, text, "nonsense", "run.dirr=x")
+    for part in ("train.steps: missing", "train.stepz", "optimizer.lr", "nonsense", "run.dirr"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (SMALL + "run: {dir: b}\n", "line 6: the key 'run' appears twice"),
+        ("- a\n", "expected sections"),
+        ("", "expected sections"),
+        ("model: {", "not valid YAML"),
+        ("? [a]\n: 1\n", "not text"),
+        ("1: 2\n", "not text"),
+        ("model: !!python/object:os.system {}\n", "not valid YAML"),
+        ("model: &a {init: *a}\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    assert says in refusal(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BevatronError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml", [])
+
+
+def test_the_resolved_text_loads_equal_and_names_every_default(tmp_path: Path) -> None:
+    config = load(tmp_path, SMALL, "optimizer.eps=1e-12", "checkpoint.async=true")
+    text = to_yaml(config)
+    assert load(tmp_path, text) == config
+    assert to_yaml(load(tmp_path, text)) == text
+    assert yaml.safe_load(text)["schedule"]["name"] == "cosine"
+
+
+def test_what_decides_the_numbers_may_not_change(tmp_path: Path) -> None:
+    before = load(tmp_path)
+    fixed = ["data.seq_len=8", "train.seed=1", "train.global_batch=4", "train.precision=fp32"]
+    fixed += ["optimizer.lr=1.0", "schedule.warmup_steps=2", "data.train=[{path: other}]"]
+    for override in fixed:
+        key = override.partition("=")[0]
+        assert changed_keys(before, load(tmp_path, SMALL, override)) == [key]
+
+
+def test_what_only_decides_the_speed_may_change(tmp_path: Path) -> None:
+    free = ["parallel.tp=2", "train.micro_batch=2", "train.steps=9", "checkpoint.every=3"]
+    free += ["train.recompute=full", "train.compile=true", "data.validation=[{path: b}]"]
+    assert changed_keys(load(tmp_path), load(tmp_path, SMALL, *free)) == []

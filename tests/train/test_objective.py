@@ -1,0 +1,62 @@
+"""The reported loss is the mean over tokens, and its gradients are F.cross_entropy's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bevatron.nn.comm import LOCAL
+from bevatron.parallel.layout import Layout
+from bevatron.train import cross_entropy
+from bevatron.train.cross_entropy import IGNORE, cross_entropy_sum
+from tests.processes import Pool
+from tests.train_steps import GLOBAL_BATCH, SEQ_LEN, Case, make_trainer, samples
+
+
+def loss_and_logits_loss(case: Case) -> tuple[float, float | None]:
+    """The first step's reported loss; in one process also that of the decoder's own logits."""
+    trainer = make_trainer(case)
+    batch = samples(trainer, 0)
+    plain = None
+    if case.layout.world_size == 1:
+        decoder = trainer.placed.stage.decoder
+        with torch.no_grad():
+            stage = trainer.placed.stage
+            stage.make_compute = lambda comm, spec, kept: decoder.to_logits
+            out = stage(batch[:, :-1], labels=batch[:, 1:])
+            plain = float(F.cross_entropy(out.flatten(0, 1), batch[:, 1:].flatten()))
+            stage.make_compute = trainer.objective.compute
+    return trainer.step(batch, 0.0)[0], plain
+
+
+@pytest.mark.parametrize("spec", ["homogeneous", "nanochat"])
+def test_the_loss_is_the_mean_over_tokens(pool: Pool, spec: str) -> None:
+    reported, plain = pool.run(1, loss_and_logits_loss, Case(spec))[0]
+    assert plain is not None
+    assert reported == pytest.approx(plain, rel=1e-5)
+    layout = Layout(tp=2, pp=2, dp_shard=2)
+    for got, _ in pool.run(layout.world_size, loss_and_logits_loss, Case(spec, layout)):
+        assert got == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [1, 7 * 50, 10**9])
+def test_chunked_cross_entropy_equals_the_plain_one(
+    cap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and both gradients in fp32, ignored labels among them; sums differ in order only."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(GLOBAL_BATCH, SEQ_LEN, 24, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 24, generator=generator, requires_grad=True)
+    labels = torch.randint(50, (GLOBAL_BATCH, SEQ_LEN), generator=generator)
+    labels[0, :5] = IGNORE
+    got = cross_entropy_sum(x, weight, labels, LOCAL, cap, 50)
+    got_grads = torch.autograd.grad(got / 3, (x, weight))
+    logits = x @ weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    for a, b in zip(got_grads, torch.autograd.grad(want / 3, (x, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
