@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -16,7 +17,6 @@ from bevatron.errors import BevatronError, CheckFailed
 app = typer.Typer(
     name="bevatron",
     help="From Hugging Face to a training cluster and back: convert, train in 3D, generate.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -128,10 +128,10 @@ def tokenize(
     store = make(
         list(sources), Path(target), tokenizer=tokenizer, overwrite=overwrite, append_eos=eos
     )
-    _show({"path": target, "tokens": store.tokens, "documents": store.documents}, as_json)
+    _show({"path": target, "tokens": store.tokens, "documents": store.info.documents}, as_json)
 
 
-@app.command(context_settings={"ignore_unknown_options": False})
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
@@ -205,7 +205,7 @@ def demo(
 
 def _known(option: str, value: str, *known: str) -> None:
     if value not in known:
-        raise BevatronError(f"{option} {value}: not supported; supported: {', '.join(known)}")
+        raise BevatronError(f"{option} {value}: not supported yet; use {', '.join(known)}")
 
 
 def _show(values: dict[str, Any], as_json: bool) -> None:
@@ -231,7 +231,7 @@ def _plain(value: Any) -> str:
 def main() -> None:
     """Run a verb; every failure is one message and a status, never a traceback."""
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False)
     except BevatronError as error:
         _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
@@ -241,8 +241,24 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
+    except Exception as error:
+        _fail(*_described(error))
+    if status == 130:  # typer has caught the KeyboardInterrupt already
+        _fail("interrupted", 130)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, status: int) -> None:
+def _described(error: Exception) -> tuple[str, int]:
+    """Message and status of a usage error, or of one that should have been a BevatronError."""
+    context = getattr(error, "ctx", None)
+    if hasattr(error, "format_message"):  # typer's, wherever this version of it keeps the class
+        hint = f" See `{context.command_path} --help`." if context is not None else ""
+        return f"{error.format_message()}{hint}", 2
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"unexpected {type(error).__name__} at {where}: {error}", 2
+
+
+def _fail(message: str, status: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -1,0 +1,124 @@
+"""The promises of every command: statuses, one message on stderr, one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bevatron import __version__
+from bevatron.cli import main as cli
+from bevatron.errors import CheckFailed
+
+VERBS = ["import", "export", "verify", "inspect", "tokenize", "train", "generate", "demo"]
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def bevatron(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bevatron", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_package_and_its_help_import_nothing_heavy() -> None:
+    code = (
+        "import sys, bevatron, bevatron.cli.main\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'huggingface_hub', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_verb_and_version_is_the_package_s() -> None:
+    shown = bevatron("--help")
+    assert shown.returncode == 0
+    assert all(f" {verb} " in shown.stdout for verb in VERBS)
+    assert bevatron("--version").stdout == f"bevatron {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Missing command"),
+        (["frobnicate"], "frobnicate"),
+        (["--frobnicate"], "--frobnicate"),
+        (["inspect"], "Missing argument"),
+        (["inspect", "nowhere/at/all"], "nowhere/at/all"),
+        (["import", "a", "b", "--from", "nanotron"], "--from nanotron: not supported yet"),
+        (["export", "a", "b", "--to", "nanotron"], "--to nanotron: not supported yet"),
+        (["export", "nowhere", "b"], "nowhere"),
+        (["verify", "nowhere/a", "nowhere/b", "--no-logits"], "nowhere"),
+        (["tokenize", "a", "--tokenizer", "t"], "SRC... DST"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "nowhere.yaml", "--nproc", "0"], "--nproc"),
+        (["generate", "x"], "--prompt"),
+        (["generate", "x", "--prompt", "a", "--tp", "2"], "--tp 1 --pp 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_status_2_and_one_line(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = bevatron(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_one_object_with_the_promised_keys(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    done = bevatron("inspect", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert {"family", "parameters", "layers", "bytes", "dtype", "step"} <= set(shown)
+    assert (shown["family"], shown["layers"], shown["step"]) == ("llama", 2, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (CheckFailed("they differ"), 1, "error: they differ\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (FileNotFoundError(2, "No such file", "/a/b"), 2, "error: /a/b: No such file\n"),
+        (PermissionError(13, "Permission denied", "/c"), 2, "error: /c: Permission denied\n"),
+        (ZeroDivisionError("by zero"), 2, "error: unexpected ZeroDivisionError at test_commands"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_a_verb_raises_is_one_message(
+    error: BaseException,
+    status: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("bevatron.bridge.inspect.inspect", fails)
+    monkeypatch.setattr(sys, "argv", ["bevatron", "inspect", "x"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == status
+    assert capsys.readouterr().err.startswith(says)
