@@ -18,6 +18,7 @@ app = typer.Typer(
     name="bevatron",
     help="From Hugging Face to a training cluster and back: convert, train in 3D, generate.",
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -74,7 +75,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a native checkpoint or a run's latest step into a Hugging Face folder."""
+    """Convert a native checkpoint or a run into a Hugging Face folder."""
     from bevatron.bridge.convert import export_checkpoint
 
     _known("--to", target_format, "hf")
@@ -105,7 +106,7 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Hugging Face folder, native checkpoint or run.")],
     as_json: Json = False,
 ) -> None:
-    """Say what a model is: family, parameters, layers, bytes, dtype, step."""
+    """Say what a model is: family, layers, bytes, dtype, step."""
     from bevatron.bridge.inspect import inspect as look
 
     _show(look(path), as_json)
