@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from bevatron.errors import BevatronError
 
-PIECE = 1 << 20  # characters; more are cut
+PIECE = 1 << 18  # characters; more are cut
 READ = 1 << 20  # bytes
 LINE_END = re.compile(r"\S\n(?=\S)")
 SPACE = re.compile(r"\S(?=\s)")

@@ -12,7 +12,7 @@ from bevatron.data.text import Piece, find_files, pieces
 from bevatron.data.tokenizer import CONFIGS, OpenTokenizer, open_tokenizer
 from bevatron.errors import BevatronError
 
-BATCH = 4 << 20  # characters that are encoded at once
+BATCH = 2 << 20  # characters that are encoded at once, in some 250 MB
 BATCH_PIECES = 16 << 10
 
 
@@ -28,7 +28,7 @@ def tokenize(
 
     Text goes through as it is: no special token is added but the eos after each document. The name
     of a special token in the text becomes that token, as in transformers. A document of more than
-    1M characters is cut, at a line end if it has one, and its parts are encoded apart.
+    256K characters is cut, at a line end if it has one, and its parts are encoded apart.
 
     Args:
         sources: text files (a document each), .jsonl files with a "text" (a document per line),
