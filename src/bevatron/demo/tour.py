@@ -22,7 +22,7 @@ RUN_YAML = """\
 model: {{init: native}}
 data:
   train: [{{path: tokens, weight: 1.0}}]
-  seq_len: 256
+  seq_len: 128
 parallel: {{tp: 2, pp: 2}}
 train: {{steps: {steps}, global_batch: 16, micro_batch: 4, precision: fp32, seed: 0}}
 optimizer: {{name: adamw, lr: 3.0e-3, betas: [0.9, 0.95], weight_decay: 0.1, clip_grad: 1.0}}
