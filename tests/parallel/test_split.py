@@ -30,7 +30,7 @@ def test_the_split_is_optimal_and_complete(costs: list[float], stages: int) -> N
 
 
 def test_a_written_split_must_fit() -> None:
-    assert given([0, 3, 1], 4, 3) == [range(0), range(0, 3), range(3, 4)]
+    assert given([0, 3, 1], 4, 3) == [range(0), range(3), range(3, 4)]
     with pytest.raises(LayoutError, match="add up to 4 layers"):
         given([2, 1], 4, 2)
 

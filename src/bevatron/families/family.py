@@ -39,9 +39,12 @@ class Family(Protocol):
 
 
 def _families() -> tuple[Family, ...]:
-    from bevatron.families import llama, llama_nemotron, nanochat, nemotron
+    from bevatron.families.llama import FAMILY as llama
+    from bevatron.families.llama_nemotron import FAMILY as llama_nemotron
+    from bevatron.families.nanochat import FAMILY as nanochat
+    from bevatron.families.nemotron import FAMILY as nemotron
 
-    return (llama.FAMILY, nanochat.FAMILY, nemotron.FAMILY, llama_nemotron.FAMILY)
+    return (llama, nanochat, nemotron, llama_nemotron)
 
 
 def by_name(name: str) -> Family:
