@@ -42,6 +42,7 @@ def test_a_permutation_looks_shuffled() -> None:
 def test_every_window_comes_once_per_epoch(tmp_path: Path, tokens: int, seq_len: int) -> None:
     sampler = Sampler([(ascending(tmp_path / "s", tokens), 1.0)], seq_len, seed=5)
     windows = (tokens - 1) // seq_len
+    assert sampler.epoch_length == windows
     orders = []
     for epoch in range(3):
         samples = [sampler.sample(epoch * windows + i) for i in range(windows)]

@@ -159,6 +159,9 @@ def test_text_without_lines_is_cut_somewhere(
 def test_the_eos_is_found_where_it_is_named(tmp_path: Path, model: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
     assert open_tokenizer(tmp_path).eos_id is None
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS}))
+    assert open_tokenizer(tmp_path).eos_id == 1
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|begin|>"}')
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": {"content": EOS}}))
     assert open_tokenizer(tmp_path).eos_id == 1

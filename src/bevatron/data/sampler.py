@@ -120,6 +120,12 @@ class Sampler:
         self._order: list[tuple[int, int]] = []
         self._permutations: dict[int, tuple[int, Permutation]] = {}  # source -> its latest epoch
 
+    @property
+    def epoch_length(self) -> int:
+        """Windows of all stores together. With one store, position epoch_length begins its second
+        epoch; in a mixture each store has epochs of its own, as its weight has it."""
+        return sum(self.windows)
+
     def sample(self, position: int) -> NDArray[np.int64]:
         """[seq_len + 1] tokens. Depends on nothing but the stores, the weights, seed, position."""
         place = self.place(position)

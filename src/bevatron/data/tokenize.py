@@ -35,7 +35,7 @@ def tokenize(
             folders of both. What is hidden, binary or not UTF-8 is left out and counted in the
             store's `info.skipped`.
         tokenizer: see `open_tokenizer`.
-        append_eos: the eos of generation_config.json, config.json or tokenizer_config.json.
+        append_eos: the eos that the first of `tokenizer.CONFIGS` beside tokenizer.json names.
     Raises BevatronError for a source or tokenizer that is missing or unreadable, for no text at
     all, for an unknown eos, and for a `dst` that exists or contains or lies in a source.
     """

@@ -17,7 +17,12 @@ from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 
 TOKENIZER = "tokenizer.json"
-CONFIGS = ("generation_config.json", "config.json", "tokenizer_config.json")
+CONFIGS = (
+    "generation_config.json",
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 

@@ -29,27 +29,30 @@ def nbytes(spec: ModelSpec, dtype: str) -> int:
     return parameter_count(spec) * BYTES[dtype]
 
 
-def layer_flops(spec: ModelSpec, index: int, seq_len: int, causal: bool) -> float:
+def layer_flops(spec: ModelSpec, index: int, seq_len: int, causal: bool) -> int:
     """Forward FLOPs per token of one layer: 2 per matrix element, and attention over `seq_len`.
 
     Scores and weighted values take 4 * seq_len * H * D per token; a causal kernel skips half of
     them. Norms, biases, activations and the rotation are left out.
     """
-    flops = sum(2.0 * p.numel for p in spec.layer_parameters(index) if p.role in _MATMUL)
+    flops = sum(2 * p.numel for p in spec.layer_parameters(index) if p.role in _MATMUL)
     attention = spec.layers[index].attention
     if isinstance(attention, Attention):
-        full = 4.0 * seq_len * attention.num_attention_heads * attention.head_dim
-        flops += full / 2 if causal else full
+        full = 4 * seq_len * attention.num_attention_heads * attention.head_dim
+        flops += full // 2 if causal else full
     return flops
 
 
-def flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> float:
+def flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> int:
     """FLOPs per token of one training step on sequences of `seq_len` tokens.
 
-    Forward: the layers and the head (also when it is tied; the embedding lookup costs nothing).
-    Backward: twice that. Recomputed activations are not useful work and do not count.
+        3 * (2 * V * h + sum over layers of (2 * matrix elements + 4 * seq_len * H * D))
+
+    with 2 in place of 4 if `causal`; a layer without attention has no second term. The first term
+    is the head (also when it is tied; the embedding lookup costs nothing). The factor 3: backward
+    takes twice the forward. Recomputed activations are not useful work and do not count.
     """
-    forward = 2.0 * spec.vocab_size * spec.hidden_size
+    forward = 2 * spec.vocab_size * spec.hidden_size
     for i in range(len(spec.layers)):
         forward += layer_flops(spec, i, seq_len, causal)
-    return 3.0 * forward
+    return 3 * forward
