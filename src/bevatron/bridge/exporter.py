@@ -41,13 +41,13 @@ class ExportPlan:
 
     Attributes:
         headers: weight file -> its first bytes; `index`: the index to write, if a new one.
-        identical: the files have the layout recorded at import.
+        source_files: the weight files are those recorded at import, headers included.
     """
 
     tasks: tuple[Task, ...]
     headers: Mapping[str, bytes]
     index: Mapping[str, Any] | None
-    identical: bool
+    source_files: bool
 
     def lines(self) -> list[str]:
         """The plan, for people."""
@@ -103,8 +103,8 @@ def export_checkpoint(
         dtype=_dtype(plan),
         step=native.manifest.step,
         files=files,
-        seconds=time.perf_counter() - started,
-        identical=plan.identical,
+        seconds=round(time.perf_counter() - started, 3),
+        identical=plan.source_files and _unmodified(native),
         skipped=dict(native.provenance.skipped) if native.provenance else {},
         notes=notes,
     )
@@ -247,7 +247,7 @@ def _copy_source(native: Native, plan: ExportPlan, folder: Path) -> int:
             name = path.relative_to(source).as_posix()
             if path.is_dir():
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            elif name != INDEX or plan.identical:
+            elif name != INDEX or plan.source_files:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(mover, path, folder / name)
                 count += 1
@@ -264,7 +264,7 @@ def _write_own_files(native: Native, plan: ExportPlan, folder: Path) -> None:
         _write_json(folder / CONFIG, config)
         if not (folder / "generation_config.json").exists():
             _write_generation_config(folder, config)
-    if plan.identical and _unmodified(native):
+    if plan.source_files and _unmodified(native):
         return
     facts = _facts(native, dtype)
     if not (folder / "bevatron.json").exists():
@@ -278,7 +278,7 @@ def _config_holds(native: Native, plan: ExportPlan, dtype: str) -> bool:
     if native.config is None:
         return False
     named = native.config.get("dtype") or native.config.get("torch_dtype")
-    if not plan.identical and named is not None and named != dtype:
+    if not plan.source_files and named is not None and named != dtype:
         return False
     try:
         return native.family.spec(native.config) == native.spec

@@ -89,7 +89,7 @@ def import_checkpoint(
         dtype=main_dtype((t.to, t.entry.native.numel) for t in plan.tasks),
         step=0,
         files=len(source.others),
-        seconds=time.perf_counter() - started,
+        seconds=round(time.perf_counter() - started, 3),
         skipped=dict(source.skipped),
         notes=notes,
     )

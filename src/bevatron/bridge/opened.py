@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bevatron.bridge.hf_folder import SourceError, open_hf, shown
-from bevatron.checkpoint.locate import is_native, resolve
-from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry, read_manifest
-from bevatron.checkpoint.safetensors_file import Stored
+from bevatron.bridge.hf_folder import open_hf
+from bevatron.bridge.native import open_native
+from bevatron.bridge.plan import Task, plan_import, row_elements
+from bevatron.checkpoint.locate import is_native
+from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
 from bevatron.families import for_config
-from bevatron.families.weight_map import Entry
 from bevatron.spec import ModelSpec
-from bevatron.spec.json import from_json
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Opened:
 
     Attributes:
         folder: that the manifest's chunks are relative to.
-        source: the folder with the source's other files (config.json, tokenizer, ...), if any.
+        source: the folder with the source's other files (config.json, tokenizer, ...), if any;
+            `others`: which files those are, or None for all that lie there.
         native: whether `folder` is a native checkpoint rather than an HF folder.
     """
 
@@ -36,6 +37,7 @@ class Opened:
     spec: ModelSpec
     manifest: Manifest
     source: Path | None
+    others: tuple[str, ...] | None
     native: bool
 
     @property
@@ -50,66 +52,48 @@ class Opened:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda d: sizes[d])
 
+    def copy_source(self, target: Path) -> None:
+        """Copy the source's other files, byte for byte, into the new folder `target`."""
+        if self.source is None:
+            return
+        if self.others is None:
+            shutil.copytree(self.source, target)
+            return
+        for name in self.others:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source / name, target / name)
+
 
 def open_weights(path: str | Path) -> Opened:
     """Open what `path` means. Raises BevatronError if it is none of these or is damaged."""
     if os.path.lexists(path) and is_native(Path(path)):
-        folder = resolve(path)
-        manifest = read_manifest(folder)
-        spec = from_json((folder / "spec.json").read_text(encoding="utf-8"))
-        source = folder / "source"
-        return Opened(folder, spec, manifest, source if source.is_dir() else None, True)
-    return _open_hf(path)
-
-
-def _open_hf(path: str | Path) -> Opened:
+        native = open_native(path)
+        source = native.folder / "source"
+        found = source if source.is_dir() else None
+        return Opened(native.folder, native.spec, native.manifest, found, None, True)
     hf = open_hf(path)
     family = for_config(hf.config)
     spec = family.spec(hf.config)
-    stored = hf.tensors()
-    tensors, used = {}, set()
-    for entry in family.weight_map(spec):
-        for source in entry.sources:
-            if source.name not in stored:
-                raise SourceError(f"{hf.path}: tensor {source.name} is missing")
-            found = stored[source.name][1].shape
-            if tuple(found) != source.shape:
-                raise SourceError(
-                    f"{hf.path}: {source.name} has shape {list(found)}, config.json makes it "
-                    f"{list(source.shape)}"
-                )
-            used.add(source.name)
-        tensors[f"model/{entry.native.name}"] = _chunks(entry, stored, hf.path)
-    extra = [n for n in stored if n not in used and not family.skip(n)]
-    if spec.tie_word_embeddings:
-        extra = [n for n in extra if n != "lm_head.weight"]
-    if extra:
-        raise SourceError(f"{hf.path}: holds tensors that no part of the model is: {shown(extra)}")
-    return Opened(hf.path, spec, Manifest(family.name, 0, tensors), hf.path, False)
+    plan = plan_import(str(hf.path), family, spec, hf.tensors(), None)
+    tensors = {task.native: _chunks(task) for task in plan.tasks}
+    return Opened(hf.path, spec, Manifest(family.name, 0, tensors), hf.path, hf.others, False)
 
 
-def _chunks(entry: Entry, stored: dict[str, tuple[str, Stored]], where: Path) -> TensorEntry:
-    dtypes = {stored[s.name][1].dtype for s in entry.sources}
-    if len(dtypes) > 1:
-        raise SourceError(
-            f"{where}: {', '.join(s.name for s in entry.sources)} have different dtypes "
-            f"({', '.join(sorted(dtypes))}) but are one matrix here; convert them to one dtype"
-        )
-    dtype, shape = dtypes.pop(), entry.native.shape
+def _chunks(task: Task) -> TensorEntry:
+    """A native tensor as chunks of HF's files. Their hashes are empty: HF records none."""
+    width = row_elements(task.entry)
+    shape = task.entry.native.shape
     chunks = []
-    for rows in entry.rows:
-        source = entry.sources[rows.source]
-        width = source.shape[-1] if len(source.shape) > 1 else 1
-        file, tensor = stored[source.name]
-        at = tensor.begin + rows.source_start * width * ITEMSIZE[dtype]
+    for rows in task.entry.rows:
+        file, stored = task.tensors[rows.source][0]
+        at = stored.begin + rows.source_start * width * ITEMSIZE[task.dtype]
         offset, size = _box(rows.native_start * width, rows.count * width, shape)
         chunks.append(Chunk(offset, size, file, at, ""))
-    return TensorEntry(dtype, shape, tuple(chunks))
+    return TensorEntry(task.dtype, shape, tuple(chunks))
 
 
 def _box(start: int, count: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A run of whole slices along the first dimension, as offset and shape of a box."""
-    slice_size = math.prod(shape[1:])
     tail = shape[1:]
-    assert start % slice_size == 0 and count % slice_size == 0
-    return (start // slice_size, *[0] * len(tail)), (count // slice_size, *tail)
+    elements = math.prod(tail)
+    return (start // elements, *[0] * len(tail)), (count // elements, *tail)

@@ -15,7 +15,7 @@ class ConversionReport:
     Attributes:
         parameters: elements of the model; `tensors`, `nbytes`: of the HF side, as written or read.
         dtype: of most bytes, in config.json's spelling; `step`: of the native checkpoint.
-        identical: an export whose weight files have the layout of the imported ones.
+        identical: an export of unmodified weights into the files that they were imported from.
         skipped: source tensors and files not taken along, with the reason.
         notes: what the user should know, one sentence each.
     """

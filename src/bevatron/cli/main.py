@@ -195,7 +195,7 @@ def generate(
 def demo(
     source: Annotated[str | None, typer.Argument(help="HF folder or Hub id to start from.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Everything goes in here.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(min=5, help="Training steps at each layout.")] = 60,
+    steps: Annotated[int, typer.Option(min=5, help="Training steps at each layout.")] = 50,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete --dir first.")] = False,
 ) -> None:
     """The whole tour on real text: convert, train in 3D, resume, export, verify, generate."""
@@ -223,7 +223,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) or "none"
+        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) or "none"
     if isinstance(value, list):
         return "".join(f"\n  {_plain(v)}" for v in value) or "none"
     return "none" if value is None else str(value)

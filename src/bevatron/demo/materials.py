@@ -68,7 +68,7 @@ def make_model(text: Path, target: Path) -> None:
         vocab_size=vocab,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=2048,

@@ -17,6 +17,7 @@ from typing import Any
 from bevatron.demo.materials import copy_text, make_model
 from bevatron.errors import BevatronError
 
+MARK = ".bevatron-demo"
 PROMPT = "def read(self, size=-1):"
 RUN_YAML = """\
 model: {{init: native}}
@@ -64,7 +65,7 @@ class Tour:
         return done.stdout
 
 
-def demo(source: str | None, folder: Path, *, steps: int = 60, overwrite: bool = False) -> None:
+def demo(source: str | None, folder: Path, *, steps: int = 50, overwrite: bool = False) -> None:
     """Convert, train in 3D, resume at another layout, export, verify and generate.
 
     Args:
@@ -76,8 +77,11 @@ def demo(source: str | None, folder: Path, *, steps: int = 60, overwrite: bool =
     if folder.exists():
         if not overwrite:
             raise BevatronError(f"{folder}: already exists; name another --dir, or --overwrite")
+        if not (folder / MARK).is_file() and any(folder.iterdir()):
+            raise BevatronError(f"{folder}: was not made by the demo, so it is kept; name another")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
+    (folder / MARK).write_text("Made by `bevatron demo`, which may delete this folder again.\n")
     tour = Tour(folder)
     print(f"Everything goes into {folder}. Commands are run there.")
 
@@ -104,7 +108,8 @@ def demo(source: str | None, folder: Path, *, steps: int = 60, overwrite: bool =
 
     tour.title(5, f"Resume the same run as 2-way FSDP x 2-way tensor parallel, {steps} steps more")
     tour.bevatron("train", "run.yaml", "--nproc", "4", "parallel.pp=1", f"train.steps={2 * steps}")
-    first, last = _show_losses(folder / "run" / "metrics.jsonl", steps)
+    vocabulary = json.loads((folder / "tokens" / "store.json").read_text())["vocab_size"]
+    first, last = _show_losses(folder / "run" / "metrics.jsonl", steps, vocabulary)
     if not last < first:
         raise BevatronError(f"the loss did not fall: {first:.3f} at first, {last:.3f} at last")
 
@@ -153,7 +158,7 @@ def _same(folder: Path, model: str) -> str:
     return f"(no differences: {len(equal)} files, byte for byte)"
 
 
-def _show_losses(path: Path, steps: int) -> tuple[float, float]:
+def _show_losses(path: Path, steps: int, vocabulary: int) -> tuple[float, float]:
     """Draw the loss over all steps; returns the first and the last."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -169,7 +174,7 @@ def _show_losses(path: Path, steps: int) -> tuple[float, float]:
     print(f"          {' ' * mark}resumed at the other layout")
     tail = losses[-5:]
     print(f"   loss {losses[0]:.3f} -> {sum(tail) / len(tail):.3f} nats (a uniform guess: ", end="")
-    print(f"{math.log(4096):.2f})")
+    print(f"{math.log(vocabulary):.2f})")
     return losses[0], sum(tail) / len(tail)
 
 

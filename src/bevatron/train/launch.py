@@ -120,6 +120,7 @@ def _objective(config: RunConfig) -> Any:
 
 def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     """One rank's whole run."""
+    from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import default_device, world
     from bevatron.train.run import Run, find_start
 
@@ -140,6 +141,12 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
         run.go(say)
         if run.step:
             say(f"step {run.step} is in {run.folder.step_folder(run.step)}")
+        if "RANK" in os.environ:
+            # Leave together and without destructors: gloo's threads may outlive the interpreter's
+            # teardown and abort a process whose work is done and saved.
+            on_all(lambda: None)
+            sys.stdout.flush()
+            os._exit(0)
 
 
 def _work_and_report(config: RunConfig, layout: Layout, allow_changed: bool) -> None:

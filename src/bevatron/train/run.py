@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.run_folder import RunFolder, read_train_state
-from bevatron.checkpoint.sharded import box_reader, merge, verify_share, write_rank
+from bevatron.checkpoint.sharded import Saved, box_reader, merge, verify_share, write_rank
 from bevatron.data.sampler import Sampler
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
@@ -45,11 +45,6 @@ class Start:
     weights: Opened | None
     resumed: Path | None
     family: str
-
-    @property
-    def source(self) -> Path | None:
-        """The folder with the HF files besides weights."""
-        return self.weights.source if self.weights else None
 
 
 def find_start(config: RunConfig) -> Start:
@@ -95,6 +90,7 @@ class Run:
         self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
         self.device = device
         self.step = self.tokens = 0
+        self.kept = start.weights  # where the next save finds source files; moves with every save
         seq_len, seed = config.data.seq_len, config.train.seed
         self.sampler = self._sampler(config.data.train, seq_len, seed)
         self.validation = (
@@ -241,15 +237,27 @@ class Run:
         """Write this step's checkpoint: every rank its own boxes, rank 0 the rest."""
         temporary = self.folder.path / f".step-{self.step:08d}.partial"
         on_all(lambda: self.folder.begin(self.step) if self.is_main else None)
-        ranks = on_all(lambda: write_rank(temporary, self.trainer.to_save(), self.rank))
+        carried = self._carried() if self.is_main else []
+        saved = [*self.trainer.to_save(), *carried]
+        ranks = on_all(lambda: write_rank(temporary, saved, self.rank))
         on_all(lambda: self._commit(temporary, merge(ranks)) if self.is_main else None)
 
+    def _carried(self) -> list[Saved]:
+        """Source tensors that are no parameters; they return on export."""
+        weights = self.kept
+        if weights is None:
+            return []
+        read, out = box_reader(weights.folder, weights.manifest, ""), []
+        for name, entry in weights.manifest.tensors.items():
+            if name.startswith("carried/"):
+                values = read(name, (0,) * len(entry.shape), entry.shape)
+                out.append(Saved(name, values, values, values.dtype))
+        return out
+
     def _commit(self, temporary: Path, tensors: Any) -> None:
-        weights, start = self.start.weights, self.start
-        if start.source is not None:
-            ignore = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
-            native = weights is not None and weights.native
-            shutil.copytree(start.source, temporary / "source", ignore=None if native else ignore)
+        weights, start = self.kept, self.start
+        if weights is not None and weights.source is not None:
+            weights.copy_source(temporary / "source")
         elif self.config.tokenizer is not None:
             copy_tokenizer(Path(self.config.tokenizer), temporary / "source")
         if weights is not None and weights.native:
@@ -261,7 +269,8 @@ class Run:
         state["schedule"] = self.config.schedule.name
         texts = {"spec.json": to_json(start.spec), "config.yaml": to_yaml(self.config)}
         texts["train_state.json"] = json.dumps(state) + "\n"
-        self.folder.commit(temporary, self.step, Manifest(start.family, self.step, tensors), texts)
+        manifest = Manifest(start.family, self.step, tensors)
+        self.kept = open_weights(self.folder.commit(temporary, self.step, manifest, texts))
         self.folder.retain(self.config.checkpoint.keep)
 
 

@@ -1,0 +1,204 @@
+"""`bevatron train` as a user runs it: real processes, real folders, and out to transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from bevatron.bridge.convert import export_checkpoint, import_checkpoint
+from bevatron.data.tokenize import tokenize
+from bevatron.generate.load import load_decoder
+from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
+from bevatron.spec.json import to_json
+
+CONFIG = """\
+model: {init: native}
+data: {train: [{path: tokens}], validation: [{path: tokens}], seq_len: 16}
+train: {steps: 4, global_batch: 8, micro_batch: 2, precision: fp32, val_every: 2}
+optimizer: {lr: 1.0e-3}
+schedule: {name: constant}
+checkpoint: {every: 2, keep: 1}
+run: {dir: run}
+"""
+
+
+def bevatron(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF folder in bf16 with a tokenizer, its import, and tokens."""
+    folder = tmp_path_factory.mktemp("train")
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "hf")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {c: i + 3 for i, c in enumerate(alphabet)} | {"<unk>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "hf" / "tokenizer.json"))
+    import_checkpoint(folder / "hf", folder / "native")
+    (folder / "text.txt").write_text(Path(json.__file__).read_text())
+    tokenize([folder / "text.txt"], folder / "tokens", tokenizer=folder / "hf")
+    (folder / "run.yaml").write_text(CONFIG)
+    return folder
+
+
+def lines(folder: Path, key: str = "loss") -> list[tuple[int, float]]:
+    text = (folder / "metrics.jsonl").read_text()
+    return [(x["step"], x[key]) for x in map(json.loads, text.splitlines()) if key in x]
+
+
+def test_launch_resume_torchrun_and_export(work: Path) -> None:
+    """One process to the end; the same in two launched parts at two layouts; equal to 1e-5."""
+    whole = bevatron(work, "bevatron", "train", "run.yaml", "run.dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    started = bevatron(work, "bevatron", "train", "run.yaml", "--nproc", "2", "parallel.tp=2",
+                       "train.steps=2")  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    assert "Traceback" not in started.stderr
+    resumed = bevatron(work, "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                       "-m", "bevatron", "train", "run.yaml", "parallel.pp=2")  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    for key in ("loss", "grad_norm", "val_loss"):
+        expected = lines(work / "whole", key)
+        assert [s for s, _ in expected] == ([1, 2, 3, 4] if key != "val_loss" else [2, 4])
+        for got, want in zip(lines(work / "run", key), expected, strict=True):
+            assert got == (want[0], pytest.approx(want[1], rel=1e-5)), key
+    assert (work / "run" / "latest").read_text().strip() == "step-00000004"
+    assert [p.name for p in sorted((work / "run").glob("step-*"))] == ["step-00000004"], "keep: 1"
+    assert not list((work / "run").glob(".*partial*"))
+
+    export_checkpoint(work / "run", work / "trained")
+    model = transformers.AutoModelForCausalLM.from_pretrained(work / "trained", dtype="auto")
+    assert model.dtype == torch.float32, "the run's precision"
+    original = transformers.AutoModelForCausalLM.from_pretrained(work / "hf", dtype="auto")
+    assert not torch.equal(model.lm_head.weight, original.lm_head.weight.float())
+    assert (work / "trained/tokenizer.json").read_bytes() == (
+        work / "hf/tokenizer.json"
+    ).read_bytes()
+
+
+def test_bf16_started_from_the_hf_folder_exports_into_its_own_files(work: Path) -> None:
+    """Weights of the same names, shapes and dtypes return in the source's config and shard."""
+    ran = bevatron(work, "bevatron", "train", "run.yaml", "model.init=hf", "run.dir=bf16",
+                   "train.precision=bf16", "train.steps=2")  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    export_checkpoint(work / "bf16", work / "bf16-out")
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (work / "bf16-out" / name).read_bytes() == (work / "hf" / name).read_bytes(), name
+    model = transformers.AutoModelForCausalLM.from_pretrained(work / "bf16-out", dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
+def test_random_heterogeneous_weights_train_and_export_as_llama_nemotron(work: Path) -> None:
+    """No source at all: config.json is written from the spec, the tokenizer comes along."""
+    layers = (
+        LayerSpec(Attention(4, 1, 8), MLP(256)),
+        LayerSpec(Linear(), None),
+        LayerSpec(None, MLP(512)),
+        LayerSpec(Attention(4, 4, 8), Linear()),
+    )
+    (work / "spec.json").write_text(to_json(ModelSpec(300, 32, layers)))
+    (work / "random.yaml").write_text(
+        CONFIG.replace("init: native", "spec: spec.json") + "tokenizer: hf\n"
+    )
+    ran = bevatron(work, "bevatron", "train", "random.yaml", "--nproc", "2", "run.dir=random")
+    assert ran.returncode == 0, ran.stderr
+    export_checkpoint(work / "random", work / "random-out")
+    config = json.loads((work / "random-out" / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"]
+    assert (work / "random-out" / "tokenizer.json").is_file()
+    ours, spec = load_decoder(work / "random")
+    again, _ = load_decoder(work / "random-out")
+    assert spec.layers == layers
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(ours.logits(ids), again.logits(ids))
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused(work: Path) -> None:
+    (work / "tiny.json").write_text(to_json(ModelSpec(101, 32, (LayerSpec(None, MLP(256)),))))
+    (work / "tiny.yaml").write_text(CONFIG.replace("init: native", "spec: tiny.json"))
+    ran = bevatron(work, "bevatron", "train", "tiny.yaml", "run.dir=refused")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: ") and "101" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["parallel.tp=3", "--nproc", "3"], "4 query heads, which tp=3 does not divide"),
+        (["--nproc", "2", "parallel.tp=4"], "start a multiple of 4"),
+        (["train.stepz=3"], "did you mean train.steps"),
+        (["model.init=nowhere/at/all"], "nowhere/at/all"),
+        (["data.train.0.path=missing"], "missing"),
+        (["train.global_batch=7"], "global_batch"),
+    ],
+)
+def test_bad_input_is_one_message_and_no_run_folder(
+    work: Path, arguments: list[str], message: str
+) -> None:
+    ran = bevatron(work, "bevatron", "train", "run.yaml", "run.dir=refused", *arguments)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: ") and message in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (work / "refused").exists()
+
+
+def test_one_damaged_byte_stops_all_ranks_with_its_message(work: Path) -> None:
+    shutil.copytree(work / "native", work / "damaged")
+    path = work / "damaged" / "model" / "00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    ran = bevatron(work, "bevatron", "train", "run.yaml", "--nproc", "2", "model.init=damaged",
+                   "run.dir=refused")  # fmt: skip
+    assert ran.returncode == 2
+    assert ran.stderr.count("error: ") == 1 and "damaged: their hash is" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_resumed_run_refuses_what_would_change_its_numbers(work: Path) -> None:
+    for value in ("train.seed=5", "data.seq_len=8", "optimizer.lr=0.5"):
+        ran = bevatron(
+            work, "bevatron", "train", "run.yaml", "run.dir=whole", "train.steps=6", value
+        )
+        assert ran.returncode == 2
+        assert value.partition("=")[0] in ran.stderr
+
+
+def test_dry_run_starts_nothing(work: Path) -> None:
+    ran = bevatron(work, "bevatron", "train", "run.yaml", "--dry-run", "--nproc", "8",
+                   "parallel.tp=2", "parallel.pp=2", "run.dir=dry")  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "pp 2 x dp_shard 2 x tp 2" in ran.stdout
+    assert not (work / "dry").exists()
