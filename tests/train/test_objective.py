@@ -11,7 +11,7 @@ from bevatron.parallel.layout import Layout
 from bevatron.train import cross_entropy
 from bevatron.train.cross_entropy import IGNORE, cross_entropy_sum
 from tests.processes import Pool
-from tests.train_steps import GLOBAL_BATCH, SEQ_LEN, Case, make_trainer, samples
+from tests.train_steps import GLOBAL_BATCH, SEQ_LEN, Case, make_trainer, samples, train
 
 
 def loss_and_logits_loss(case: Case) -> tuple[float, float | None]:
@@ -60,3 +60,26 @@ def test_chunked_cross_entropy_equals_the_plain_one(
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     for a, b in zip(got_grads, torch.autograd.grad(want / 3, (x, weight)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def evaluate_between_steps(case: Case) -> list[float]:
+    """Validation before, between and after updates, and the losses of the updates."""
+    trainer = make_trainer(case)
+    out = [trainer.evaluate(samples(trainer, 9))]
+    for step in range(3):
+        out.append(trainer.step(samples(trainer, step), 1e-2))
+        out.append(trainer.evaluate(samples(trainer, 9)))
+    return [x for pair in out for x in pair]
+
+
+def test_validation_is_the_same_at_every_layout_and_disturbs_nothing(pool: Pool) -> None:
+    """It sees each update, and the updates do not see it."""
+    expected = pool.run(1, evaluate_between_steps, Case("heterogeneous"))[0]
+    trained = pool.run(1, train, Case("heterogeneous"))[0]
+    assert [expected[i] for i in (2, 6, 10)] == [loss for loss, _ in trained[:3]]
+    assert len({expected[i] for i in (0, 4, 8, 12)}) == 4
+    for layout in (Layout(dp_shard=2), Layout(tp=2, pp=2, dp_shard=2), Layout(pp=4)):
+        micro = 1 if layout.pp == 4 else 2
+        case = Case("heterogeneous", layout, micro_batch=micro)
+        for got in pool.run(layout.world_size, evaluate_between_steps, case):
+            assert got == pytest.approx(expected, rel=1e-5)

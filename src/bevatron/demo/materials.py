@@ -36,7 +36,7 @@ def copy_text(target: Path) -> int:
     for path in _library():
         size = path.stat().st_size
         if copied + size > TEXT_BYTES:
-            break
+            continue
         shutil.copyfile(path, target / path.name)
         copied += size
     if copied < TEXT_BYTES // 8:

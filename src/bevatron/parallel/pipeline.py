@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from bevatron.errors import BevatronError
@@ -34,25 +36,24 @@ class Runner:
         device: torch.device,
     ) -> None:
         self.placed, self.micro_batch, self.count = placed, micro_batch, count
-        self.scale = 1.0
+        self.scale, self.dtype = 1.0, dtype
+        shares = placed.stage.decoder.comm.sequence_shares
+        self.hidden_shape = (micro_batch, seq_len // shares, placed.spec.hidden_size)
         self.schedule: Schedule1F1B | None = None
         if placed.layout.pp > 1:
-            stage = self._pipeline_stage(micro_batch, seq_len, dtype, device)
+            stage = self._pipeline_stage(device, seq_len)
             self.schedule = Schedule1F1B(stage, count, self._scaled, scale_grads=False)
 
-    def _pipeline_stage(
-        self, micro_batch: int, seq_len: int, dtype: torch.dtype, device: torch.device
-    ) -> PipelineStage:
+    def _pipeline_stage(self, device: torch.device, seq_len: int) -> PipelineStage:
         """Static shapes: examples of what comes in and goes out, so that ranks need not ask."""
         placed = self.placed
-        shares = placed.stage.decoder.comm.sequence_shares
-        width = placed.spec.hidden_size
 
         def hidden() -> Tensor:
-            shape = (micro_batch, seq_len // shares, width)
-            return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+            return torch.empty(
+                self.hidden_shape, dtype=self.dtype, device=device, requires_grad=True
+            )
 
-        ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64, device=device)
+        ids = torch.zeros(self.micro_batch, seq_len, dtype=torch.int64, device=device)
         total = torch.zeros((), device=device, requires_grad=True)
         return PipelineStage(
             placed.stage,
@@ -86,24 +87,37 @@ class Runner:
         return value
 
     def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
-        """The objective's sum without gradients; zero on all stages but the last."""
-        with torch.no_grad():
-            if self.schedule is None:
-                parts = self._chunks(ids, batch)
-                return torch.stack([self.placed.stage(i, **b).detach() for i, b in parts]).sum()
-            self.scale = 1.0
-            losses = self._run_schedule(ids, batch, train=False)
-            return torch.stack(losses).sum() if losses else torch.zeros((), device=ids.device)
+        """The objective's sum without gradients; zero on all stages but the last.
 
-    def _run_schedule(self, ids: Tensor, batch: Batch, train: bool = True) -> list[Tensor]:
+        Micro-batches pass down the stages one behind the other. (torch's `Schedule.eval` waits
+        for ever on a 1F1B schedule with two stages, torch 2.13.)"""
+        total = torch.zeros((), device=ids.device)
+        placed = self.placed
+        group = placed.mesh.get_group("pp")
+        ranks = dist.get_process_group_ranks(group)
+        with torch.no_grad():
+            for part, extra in self._chunks(ids, batch):
+                x = part
+                if not placed.is_first:
+                    x = torch.empty(self.hidden_shape, dtype=self.dtype, device=ids.device)
+                    dist.recv(x, ranks[placed.pp_rank - 1], group=group)
+                out = placed.stage(x, **extra)
+                if placed.is_last:
+                    total += out
+                else:
+                    dist.send(out.contiguous(), ranks[placed.pp_rank + 1], group=group)
+        for module in placed.stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the next forward gathers what the optimizer has made by then
+        return total
+
+    def _run_schedule(self, ids: Tensor, batch: Batch) -> list[Tensor]:
         assert self.schedule is not None
         losses: list[Tensor] = []
-        placed = self.placed
-        run: Any = self.schedule.step if train else self.schedule.eval
-        args = (ids,) if placed.is_first else ()
-        target = ids if placed.is_last else None
-        extra: dict[str, Any] = {"return_outputs": False} if train else {}
-        run(*args, target=target, losses=losses, **extra, **batch)
+        args = (ids,) if self.placed.is_first else ()
+        target = ids if self.placed.is_last else None
+        run: Any = self.schedule.step
+        run(*args, target=target, losses=losses, return_outputs=False, **batch)
         return [loss.detach() for loss in losses]
 
     def _accumulate(self, ids: Tensor, batch: Batch) -> Tensor:
