@@ -17,6 +17,7 @@ from bevatron.generate.cache import make_caches
 from bevatron.generate.load import load_opened
 from bevatron.generate.sampling import Sampling, choose
 from bevatron.nn.decoder import Decoder
+from bevatron.parallel.world import default_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def generate(
             f"{opened.source}: the tokenizer gave token {max(ids)}, the model has "
             f"{opened.spec.vocab_size}; it belongs to another model"
         )
-    decoder, _ = load_opened(opened)
+    decoder, _ = load_opened(opened, default_device())
     stops = stop_tokens(opened)
     tokens = list(decode(decoder, ids, sampling, max_new_tokens, stops))
     text = completion_text(tokenizer, ids, tokens)

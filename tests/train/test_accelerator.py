@@ -1,0 +1,72 @@
+"""On an accelerator the same code gives the same numbers. Skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bevatron.generate.cache import make_caches
+from bevatron.nn.decoder import Decoder
+from bevatron.parallel.init import fill
+from bevatron.parallel.layout import Layout
+from bevatron.parallel.world import default_device, mesh, world
+from bevatron.train.config import OptimizerConfig, TrainConfig
+from bevatron.train.objectives import Pretrain
+from bevatron.train.trainer import Trainer
+from tests.specs import ALL
+
+pytestmark = pytest.mark.skipif(default_device().type == "cpu", reason="no accelerator here")
+
+
+def losses(spec: str, device: torch.device, precision: str, compiled: bool) -> list[float]:
+    train = TrainConfig(
+        steps=4, global_batch=8, micro_batch=4, precision=precision, compile=compiled
+    )
+    with world(device):
+        layout = Layout()
+        trainer = Trainer(
+            ALL[spec],
+            layout,
+            mesh(layout, device),
+            Pretrain(),
+            seq_len=32,
+            train=train,
+            optimizer=OptimizerConfig(lr=1e-2),
+            device=device,
+        )
+        trainer.fill_random(0)
+        out = []
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            ids = torch.randint(ALL[spec].vocab_size, (8, 33), generator=generator)
+            out += trainer.step(ids.to(device), 1e-2)
+    return out
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_training_equals_the_cpu(spec: str) -> None:
+    """fp32 without TF32: relative 1e-4 (another order of sums, four AdamW steps); bf16 2%."""
+    expected = losses(spec, torch.device("cpu"), "fp32", False)
+    assert losses(spec, default_device(), "fp32", False) == pytest.approx(expected, rel=1e-4)
+    assert losses(spec, default_device(), "fp32", True) == pytest.approx(expected, rel=1e-4)
+    rounded = losses(spec, default_device(), "bf16", False)
+    assert rounded[::2] == pytest.approx(expected[::2], rel=2e-2)
+
+
+@pytest.mark.parametrize("spec", ALL)
+def test_logits_and_cached_logits_equal_the_cpu(spec: str) -> None:
+    decoder = Decoder(ALL[spec])
+    known = {p.name: p for p in ALL[spec].parameters()}
+    for name, parameter in decoder.named_parameters():
+        fill(parameter, known[name], ALL[spec], 0)
+    ids = torch.randint(ALL[spec].vocab_size, (2, 12))
+    with torch.inference_mode():
+        expected = decoder.logits(ids)
+        device = default_device()
+        decoder, ids = decoder.to(device), ids.to(device)
+        assert (decoder.logits(ids).cpu() - expected).abs().max() < 1e-4
+        caches = make_caches(ALL[spec], 2, 12, torch.float32, device)
+        for t in range(12):
+            at = torch.tensor([[t]], device=device)
+            out = decoder.logits(ids[:, t : t + 1], positions=at, caches=caches)
+            assert (out[:, 0].cpu() - expected[:, t]).abs().max() < 1e-4
