@@ -363,3 +363,8 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 def test_block_lists_have_no_gaps() -> None:
     with pytest.raises(BevatronError, match="2:a1/-"):
         read_blocks("0:a1/- 2:a1/-", 8, 1)
+
+
+def test_architecture_and_model_type_must_agree():
+    with pytest.raises(FamilyError, match=r"architectures .* and model_type 'mistral' disagree"):
+        for_config({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"})

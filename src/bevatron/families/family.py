@@ -57,19 +57,28 @@ def by_name(name: str) -> Family:
 
 
 def for_config(config: Config) -> Family:
-    """The family that config.json names, by `architectures` and `model_type`."""
+    """The family that config.json names, by `architectures`, else by `model_type`.
+
+    transformers goes by `model_type` first: where the two disagree, one reader or the other would
+    be wrong, so it is refused."""
     architectures = config.get("architectures") or []
-    for family in _families():
-        if family.architecture in architectures:
-            return family
-    for family in _families():
-        if not architectures and family.model_type == config.get("model_type"):
-            return family
-    known = ", ".join(f.architecture for f in _families())
-    raise FamilyError(
-        f"config.json: architecture {architectures or config.get('model_type')!r} is not "
-        f"supported; supported are {known}"
-    )
+    model_type = config.get("model_type")
+    families = _families()
+    found = [f for f in families if f.architecture in architectures]
+    if not architectures:
+        found = [f for f in families if f.model_type == model_type]
+    if not found:
+        known = ", ".join(f.architecture for f in families)
+        raise FamilyError(
+            f"config.json: architecture {architectures or model_type!r} is not supported; "
+            f"supported are {known}"
+        )
+    if model_type not in (None, found[0].model_type):
+        raise FamilyError(
+            f"config.json: architectures {architectures} and model_type {model_type!r} disagree; "
+            f"{found[0].architecture} has model_type {found[0].model_type!r}"
+        )
+    return found[0]
 
 
 def for_spec(spec: ModelSpec) -> Family:
