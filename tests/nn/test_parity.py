@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from bevatron.errors import BevatronError
 from bevatron.generate.engine import decode
 from bevatron.generate.load import load_decoder
 from bevatron.generate.sampling import Sampling
@@ -31,7 +32,16 @@ ROPE = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
 }
+YARN = ROPE["yarn"] | {"beta_fast": 20.0, "beta_slow": 2.0, "truncate": False}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.5}
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -54,7 +64,20 @@ LLAMA = {
     "rope-linear": {"rope_parameters": ROPE["linear"]},
     "rope-llama3": {"rope_parameters": ROPE["llama3"], "rms_norm_eps": 1e-5},
 }
+LLAMA |= {
+    "rope-dynamic": {"rope_parameters": ROPE["dynamic"]},
+    "rope-dynamic-beyond": {"rope_parameters": ROPE["dynamic"], "max_position_embeddings": 16},
+    "rope-yarn": {"rope_parameters": ROPE["yarn"]},
+    "rope-yarn-betas": {"rope_parameters": YARN | {"attention_factor": 1.3}},
+    "rope-yarn-mscale": {"rope_parameters": ROPE["yarn"] | MSCALE, "head_dim": 32},
+    "rope-old-spelling": {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+}
 NEMOTRON = {
+    "rope-llama3": {"rope_parameters": ROPE["llama3"], "head_dim": 16},
+    "rope-yarn": {"rope_parameters": YARN, "partial_rotary_factor": 0.25, "head_dim": 32},
     "plain": {},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "head_dim": {"head_dim": 16},
@@ -109,6 +132,72 @@ def test_nemotron(variant: str, tmp_path: Path) -> None:
 def test_nanochat(variant: str, tmp_path: Path) -> None:
     config = transformers.NanoChatConfig(**{**SMALL, **NANOCHAT[variant]})
     assert_parity(save(transformers.NanoChatForCausalLM(config), tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["plain", "head_dim", "tied", "rope-yarn"])
+def test_mistral_without_a_window(variant: str, tmp_path: Path) -> None:
+    config = transformers.MistralConfig(**{**SMALL, "sliding_window": None, **LLAMA[variant]})
+    assert_parity(save(transformers.MistralForCausalLM(config), tmp_path), tmp_path)
+
+
+LABELS = {"id2label": {0: "bad", 1: "so-so", 2: "good"}}
+
+
+@pytest.mark.parametrize("stem", ["Llama", "Nemotron", "Mistral"])
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+@pytest.mark.parametrize("changes", [LABELS, {"token_classification_bias": False}], ids=["3", "2"])
+def test_classification_heads(stem: str, head: str, changes: dict, tmp_path: Path) -> None:
+    also = {"sliding_window": None} if stem == "Mistral" else {}
+    config = getattr(transformers, f"{stem}Config")(**SMALL | also | changes | {"pad_token_id": 3})
+    model = save(getattr(transformers, f"{stem}For{head}")(config), tmp_path)
+    decoder, spec = load_decoder(tmp_path)
+    assert len(spec.head.labels) == len(config.id2label)
+    ids = torch.randint(4, spec.vocab_size, (4, 17), generator=torch.Generator().manual_seed(1))
+    ids[1, 9:] = 3  # padded at the end, in the middle, throughout
+    ids[2, 5] = 3
+    ids[3] = 3
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert expected.std() > 0.1
+        assert (decoder.logits(ids) - expected).abs().max() <= 1e-5
+
+
+def test_sequences_without_a_padding_token_come_one_at_a_time(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    model = save(transformers.LlamaForSequenceClassification(config), tmp_path)
+    decoder, _ = load_decoder(tmp_path)
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        assert (decoder.logits(ids[:1]) - model(ids[:1]).logits).abs().max() <= 1e-5
+        with pytest.raises(BevatronError, match="pad_token_id"):
+            decoder.logits(ids)
+
+
+@pytest.mark.parametrize("stem", ["Llama", "Nemotron", "Mistral"])
+def test_question_answering(stem: str, tmp_path: Path) -> None:
+    also = {"sliding_window": None} if stem == "Mistral" else {}
+    config = getattr(transformers, f"{stem}Config")(**SMALL | also)
+    model = save(getattr(transformers, f"{stem}ForQuestionAnswering")(config), tmp_path)
+    decoder, spec = load_decoder(tmp_path)
+    ids = torch.randint(spec.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = model(ids)
+        ours = decoder.logits(ids)
+    assert out.start_logits.std() > 0.1
+    assert (ours[..., 0] - out.start_logits).abs().max() <= 1e-5
+    assert (ours[..., 1] - out.end_logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("stem", ["Llama", "Nemotron", "NanoChat", "Mistral"])
+def test_bare_models_give_hidden_states(stem: str, tmp_path: Path) -> None:
+    also = {"sliding_window": None} if stem == "Mistral" else {}
+    config = getattr(transformers, f"{stem}Config")(**SMALL | also)
+    model = save(getattr(transformers, f"{stem}Model")(config), tmp_path)
+    decoder, spec = load_decoder(tmp_path)
+    ids = torch.randint(spec.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        assert (decoder.logits(ids) - expected).abs().max() <= 1e-5
 
 
 def greedy(model: ReferenceLlamaNemotron, ids: list[int], count: int) -> list[int]:

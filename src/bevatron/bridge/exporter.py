@@ -275,7 +275,7 @@ def _write_own_files(native: Native, plan: ExportPlan, folder: Path) -> None:
 
 def _config_holds(native: Native, plan: ExportPlan, dtype: str) -> bool:
     """Whether source/config.json still describes the model, so that it keeps its bytes."""
-    if native.config is None:
+    if native.config is None or native.moved_from:
         return False
     named = native.config.get("dtype") or native.config.get("torch_dtype")
     if not plan.source_files and named is not None and named != dtype:

@@ -107,6 +107,8 @@ def sizes(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.max_position_embeddings,
         "tie_word_embeddings": spec.tie_word_embeddings,
+        "head": spec.head.kind,
+        **({"labels": list(spec.head.labels)} if spec.head.labels else {}),
         "attention": dict(attention),
         "mlp": dict(mlp),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bevatron.checkpoint.locate import is_native
+from bevatron.bridge.hf_folder import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ BATCH, LENGTH = 2, 24
 
 
 def compare_logits(a: str | Path, b: str | Path) -> dict[str, Any]:
-    """Logits of both for the same fixed token ids, in fp32 on the CPU.
+    """Logits of both (or what their head gives) for the same fixed token ids, fp32, on the CPU.
 
     Returns:
         {ok, max_abs_difference, max_relative_difference, tolerance, a, b}: relative to
@@ -54,51 +54,59 @@ def compare_logits(a: str | Path, b: str | Path) -> dict[str, Any]:
     return found
 
 
-def prompt(vocab_size: int, length: int) -> torch.Tensor:
-    """Fixed token ids [BATCH, length], spread over the vocabulary."""
+def prompt(vocab_size: int, length: int, avoid: int | None = None) -> torch.Tensor:
+    """Fixed token ids [BATCH, length], spread over the vocabulary, none of them `avoid`."""
     import torch
 
     ids = torch.arange(BATCH * length) * 7919 + 13
-    return (ids % vocab_size).view(BATCH, length)
+    ids = (ids % vocab_size).view(BATCH, length)
+    return ids if avoid is None else torch.where(ids == avoid, (ids + 1) % vocab_size, ids)
 
 
 def _logits(path: Path) -> tuple[torch.Tensor, str, str | None]:
-    """Logits [B, T, V], who computed them, and why not transformers (for an HF folder)."""
+    """Outputs, who computed them, and why not transformers (for an HF folder)."""
+    import torch
+
+    from bevatron.bridge.opened import open_weights
+    from bevatron.generate.load import load_opened
+
+    opened = open_weights(path)
+    spec = opened.spec
+    ids = prompt(spec.vocab_size, min(LENGTH, spec.max_position_embeddings), spec.head.pad_token_id)
+    if spec.head.kind == "sequence_classification" and spec.head.pad_token_id is None:
+        ids = ids[:1]  # neither side can tell where several sequences end
     why = None
-    if not is_native(path):
-        found = _transformers_logits(path)
+    if not opened.native:
+        found = _by_transformers(opened.folder, ids)
         if not isinstance(found, str):
             return found, "transformers", None
         why = found
-    import torch
-
-    from bevatron.generate.load import load_decoder
-
-    decoder, spec = load_decoder(path, device="cpu", dtype=torch.float32)
+    decoder, _ = load_opened(opened, "cpu", torch.float32)
     with torch.inference_mode():
-        ids = prompt(spec.vocab_size, min(LENGTH, spec.max_position_embeddings))
         return decoder.logits(ids).float(), "bevatron", why
 
 
-def _transformers_logits(path: Path) -> torch.Tensor | str:
-    """Logits by transformers, or why it cannot."""
+def _by_transformers(path: Path, ids: torch.Tensor) -> torch.Tensor | str:
+    """Outputs by the class that config.json names, or why there is none."""
     try:
         import transformers
     except ImportError:
         return "transformers is not installed; install bevatron[hf] to compare with it"
     import torch
 
-    options = {"trust_remote_code": False, "local_files_only": True}
+    config = read_config(path)
+    name = (config.get("architectures") or [""])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        return f"transformers {transformers.__version__} has no class {name or 'in config.json'}"
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **options)
-        known = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        return f"transformers cannot read config.json ({str(error).splitlines()[0][:200]})"
-    if not known:
-        return f"transformers has no class for {config.model_type}"
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-    length = min(LENGTH, int(getattr(config, "max_position_embeddings", LENGTH)))
+        model = cls.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+        return f"transformers cannot load it ({str(error).splitlines()[0][:200]})"
     model.train(False)
     with torch.inference_mode():
-        logits: torch.Tensor = model(prompt(int(config.vocab_size), length)).logits
-    return logits.float()
+        out = model(input_ids=ids)
+    if "start_logits" in out:
+        return torch.stack((out.start_logits, out.end_logits), -1).float()
+    found: torch.Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return found.float()

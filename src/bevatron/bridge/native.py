@@ -27,7 +27,7 @@ class Native:
 
     Attributes:
         family: the one to export as; `moved_from`: the manifest's, if that cannot express the spec.
-        config: of source/, or None if there is none or it is of another family.
+        config: of source/, or None if there is none. Of the family that the model came from.
     """
 
     folder: Path
@@ -65,10 +65,10 @@ def open_native(path: str | Path) -> Native:
     folder = resolve(path)
     manifest = read_manifest(folder)
     spec = read_spec(folder)
-    family, moved = _family(manifest.family, spec)
     config = None
-    if moved is None and (folder / "source" / CONFIG).is_file():
+    if (folder / "source" / CONFIG).is_file():
         config = read_object(folder / "source" / CONFIG)
+    family, moved = _family(manifest.family, spec, config)
     _check_weights(folder, manifest, spec)
     return Native(folder, manifest, spec, family, moved, config, read_provenance(folder))
 
@@ -82,11 +82,13 @@ def read_spec(folder: Path) -> ModelSpec:
     return from_json(text)
 
 
-def _family(name: str, spec: ModelSpec) -> tuple[Family, str | None]:
+def _family(
+    name: str, spec: ModelSpec, base: Mapping[str, Any] | None
+) -> tuple[Family, str | None]:
     """The family of that name if it can express the spec, else the first one that can."""
     family = by_name(name)
     try:
-        family.config(spec, "float32")
+        family.config(spec, "float32", base)
         return family, None
     except FamilyError:
         return for_spec(spec), name

@@ -24,6 +24,7 @@ from bevatron.spec.model import ModelSpec, ParameterSpec, Shape
 _FIELDS = {
     "embedding": "vocab_size, hidden_size",
     "head": "vocab_size, hidden_size",
+    "score": "id2label (its number of labels), hidden_size",
     "norm": "hidden_size",
     "qkv": "num_attention_heads, num_key_value_heads, head_dim, hidden_size",
     "o": "num_attention_heads, head_dim, hidden_size",
@@ -102,7 +103,7 @@ def carry(name: str, shape: Shape) -> Entry:
 
 def head_name(family: Family, spec: ModelSpec) -> str | None:
     """What a stored head would be called in a tied model; None if the model is not tied."""
-    if not spec.tie_word_embeddings:
+    if not spec.tied:
         return None
     entries = family.weight_map(replace(spec, tie_word_embeddings=False))
     return next((e.sources[0].name for e in entries if e.native.role == "head"), None)

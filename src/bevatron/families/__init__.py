@@ -3,6 +3,14 @@
 A family is data about names and fields; it holds no tensors and no modules.
 """
 
-from bevatron.families.family import Family, FamilyError, by_name, for_config, for_spec
+from bevatron.families.family import (
+    Family,
+    FamilyError,
+    by_name,
+    families,
+    for_config,
+    for_spec,
+    register,
+)
 
-__all__ = ["Family", "FamilyError", "by_name", "for_config", "for_spec"]
+__all__ = ["Family", "FamilyError", "by_name", "families", "for_config", "for_spec", "register"]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from bevatron.families.family import Config, FamilyError
-from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec, Rope
+from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000  # a config.json that says more is not genuine
 
@@ -130,7 +130,8 @@ HARMLESS = frozenset(
     classifier_dropout output_hidden_states output_attentions output_router_logits return_dict
     attn_implementation experts_implementation torchscript tf_legacy_loss use_bfloat16
     chunk_size_feed_forward keys_to_ignore_at_inference gradient_checkpointing
-    id2label label2id num_labels problem_type finetuning_task task_specific_params
+    id2label label2id num_labels problem_type token_classification_bias finetuning_task
+    task_specific_params
     tie_encoder_decoder cross_attention_hidden_size max_sequence_length
     unsloth_version unsloth_fixed custom_pipelines original_max_position_embeddings
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
@@ -146,6 +147,8 @@ HARMLESS = frozenset(
 
 # Generic fields that are harmless only while they are off.
 MUST_BE_OFF = (
+    "attention_bias",
+    "mlp_bias",
     "add_cross_attention",
     "is_decoder",
     "is_encoder_decoder",
@@ -153,8 +156,6 @@ MUST_BE_OFF = (
     "use_sliding_window",
     "allow_global_per_layer_attribute_access",
 )
-
-ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 _ADVICE = {
     "quantization_config": "import the checkpoint that it was quantised from",
@@ -179,7 +180,7 @@ def refuse_others(config: Config, known: tuple[str, ...]) -> None:
             continue
         advice = _ADVICE.get(name, "remove it if it does not act on what the model computes")
         raise FamilyError(
-            f"config.json: {name} = {_shown(value)} is not understood and may change the model's "
+            f"config.json: {name} = {shown(value)} is not understood and may change the model's "
             f"output; {advice}"
         )
 
@@ -188,118 +189,14 @@ def require(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise FamilyError unless `value` is one of those that the decoder implements."""
     if value not in allowed:
         raise FamilyError(
-            f"config.json: {name} = {_shown(value)} is not supported; this family computes with "
+            f"config.json: {name} = {shown(value)} is not supported; this family computes with "
             f"{' or '.join(repr(a) for a in allowed)} only"
         )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-# --- rope ----------------------------------------------------------------------------------------
-
-_ROPE_NUMBERS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-_LLAMA3_CONTEXT = "original_max_position_embeddings"
-_ROPE_KEYS: tuple[str, ...] = (
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    _LLAMA3_CONTEXT,
-)
-_POSITIVE = Field("number", None)
-
-
-def read_rope(config: Config, max_positions: int, partial: float | None = None) -> Rope:
-    """The rope of a config.json in the old or the new spelling, as transformers 5.23 reads it.
-
-    A non-empty `rope_scaling` wins over `rope_parameters`; within the dict, `rope_theta` and
-    `partial_rotary_factor` win over those next to it; then come theta 10000 and `partial`, the
-    family's default. Without `partial` the family rotates whole heads, and a config that asks
-    otherwise is refused.
-    """
-    place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    found = config.get(place)
-    given = {} if found is None else found
-    if not isinstance(given, Mapping):
-        raise wrong(place, found, "an object or null")
-    for key, value in given.items():
-        if key not in _ROPE_KEYS and value is not None:
-            raise FamilyError(
-                f"config.json: {place}.{key} = {_shown(value)} is not understood and may change "
-                f"the positions; known are {', '.join(_ROPE_KEYS)}"
-            )
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
-        raise FamilyError(
-            f"config.json: {place}.rope_type is {_shown(kind)}; supported are "
-            f"{', '.join(_ROPE_NUMBERS)}"
-        )
-
-    def number(name: str, default: float) -> float:
-        where, value = name, config.get(name, default)
-        if name in given:
-            where, value = f"{place}.{name}", given[name]
-        if value is None and name == "partial_rotary_factor" and partial is None:
-            return default
-        return float(check(where, value, _POSITIVE))
-
-    share = number("partial_rotary_factor", 1.0 if partial is None else partial)
-    if share > 1.0 or (partial is None and share != 1.0):
-        limit = "1.0 for this family" if partial is None else "at most 1.0"
-        raise wrong("partial_rotary_factor", share, limit)
-    rope: Values = {"theta": number("rope_theta", 10000.0), "kind": kind, "partial": share}
-    for name in _ROPE_NUMBERS[kind]:
-        if name not in given:
-            raise FamilyError(f"config.json: {place}.{name} is missing; rope {kind} needs it")
-        rope[name] = check(f"{place}.{name}", given[name], _POSITIVE)
-    if kind == "llama3":
-        if rope["high_freq_factor"] <= rope["low_freq_factor"]:
-            raise wrong(
-                f"{place}.high_freq_factor", rope["high_freq_factor"], "more than low_freq_factor"
-            )
-        context = given.get(_LLAMA3_CONTEXT, max_positions)
-        context = context if config.get(_LLAMA3_CONTEXT) is None else config[_LLAMA3_CONTEXT]
-        rope[_LLAMA3_CONTEXT] = check(f"{place}.{_LLAMA3_CONTEXT}", context, size(None))
-    return Rope(**rope)
-
-
-def write_rope(
-    config: Values, rope: Rope, max_positions: int, full: bool, partial: float | None = None
-) -> None:
-    """Write both spellings, equal, unless `config` already means `rope`; always if `full`.
-
-    transformers 4 ignores `rope_parameters`, and without the old spelling would silently compute
-    with theta 10000. `partial` as in `read_rope`.
-    """
-    try:
-        if not full and read_rope(config, max_positions, partial) == rope:
-            return
-    except FamilyError:
-        pass  # the base's rope cannot be read, so it is replaced
-    scaling: Values = {n: getattr(rope, n) for n in _ROPE_NUMBERS[rope.kind]}
-    config.pop(_LLAMA3_CONTEXT, None)
-    if rope.kind == "llama3":
-        scaling[_LLAMA3_CONTEXT] = rope.original_max_position_embeddings
-        if rope.original_max_position_embeddings != 8192:  # llama.cpp looks for it here only
-            config[_LLAMA3_CONTEXT] = rope.original_max_position_embeddings
-    scaling["rope_type"] = rope.kind
-    parameters = {**scaling, "rope_theta": rope.theta}
-    if partial is not None:
-        parameters["partial_rotary_factor"] = rope.partial
-        config["partial_rotary_factor"] = rope.partial
-    config["rope_theta"] = rope.theta
-    config["rope_scaling"] = None if rope.kind == "default" else scaling
-    config["rope_parameters"] = parameters
 
 
 # --- writing a config ----------------------------------------------------------------------------
@@ -308,10 +205,12 @@ _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Named(Protocol):
-    """What `start` needs to know of a family."""
+    """What messages and `start` need to know of a family."""
 
-    model_type: str
-    architecture: str
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
 
 
 def start(family: Named, dtype: str, base: Config | None) -> tuple[Values, bool]:
@@ -380,10 +279,6 @@ def expect_sublayer(
 
 def repeated(attention: Attention, mlp: MLP, layers: int) -> tuple[LayerSpec, ...]:
     return (LayerSpec(attention, mlp),) * layers
-
-
-def reversed_rope(rope: Rope) -> Rope:
-    return replace(rope, reversed=not rope.reversed)
 
 
 def skip_rotary(name: str) -> str | None:

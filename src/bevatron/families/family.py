@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from bevatron.errors import BevatronError
 from bevatron.families.weight_map import Entry
-from bevatron.spec.model import ModelSpec
+from bevatron.spec.model import HeadKind, ModelSpec
 
 Config = Mapping[str, Any]
 
@@ -17,11 +17,24 @@ class FamilyError(BevatronError):
 
 
 class Family(Protocol):
-    """One Hugging Face architecture. Each module of this room that defines one exports `FAMILY`."""
+    """How Hugging Face spells one kind of model. Each module of this room that defines one exports
+    `FAMILY`; one from outside is added with `register`."""
 
-    name: str  # llama, nanochat, nemotron, llama_nemotron
-    model_type: str  # as in config.json
-    architecture: str  # the ForCausalLM class name
+    @property
+    def name(self) -> str:
+        """llama, mistral, nanochat, nemotron, llama_nemotron"""
+
+    @property
+    def model_type(self) -> str:
+        """As in config.json."""
+
+    @property
+    def architecture(self) -> str:
+        """The ForCausalLM class name."""
+
+    @property
+    def architectures(self) -> Mapping[str, HeadKind]:
+        """Every class name that config.json may have, and the head that it means."""
 
     def spec(self, config: Config) -> ModelSpec:
         """config.json -> spec. Raises FamilyError naming any field that is not understood."""
@@ -38,21 +51,40 @@ class Family(Protocol):
         """Why an HF tensor that is no parameter may be left out (rotary buffers), or None."""
 
 
-def _families() -> tuple[Family, ...]:
+_REGISTERED: list[Family] = []
+
+
+def families() -> tuple[Family, ...]:
+    """All families: ours, then registered ones."""
     from bevatron.families.llama import FAMILY as llama
     from bevatron.families.llama_nemotron import FAMILY as llama_nemotron
+    from bevatron.families.mistral import FAMILY as mistral
     from bevatron.families.nanochat import FAMILY as nanochat
     from bevatron.families.nemotron import FAMILY as nemotron
 
-    return (llama, nanochat, nemotron, llama_nemotron)
+    return (llama, nanochat, nemotron, llama_nemotron, mistral, *_REGISTERED)
+
+
+def register(family: Family) -> None:
+    """Add a family from outside of the library, for this process.
+
+    Raises FamilyError if another one has its name or one of its architectures."""
+    for other in families():
+        taken = set(other.architectures) & set(family.architectures)
+        if other.name == family.name or taken:
+            raise FamilyError(
+                f"family {family.name!r}: the name or {sorted(taken) or 'an architecture'} is "
+                f"taken by {other.name!r}"
+            )
+    _REGISTERED.append(family)
 
 
 def by_name(name: str) -> Family:
     """The family called `name`."""
-    for family in _families():
+    for family in families():
         if family.name == name:
             return family
-    known = ", ".join(f.name for f in _families())
+    known = ", ".join(f.name for f in families())
     raise FamilyError(f"unknown family {name!r}; known are {known}")
 
 
@@ -63,12 +95,15 @@ def for_config(config: Config) -> Family:
     be wrong, so it is refused."""
     architectures = config.get("architectures") or []
     model_type = config.get("model_type")
-    families = _families()
-    found = [f for f in families if f.architecture in architectures]
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise FamilyError(
+            f"config.json: architectures is {architectures!r}, expected a list of class names"
+        )
+    found = [f for f in families() if set(f.architectures) & set(architectures)]
     if not architectures:
-        found = [f for f in families if f.model_type == model_type]
+        found = [f for f in families() if f.model_type == model_type]
     if not found:
-        known = ", ".join(f.architecture for f in families)
+        known = ", ".join(f.architecture for f in families())
         raise FamilyError(
             f"config.json: architecture {architectures or model_type!r} is not supported; "
             f"supported are {known}"
@@ -76,7 +111,7 @@ def for_config(config: Config) -> Family:
     if model_type not in (None, found[0].model_type):
         raise FamilyError(
             f"config.json: architectures {architectures} and model_type {model_type!r} disagree; "
-            f"{found[0].architecture} has model_type {found[0].model_type!r}"
+            f"{architectures[0]} has model_type {found[0].model_type!r}"
         )
     return found[0]
 
@@ -84,7 +119,7 @@ def for_config(config: Config) -> Family:
 def for_spec(spec: ModelSpec) -> Family:
     """The first family that can spell `spec`."""
     reasons = []
-    for family in _families():
+    for family in families():
         try:
             family.config(spec, "float32")
             return family

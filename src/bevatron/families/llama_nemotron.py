@@ -2,8 +2,8 @@
 
 `block_configs` says of each layer what its attention and its MLP are. Two spellings are read, the
 published one (`n_heads_in_group`, `ffn_mult`) and that of later tools (`num_key_value_heads`,
-`intermediate_size`); the published one is written. Number of query heads, head_dim and biases are
-the same in all layers; MLP widths are multiples of 256.
+`intermediate_size`); the published one is written for what is new. Number of query heads, head_dim
+and biases are the same in all layers; MLP widths are multiples of 256 in the published spelling.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from bevatron.families.config_fields import (
-    ROPE_FIELDS,
     Field,
     Values,
     cannot,
@@ -21,18 +20,17 @@ from bevatron.families.config_fields import (
     expect_sublayer,
     flag,
     read_fields,
-    read_rope,
     refuse_others,
     require,
     size,
     skip_rotary,
     start,
     write_fields,
-    write_rope,
     wrong,
 )
 from bevatron.families.family import Config, Family, FamilyError
-from bevatron.families.llama import RMS_MODEL
+from bevatron.families.heads import ALL_HEADS, architectures, read_head, write_head
+from bevatron.families.rope_fields import ROPE_FIELDS, read_rope, write_rope
 from bevatron.families.weight_map import Entry, Names, weight_map
 from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, SpecError
 
@@ -51,6 +49,15 @@ FIELDS = {
     "tie_word_embeddings": flag(False),
     "attention_bias": flag(False),
     "mlp_bias": flag(False),
+}
+# What the model must be like, as for any Llama.
+RMS_MODEL = {
+    "norm.kind": "rms",
+    "norm.weight": True,
+    "rope.partial": 1.0,
+    "rope.reversed": False,
+    "embedding_norm": False,
+    "logit_softcap": None,
 }
 # Null in published files, and overruled by the blocks where they are not.
 GLOBAL_SIZES = ("intermediate_size", "num_key_value_heads")
@@ -80,6 +87,7 @@ class LlamaNemotron:
     name = "llama_nemotron"
     model_type = "nemotron-nas"
     architecture = "DeciLMForCausalLM"
+    architectures = architectures("DeciLM", ALL_HEADS)
 
     def spec(self, config: Config) -> ModelSpec:
         others = ("block_configs", "o_proj_bias", "position_embedding_type")
@@ -100,6 +108,7 @@ class LlamaNemotron:
                 max_position_embeddings=v["max_position_embeddings"],
                 tie_word_embeddings=v["tie_word_embeddings"],
                 init=Init(v["initializer_range"]),
+                head=read_head(config, self.architectures),
             )
         except SpecError as error:
             raise FamilyError(f"config.json: {error}") from error
@@ -134,6 +143,7 @@ class LlamaNemotron:
             config["o_proj_bias"] = attention_bias
         config["block_configs"] = self._blocks(spec, None if full else base)
         write_rope(config, spec.rope, spec.max_position_embeddings, full)
+        write_head(config, spec.head, self.architectures)
         return config
 
     def weight_map(self, spec: ModelSpec) -> list[Entry]:
@@ -168,53 +178,51 @@ class LlamaNemotron:
         bias: bool | None = None
         for i, layer in enumerate(spec.layers):
             mlp = layer.mlp
-            if not isinstance(mlp, MLP):
-                continue
-            bias = mlp.bias if bias is None else bias
-            wanted = {"activation": "silu", "gated": True, "bias": bias}
-            expect_sublayer(self, f"layers.{i}.mlp", mlp, wanted)
-            if mlp.intermediate_size % WIDTH_MULTIPLE:
-                raise cannot(
-                    self,
-                    f"layers.{i}.mlp.intermediate_size",
-                    mlp.intermediate_size,
-                    f"a multiple of {WIDTH_MULTIPLE}",
-                )
+            if isinstance(mlp, MLP):
+                bias = mlp.bias if bias is None else bias
+                wanted = {"activation": "silu", "gated": True, "bias": bias}
+                expect_sublayer(self, f"layers.{i}.mlp", mlp, wanted)
         return bool(bias)
 
     def _blocks(self, spec: ModelSpec, base: Config | None) -> list[Values]:
-        """All blocks in the published form, each with all keys, as other readers require."""
-        known = _known_multipliers(base, spec.hidden_size)
-        blocks = []
-        for i, layer in enumerate(spec.layers):
-            attention, mlp = layer.attention, layer.mlp
-            group = attention.queries_per_group if isinstance(attention, Attention) else None
-            mult: float | None = None
-            if isinstance(mlp, MLP):
-                f = mlp.intermediate_size
-                mult = known.get((i, f)) or known.get((None, f))
-                mult = mult or round(1.5 * f / spec.hidden_size, 6)
-            blocks.append(
-                {
-                    "attention": {
-                        "n_heads_in_group": group,
-                        "no_op": attention is None,
-                        "num_sink_tokens": None,
-                        "replace_with_linear": isinstance(attention, Linear),
-                        "sparsify": None,
-                        "unshifted_sink": False,
-                        "use_prefill_window_in_sink_attention": False,
-                        "window_length": None,
-                    },
-                    "ffn": {
-                        "ffn_mult": mult,
-                        "no_op": mlp is None,
-                        "replace_with_linear": isinstance(mlp, Linear),
-                        "sparsify": None,
-                    },
-                }
-            )
-        return blocks
+        """All blocks: as the base spells them where it has the same sublayer, else in the published
+        form with all keys, as other readers require."""
+        known = _known_parts(base)
+
+        def part(i: int, name: str, sublayer: Attention | MLP | Linear | None) -> Values:
+            found = known.get((name, i, sublayer)) or known.get((name, None, sublayer))
+            if found is not None:
+                return dict(found)
+            off = {"no_op": sublayer is None, "replace_with_linear": isinstance(sublayer, Linear)}
+            if name == "ffn":
+                return {"ffn_mult": self._multiplier(i, sublayer, spec), **off, "sparsify": None}
+            group = sublayer.queries_per_group if isinstance(sublayer, Attention) else None
+            return {
+                "n_heads_in_group": group,
+                "no_op": off["no_op"],
+                "num_sink_tokens": None,
+                "replace_with_linear": off["replace_with_linear"],
+                "sparsify": None,
+                "unshifted_sink": False,
+                "use_prefill_window_in_sink_attention": False,
+                "window_length": None,
+            }
+
+        return [
+            {"attention": part(i, "attention", layer.attention), "ffn": part(i, "ffn", layer.mlp)}
+            for i, layer in enumerate(spec.layers)
+        ]
+
+    def _multiplier(
+        self, i: int, mlp: Attention | MLP | Linear | None, spec: ModelSpec
+    ) -> float | None:
+        if not isinstance(mlp, MLP):
+            return None
+        f = mlp.intermediate_size
+        if f % WIDTH_MULTIPLE:
+            limit = f"a multiple of {WIDTH_MULTIPLE}"
+            raise cannot(self, f"layers.{i}.mlp.intermediate_size", f, limit)
+        return round(1.5 * f / spec.hidden_size, 6)
 
 
 def width(ffn_mult: float, hidden_size: int) -> int:
@@ -223,19 +231,18 @@ def width(ffn_mult: float, hidden_size: int) -> int:
     return -(-raw // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def _known_multipliers(
-    base: Config | None, hidden_size: int
-) -> dict[tuple[int | None, int], float]:
-    """The source's ffn_mult by (layer, width) and by (None, width).
+def _known_parts(base: Config | None) -> dict[tuple[str, int | None, object], Values]:
+    """How the base spells each sublayer, by its index, and the first such sublayer without one.
 
     Several numbers mean the same width, and published ones are not always the obvious one."""
-    known: dict[tuple[int | None, int], float] = {}
-    for i, block in enumerate((base or {}).get("block_configs") or []):
-        mult = block["ffn"].get("ffn_mult")
-        if mult is not None:
-            f = width(mult, hidden_size)
-            known[i, f] = float(mult)
-            known.setdefault((None, f), float(mult))
+    known: dict[tuple[str, int | None, object], Values] = {}
+    if base is None:
+        return known
+    layers = _layers(base, read_fields(base, FIELDS))
+    for i, (block, layer) in enumerate(zip(base["block_configs"], layers, strict=True)):
+        for name, sublayer in (("attention", layer.attention), ("ffn", layer.mlp)):
+            known[name, i, sublayer] = block[name]
+            known.setdefault((name, None, sublayer), block[name])
     return known
 
 

@@ -6,31 +6,10 @@ them at zero, the identity, as those who trained these models did.
 
 from __future__ import annotations
 
-from typing import Any
-
-from bevatron.families.config_fields import (
-    ROPE_FIELDS,
-    Field,
-    expect_model,
-    expect_sublayer,
-    flag,
-    read_fields,
-    read_rope,
-    refuse_others,
-    repeated,
-    require,
-    size,
-    skip_rotary,
-    start,
-    uniform,
-    write_fields,
-    write_rope,
-)
-from bevatron.families.family import Config, Family, FamilyError
-from bevatron.families.weight_map import Entry, Names, weight_map
-from bevatron.spec.model import MLP, Attention, Init, ModelSpec, Norm, SpecError
-
-PARTIAL = 0.5  # share of a head that is rotated if config.json says nothing
+from bevatron.families.config_fields import Field, flag, size
+from bevatron.families.family import Family
+from bevatron.families.uniform import Uniform
+from bevatron.spec.model import MLP, Norm
 
 FIELDS = {
     "vocab_size": size(256000),
@@ -50,82 +29,14 @@ FIELDS = {
     "mlp_bias": flag(False),
 }
 
-
-class Nemotron:
-    name = "nemotron"
-    model_type = "nemotron"
-    architecture = "NemotronForCausalLM"
-
-    def spec(self, config: Config) -> ModelSpec:
-        refuse_others(config, (*FIELDS, *ROPE_FIELDS))
-        v = read_fields(config, FIELDS)
-        require("hidden_act", v["hidden_act"], ("relu2",))
-        bias = v["attention_bias"]
-        try:
-            attention = Attention(
-                v["num_attention_heads"],
-                v["num_key_value_heads"],
-                v["head_dim"],
-                qkv_bias=bias,
-                o_bias=bias,
-            )
-            mlp = MLP(v["intermediate_size"], "relu2", gated=False, bias=v["mlp_bias"])
-            return ModelSpec(
-                vocab_size=v["vocab_size"],
-                hidden_size=v["hidden_size"],
-                layers=repeated(attention, mlp, v["num_hidden_layers"]),
-                norm=Norm("layernorm1p", v["norm_eps"]),
-                rope=read_rope(config, v["max_position_embeddings"], PARTIAL),
-                max_position_embeddings=v["max_position_embeddings"],
-                tie_word_embeddings=v["tie_word_embeddings"],
-                init=Init(v["initializer_range"]),
-            )
-        except SpecError as error:
-            raise FamilyError(f"config.json: {error}") from error
-
-    def config(self, spec: ModelSpec, dtype: str, base: Config | None = None) -> dict[str, Any]:
-        """`init.scale_attention_output` is not written: it matters to fresh weights only."""
-        expect_model(
-            self,
-            spec,
-            {
-                "norm.kind": "layernorm1p",
-                "rope.reversed": False,
-                "embedding_norm": False,
-                "logit_softcap": None,
-            },
-        )
-        attention, mlp = uniform(self, spec)
-        expect_sublayer(
-            self, "layers.0.attention", attention, {"qk_norm": False, "o_bias": attention.qkv_bias}
-        )
-        expect_sublayer(self, "layers.0.mlp", mlp, {"activation": "relu2", "gated": False})
-        config, full = start(self, dtype, base)
-        wanted = {
-            "vocab_size": spec.vocab_size,
-            "hidden_size": spec.hidden_size,
-            "intermediate_size": mlp.intermediate_size,
-            "num_hidden_layers": len(spec.layers),
-            "num_attention_heads": attention.num_attention_heads,
-            "num_key_value_heads": attention.num_key_value_heads,
-            "head_dim": attention.head_dim,
-            "hidden_act": "relu2",
-            "max_position_embeddings": spec.max_position_embeddings,
-            "initializer_range": spec.init.std,
-            "norm_eps": spec.norm.eps,
-            "tie_word_embeddings": spec.tie_word_embeddings,
-            "attention_bias": attention.qkv_bias,
-            "mlp_bias": mlp.bias,
-        }
-        write_fields(config, FIELDS, wanted, full)
-        write_rope(config, spec.rope, spec.max_position_embeddings, full, PARTIAL)
-        return config
-
-    def weight_map(self, spec: ModelSpec) -> list[Entry]:
-        return weight_map(spec, Names())
-
-    def skip(self, name: str) -> str | None:
-        return skip_rotary(name)
-
-
-FAMILY: Family = Nemotron()
+FAMILY: Family = Uniform(
+    name="nemotron",
+    model_type="nemotron",
+    stem="Nemotron",
+    fields=FIELDS,
+    eps="norm_eps",
+    activations=("relu2",),
+    norm=Norm("layernorm1p"),
+    mlp=MLP(1, "relu2", gated=False),
+    partial=0.5,
+)

@@ -9,9 +9,9 @@ one. There is no arithmetic here, so a round trip is exact.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bevatron.spec.model import MLP, Attention, ModelSpec, ParameterSpec, Shape
+from bevatron.spec.model import MLP, Attention, HeadKind, ModelSpec, ParameterSpec, Shape
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,26 @@ class Names:
     down: str = "model.layers.{i}.mlp.down_proj.{kind}"
     mlp_linear: str = "model.layers.{i}.mlp.linear_mlp.{kind}"
     final_norm: str = "model.norm.{kind}"
-    head: str = "lm_head.weight"
+    head: str = "lm_head.{kind}"
+    qa_prefix: str = "transformer."  # of the backbone below a question answering head
+
+    def below(self, head: HeadKind) -> Names:
+        """The names in the class with that head."""
+        if head == "causal_lm":
+            return self
+        prefix = {"none": "", "question_answering": self.qa_prefix}.get(head, "model.")
+        score = "qa_outputs.{kind}" if head == "question_answering" else "score.{kind}"
+        moved = {name: _moved(value, prefix) for name, value in vars(self).items()}
+        return replace(Names(**moved), head=score, qa_prefix=self.qa_prefix)
+
+
+def _moved(name: str, prefix: str) -> str:
+    return prefix + name.removeprefix("model.")
 
 
 def weight_map(spec: ModelSpec, names: Names) -> list[Entry]:
     """Every native parameter of `spec` with the HF tensors that it consists of, in native order."""
-    return list(_entries(spec, names))
+    return list(_entries(spec, names.below(spec.head.kind)))
 
 
 def _entries(spec: ModelSpec, names: Names) -> Iterator[Entry]:

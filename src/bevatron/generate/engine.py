@@ -45,6 +45,11 @@ def generate(
     if max_new_tokens < 1:
         raise BevatronError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     opened = open_weights(ckpt)
+    if opened.spec.head.kind != "causal_lm":
+        raise BevatronError(
+            f"{opened.folder}: has the head {opened.spec.head.kind}; only a model with a causal_lm "
+            "head can generate text"
+        )
     tokenizer = load_tokenizer(opened)
     ids: list[int] = tokenizer.encode(prompt).ids
     if not ids:

@@ -3,13 +3,14 @@
 - token embedding, perhaps an unweighted norm after it
 - layers that each say what they are: pre-norm residual attention and MLP sublayers, either of which
   may be one matrix or absent
-- final norm, and a head that is tied to the embedding or not, perhaps with softcapped logits
+- final norm, and a head: logits, tied to the embedding or not, perhaps softcapped; scores of a
+  classification or question answering head; or none
 - a pipeline stage is the same class over a slice of the layers
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bevatron.nn.attention import Attention, Cache
 from bevatron.nn.comm import LOCAL, Comm, empty
+from bevatron.nn.heads import Compute, Scores, Vocabulary, pool
 from bevatron.nn.mlp import MLP, Linear
 from bevatron.nn.norm import Norm, rms
 from bevatron.nn.rope import rotation
@@ -26,8 +28,6 @@ from bevatron.spec import Attention as AttentionSpec
 from bevatron.spec import LayerSpec, ModelSpec
 
 Rotations = dict[int, tuple[Tensor, ...]]
-# What an objective does with the last hidden states: (hidden [B, T, h], weight [V, h]) -> anything.
-Compute = Callable[[Tensor, Tensor], Tensor]
 
 
 class Embedding(nn.Module):
@@ -46,19 +46,6 @@ class Embedding(nn.Module):
         mine = (ids >= first) & (ids < last)
         rows = F.embedding(torch.where(mine, ids - first, 0), weight)
         return self.comm.leave(rows * mine.unsqueeze(-1))
-
-
-class Head(nn.Module):
-    """The output matrix. What is computed with it is the caller's: logits, or a chunked loss that
-    never holds all logits. It runs inside forward, where the weight is unsharded."""
-
-    def __init__(self, vocab_size: int, hidden_size: int, comm: Comm) -> None:
-        super().__init__()
-        self.comm = comm
-        self.weight = empty(vocab_size, hidden_size)
-
-    def forward(self, hidden: Tensor, compute: Compute) -> Tensor:
-        return compute(self.comm.enter(hidden), self.comm.view(self.weight))
 
 
 class Layer(nn.Module):
@@ -118,12 +105,18 @@ class Decoder(nn.Module):
         self.embed = Embedding(spec.vocab_size, spec.hidden_size, comm) if embed else None
         self.layers = nn.ModuleDict({str(i): Layer(spec.layers[i], spec, comm) for i in indices})
         self.final_norm = Norm(spec.norm, spec.hidden_size, comm) if head else None
-        self.head = Head(spec.vocab_size, spec.hidden_size, comm) if head else None
+        self.head = self._head() if head else None
         self.tie()
+
+    def _head(self) -> Vocabulary | Scores | None:
+        spec = self.spec
+        if spec.head.kind == "causal_lm":
+            return Vocabulary(spec.vocab_size, spec.hidden_size, self.comm)
+        return Scores(spec.head, spec.hidden_size, self.comm) if spec.head.scores else None
 
     def tie(self) -> None:
         """Make a tied head and the embedding one parameter (again, after it was replaced)."""
-        if self.spec.tie_word_embeddings and self.embed is not None and self.head is not None:
+        if self.spec.tied and self.embed is not None and self.head is not None:
             self.head.weight = self.embed.weight
 
     def forward(
@@ -135,7 +128,8 @@ class Decoder(nn.Module):
         caches: dict[int, Cache] | None = None,
     ) -> Tensor:
         """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
-        final norm, or `compute(hidden, head weight)` if given. `positions` [B or 1, T] default to
+        final norm; `compute(hidden, head weight)` if given to a causal_lm head; the scores
+        [B, T, labels] of another head. `positions` [B or 1, T] default to
         0..T-1, T being the whole sequence also where x holds a part of it."""
         if self.embed is not None:
             ids, x = x, self.embed(x)
@@ -149,10 +143,12 @@ class Decoder(nn.Module):
         rotations = self.rotations(positions, x.dtype)
         for index, layer in self.layers.items():
             x = layer(x, rotations, caches.get(int(index)) if caches else None)
-        if self.final_norm is None or self.head is None:
+        if self.final_norm is None:
             return x
         x = self.final_norm(x)
-        return x if compute is None else self.head(x, compute)
+        if isinstance(self.head, Scores):
+            return self.head(x)  # type: ignore[no-any-return]
+        return x if compute is None or self.head is None else self.head(x, compute)
 
     def sequence_length(self, x: Tensor) -> int:
         """Length of the whole sequence, of which hidden states x may hold this rank's share."""
@@ -168,8 +164,14 @@ class Decoder(nn.Module):
         return {d: rotation(self.spec.rope, d, positions, dtype) for d in sizes}
 
     def logits(self, ids: Tensor, **kwargs: object) -> Tensor:
-        """Logits [B, T, V] of a whole model in one process."""
-        return self(ids, self.to_logits, **kwargs)  # type: ignore[no-any-return]
+        """What the model is for, of a whole model in one process: logits [B, T, V]; the pooled
+        scores [B, labels] of a sequence classification; scores [B, T, labels] of a token
+        classification, [B, T, 2] of question answering; hidden states [B, T, h] without a head."""
+        head = self.spec.head
+        if head.kind == "causal_lm":
+            return self(ids, self.to_logits, **kwargs)  # type: ignore[no-any-return]
+        y: Tensor = self(ids, **kwargs)
+        return pool(y, ids, head.pad_token_id) if head.kind == "sequence_classification" else y
 
     def to_logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return softcap(F.linear(hidden, weight), self.spec.logit_softcap)

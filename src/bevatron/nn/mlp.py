@@ -41,15 +41,26 @@ class MLP(nn.Module):
         return y if self.down.bias is None else y + comm.shared(self.down.bias)
 
 
-class Linear(nn.Module):
-    """A square matrix in place of a sublayer; ranks share it by input columns."""
+class RowParallel(nn.Module):
+    """A product whose weight the ranks share by input columns."""
 
     def __init__(self, hidden_size: int, comm: Comm) -> None:
         super().__init__()
         self.comm, self.hidden_size = comm, hidden_size
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        first, last = self.comm.bounds(self.hidden_size)
+        x = self.comm.enter(x)[..., first:last]  # [B, T, h/size]
+        y = self.comm.leave(F.linear(x, self.comm.view(weight)))  # [B, T, out]
+        return y if bias is None else y + self.comm.shared(bias)
+
+
+class Linear(RowParallel):
+    """A square matrix in place of a sublayer."""
+
+    def __init__(self, hidden_size: int, comm: Comm) -> None:
+        super().__init__(hidden_size, comm)
         self.linear = Projection(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, last = self.comm.bounds(self.hidden_size)
-        x = self.comm.enter(x)[..., first:last]  # [B, T, h/size]
-        return self.comm.leave(F.linear(x, self.comm.view(self.linear.weight)))  # [B, T, h]
+        return self.multiply(x, self.linear.weight)

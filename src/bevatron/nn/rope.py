@@ -10,17 +10,56 @@ from torch import Tensor
 from bevatron.spec import Rope
 
 
-def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Angular step per position of every rotated pair, fp32 [R/2], with the rope's scaling."""
+def inverse_frequencies(
+    rope: Rope, head_dim: int, length: Tensor | int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Angular step per position of every rotated pair, fp32 [R/2], with the rope's scaling.
+    `length` of the sequence (the highest position + 1) matters to `dynamic` only."""
     rotary_dim = rope.rotary_dim(head_dim)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=device).float()
-    inverse = 1.0 / (rope.theta ** (exponents / rotary_dim))
+    exponents = exponents / rotary_dim
+    inverse = 1.0 / (_theta(rope, rotary_dim, length, device) ** exponents)
     if rope.kind == "linear":
         assert rope.factor is not None
         inverse = inverse / rope.factor
+    elif rope.kind == "yarn":
+        inverse = _yarn(inverse, rope, rotary_dim)
     elif rope.kind == "llama3":
         inverse = _llama3(inverse, rope)
     return -inverse if rope.reversed else inverse
+
+
+def _theta(
+    rope: Rope, rotary_dim: int, length: Tensor | int, device: torch.device | str
+) -> Tensor | float:
+    """Theta, which `dynamic` raises for sequences beyond the trained context."""
+    if rope.kind != "dynamic":
+        return rope.theta
+    assert rope.factor is not None and rope.original_max_position_embeddings is not None
+    context = rope.original_max_position_embeddings
+    longest = torch.as_tensor(length, device=device).clamp(min=context)
+    stretch = rope.factor * longest / context - (rope.factor - 1)
+    return rope.theta * stretch ** (rotary_dim / (rotary_dim - 2))
+
+
+def _yarn(inverse: Tensor, rope: Rope, rotary_dim: int) -> Tensor:
+    """Pairs that turn fast are kept, those that turn slowly divided by `factor` (YaRN, eq. 23)."""
+    assert rope.factor is not None and rope.original_max_position_embeddings is not None
+    assert rope.beta_fast is not None and rope.beta_slow is not None
+
+    def pair_that_turns(times: float) -> float:
+        """The (fractional) index of the pair that turns so often within the trained context."""
+        context = float(rope.original_max_position_embeddings or 0)
+        return rotary_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    pairs = torch.arange(rotary_dim // 2, dtype=torch.float32, device=inverse.device)
+    blend = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)
+    keep = 1 - blend
+    return inverse / rope.factor * (1 - keep) + inverse * keep
 
 
 def _llama3(inverse: Tensor, rope: Rope) -> Tensor:
@@ -43,9 +82,13 @@ def rotation(
     rope: Rope, head_dim: int, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """cos and sin [B or 1, 1, T, R/2] for `positions` [B or 1, T]; computed in fp32."""
-    inverse = inverse_frequencies(rope, head_dim, positions.device)
+    length = positions.max() + 1 if rope.kind == "dynamic" else 0
+    inverse = inverse_frequencies(rope, head_dim, length, positions.device)
     angles = positions.float()[:, None, :, None] * inverse  # [B, 1, T, R/2]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if rope.attention_factor is not None:
+        cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from torch.distributed.tensor import Shard
 
 from bevatron.checkpoint.shard import local
 from bevatron.nn.comm import LOCAL, Comm
-from bevatron.nn.decoder import Compute, Decoder
+from bevatron.nn.decoder import Decoder
+from bevatron.nn.heads import Compute
 from bevatron.parallel import tensor as tensor_parallel
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.split import given, layer_cost, split
@@ -44,7 +45,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, **batch: Tensor) -> Tensor:
         decoder = self.decoder
-        if decoder.head is None:
+        if decoder.final_norm is None or decoder.spec.head.kind != "causal_lm":
             return decoder(x)  # type: ignore[no-any-return]
         compute = self.make_compute(decoder.comm, decoder.spec, batch)
         return decoder(x, compute)  # type: ignore[no-any-return]
@@ -101,7 +102,7 @@ def stage_ranges(spec: ModelSpec, layout: Layout, seq_len: int) -> list[range]:
     if layout.split is not None:
         return given(layout.split, len(spec.layers), layout.pp)
     costs = [layer_cost(spec, i, seq_len) for i in range(len(spec.layers))]
-    return split(costs, layout.pp, last=2.0 * spec.vocab_size * spec.hidden_size)
+    return split(costs, layout.pp, last=2.0 * spec.head_rows * spec.hidden_size)
 
 
 def place(
@@ -126,7 +127,8 @@ def place(
     with torch.device("meta"):
         decoder = Decoder(spec, layers=stages[rank], embed=first, head=last, comm=comm)
     known = {p.name: p for p in spec.parameters()}
-    known.setdefault("head.weight", _tied_head(spec))
+    if spec.tied:
+        known["head.weight"] = _tied_head(spec)
     if layout.tp > 1:
         tensor_parallel.distribute(decoder, known, spec, mesh["tp"])
         decoder.tie()
@@ -140,7 +142,7 @@ def place(
     decoder.tie()
     parameters: dict[str, Tensor] = dict(decoder.named_parameters())
     tied = None
-    if spec.tie_word_embeddings and layout.pp > 1:
+    if spec.tied and layout.pp > 1:
         group = _tied_group(mesh)
         if first or last:
             name = "embed.weight" if first else "head.weight"
@@ -172,7 +174,7 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     options["reshard_after_forward"] = layout.pp == 1
     decoder = stage.decoder
     own: list[nn.Module | None] = list(decoder.layers.values())
-    if not decoder.spec.tie_word_embeddings:
+    if not decoder.spec.tied:
         own += [decoder.embed, decoder.head]
     for module in [*own, stage]:
         if module is not None and (module is stage or any(True for _ in module.parameters())):

@@ -76,7 +76,7 @@ def placement(parameter: ParameterSpec, spec: ModelSpec, tp: int) -> Placement:
         return Shard(1)
     if part == "up" or role in ("embedding", "head"):
         return Shard(0)
-    if role in ("o", "down", "linear"):
+    if role in ("o", "down", "linear", "score"):
         return Shard(1)
     return Replicate()
 

@@ -3,6 +3,7 @@
 from bevatron.spec.model import (
     MLP,
     Attention,
+    Head,
     Init,
     LayerSpec,
     Linear,
@@ -16,6 +17,7 @@ from bevatron.spec.model import (
 __all__ = [
     "MLP",
     "Attention",
+    "Head",
     "Init",
     "LayerSpec",
     "Linear",

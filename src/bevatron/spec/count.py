@@ -46,13 +46,13 @@ def layer_flops(spec: ModelSpec, index: int, seq_len: int, causal: bool) -> int:
 def flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> int:
     """FLOPs per token of one training step on sequences of `seq_len` tokens.
 
-        3 * (2 * V * h + sum over layers of (2 * matrix elements + 4 * seq_len * H * D))
+        3 * (2 * head rows * h + sum over layers of (2 * matrix elements + 4 * seq_len * H * D))
 
     with 2 in place of 4 if `causal`; a layer without attention has no second term. The first term
-    is the head (also when it is tied; the embedding lookup costs nothing). The factor 3: backward
-    takes twice the forward. Recomputed activations are not useful work and do not count.
+    is the head (V rows for a causal_lm, also when it is tied; the embedding lookup costs nothing).
+    The factor 3: backward takes twice the forward. Recomputed activations do not count.
     """
-    forward = 2 * spec.vocab_size * spec.hidden_size
+    forward = 2 * spec.head_rows * spec.hidden_size
     for i in range(len(spec.layers)):
         forward += layer_flops(spec, i, seq_len, causal)
     return 3 * forward

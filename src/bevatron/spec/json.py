@@ -1,7 +1,8 @@
 """spec.json: a ModelSpec as text, one layer a line, read back strictly.
 
 Every field is written and every field is required, so a file says all there is to know about the
-model and does not change its meaning when a default does. A sublayer is an object with a `kind`:
+model and does not change its meaning when a default does. (Fields that came later may be absent
+from older files, which then mean what they always did.) A sublayer is an object with a `kind`:
 "attention" or "mlp" with its fields, "linear", or "no-op".
 """
 
@@ -14,13 +15,18 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from bevatron.spec.model import MLP, Attention, LayerSpec, Linear, ModelSpec, SpecError
+from bevatron.spec.model import MLP, Attention, LayerSpec, Linear, ModelSpec, Rope, SpecError
 
 T = TypeVar("T")
 
 _KINDS: dict[str, dict[str, type]] = {
     "attention": {"attention": Attention, "linear": Linear},
     "mlp": {"mlp": MLP, "linear": Linear},
+}
+
+_ADDED: dict[type, tuple[str, ...]] = {
+    ModelSpec: ("head",),
+    Rope: ("beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
 
 
@@ -78,8 +84,10 @@ def _read(cls: type[T], data: Any, path: str) -> T:
     place = path or "spec.json"
     data = _object(data, place)
     hints = typing.get_type_hints(cls)
-    _same_keys(data, list(hints), path)
-    values = {name: _value(hints[name], data[name], _join(path, name)) for name in hints}
+    added = _ADDED.get(cls, ())
+    _same_keys(data, list(hints), path, optional=added)
+    present = [name for name in hints if name in data]
+    values = {name: _value(hints[name], data[name], _join(path, name)) for name in present}
     try:
         return cls(**values)
     except SpecError as error:
@@ -119,8 +127,12 @@ def _sublayer(name: str, data: Any, path: str) -> Any:
 
 
 def _value(hint: Any, data: Any, path: str) -> Any:
-    if typing.get_origin(hint) is tuple:
+    if hint == tuple[LayerSpec, ...]:
         return _layers(data, path)
+    if hint == tuple[str, ...]:
+        if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
+            raise SpecError(f"{path}: found {_shown(data)}, expected a list of strings")
+        return tuple(data)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _read(hint, data, path)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -130,6 +142,8 @@ def _value(hint: Any, data: Any, path: str) -> Any:
         if option is bool and isinstance(data, bool):
             return data
         if option is int and type(data) is int:
+            return data
+        if option is str and isinstance(data, str):
             return data
         if option is float and type(data) in (int, float) and math.isfinite(data):
             return float(data)
@@ -142,7 +156,8 @@ def _value(hint: Any, data: Any, path: str) -> Any:
 def _expected(option: Any) -> str:
     if typing.get_origin(option) is typing.Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(option))
-    names = {int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    names[type(None)] = "null"
     return names[option]
 
 
@@ -152,13 +167,15 @@ def _object(data: Any, place: str) -> dict[str, Any]:
     return data
 
 
-def _same_keys(data: dict[str, Any], expected: list[str], path: str) -> None:
+def _same_keys(
+    data: dict[str, Any], expected: list[str], path: str, optional: tuple[str, ...] = ()
+) -> None:
     for key in data:
         if key not in expected:
             known = ", ".join(expected) or "none"
             raise SpecError(f"{_join(path, key)}: unknown key; known here are {known}")
     for key in expected:
-        if key not in data:
+        if key not in data and key not in optional:
             raise SpecError(f"{_join(path, key)}: missing; spec.json holds every field")
 
 

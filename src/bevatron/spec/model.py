@@ -13,14 +13,21 @@ G KV heads (groups), q query heads per group, D head_dim, h hidden_size, f inter
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from bevatron.errors import BevatronError
 
-Role = Literal["embedding", "head", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear"]
+Role = Literal[
+    "embedding", "head", "score", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear"
+]
 Shape = tuple[int, ...]
+HeadKind = Literal[
+    "causal_lm", "sequence_classification", "token_classification", "question_answering", "none"
+]
+HEAD_KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
 
 
 class SpecError(BevatronError):
@@ -159,39 +166,92 @@ class Norm:
 class Rope:
     """Rotary position embedding, half-split. `partial`: share of head_dim that is rotated.
 
-    `reversed`: rotates by minus the angle (NanoChat). `linear` divides all frequencies by `factor`;
-    `llama3` divides the long wavelengths and blends the ones between (Llama 3.1, section "RoPE").
+    `reversed`: rotates by minus the angle (NanoChat). Kinds:
+    - `linear` divides all frequencies by `factor`
+    - `dynamic` raises theta once a sequence is longer than `original_max_position_embeddings`
+    - `yarn` divides those that turn slowly within that context, keeps those that turn fast, blends
+      between `beta_slow` and `beta_fast` turns (from whole dimensions on if `truncate`), and
+      multiplies cos and sin by `attention_factor` (Peng et al., arXiv 2309.00071)
+    - `llama3` divides the long wavelengths and blends the ones between (Llama 3.1)
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
     partial: float = 1.0
     reversed: bool = False
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
-        needs = {
-            "default": (),
-            "linear": ("factor",),
-            "llama3": (
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            ),
-        }
-        if self.kind not in needs:
-            raise SpecError(f"rope: kind {self.kind!r} is not one of {', '.join(needs)}")
-        for name in needs[self.kind]:
+        if self.kind not in ROPE_NEEDS:
+            raise SpecError(f"rope: kind {self.kind!r} is not one of {', '.join(ROPE_NEEDS)}")
+        for name in ROPE_NEEDS[self.kind]:
             if getattr(self, name) is None:
                 raise SpecError(f"rope: kind {self.kind} needs {name}")
 
     def rotary_dim(self, head_dim: int) -> int:
         """How many leading dimensions of a head are rotated."""
         return int(head_dim * self.partial)
+
+
+_CONTEXT = "original_max_position_embeddings"
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", _CONTEXT),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", _CONTEXT),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is read off the hidden states after the final norm.
+
+    - `causal_lm`: logits over the vocabulary of every next token
+    - `sequence_classification`: scores of the labels, at the last token that is not `pad_token_id`
+    - `token_classification`: scores of the labels at every token
+    - `question_answering`: two scores at every token, for the start and the end of the answer
+    - `none`: nothing; the model ends with its hidden states
+
+    Attributes:
+        labels: their names, for the two classifications.
+        problem_type: regression, single_label_classification or multi_label_classification;
+            None leaves it to the labels of the training data, as transformers does.
+    """
+
+    kind: HeadKind = "causal_lm"
+    labels: tuple[str, ...] = ()
+    bias: bool = False
+    pad_token_id: int | None = None
+    problem_type: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in HEAD_KINDS:
+            raise SpecError(f"head: kind {self.kind!r} is not one of {', '.join(HEAD_KINDS)}")
+        if (self.kind in ("sequence_classification", "token_classification")) != bool(self.labels):
+            raise SpecError(
+                f"head: kind {self.kind} with {len(self.labels)} labels; classifications have at "
+                "least one, others none"
+            )
+
+    @property
+    def scores(self) -> int:
+        """Rows of the score matrix of a head that is not over the vocabulary."""
+        return 2 if self.kind == "question_answering" else len(self.labels)
+
+    def parameters(self, hidden_size: int) -> Iterator[ParameterSpec]:
+        """Of a head other than causal_lm."""
+        if self.scores:
+            yield ParameterSpec("head.weight", (self.scores, hidden_size), "score")
+            if self.bias:
+                yield ParameterSpec("head.bias", (self.scores,), "bias")
 
 
 @dataclass(frozen=True)
@@ -205,9 +265,10 @@ class Init:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A causal language model, independent of who stores it and how it is laid out.
+    """A decoder-only language model, independent of who stores it and how it is laid out.
 
     Args:
+        tie_word_embeddings: the embedding is the matrix of a causal_lm head as well.
         embedding_norm: a norm of the model's kind right after the embedding, without weights.
         logit_softcap: logits become c * tanh(logits / c).
         max_position_embeddings: context length, in tokens, that the model was made for.
@@ -223,6 +284,7 @@ class ModelSpec:
     embedding_norm: bool = False
     logit_softcap: float | None = None
     init: Init = Init()
+    head: Head = Head()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
@@ -233,12 +295,23 @@ class ModelSpec:
         for i, layer in enumerate(self.layers):
             if isinstance(layer.attention, Attention):
                 rotary = self.rope.rotary_dim(layer.attention.head_dim)
-                if rotary % 2:
+                least = 4 if self.rope.kind == "dynamic" else 0
+                if rotary % 2 or rotary < least:
                     raise SpecError(
                         f"layers.{i}.attention: head_dim {layer.attention.head_dim} times "
                         f"partial {self.rope.partial} rotates {rotary} dimensions; expected an "
-                        "even number"
+                        f"even number of at least {least}"
                     )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's matrix is the embedding."""
+        return self.tie_word_embeddings and self.head.kind == "causal_lm"
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the matrix that the last hidden states are multiplied with."""
+        return self.vocab_size if self.head.kind == "causal_lm" else self.head.scores
 
     def layer_parameters(self, index: int) -> Iterator[ParameterSpec]:
         """Parameters of one layer: per sublayer its norm, then itself. Nothing for a no-op."""
@@ -254,5 +327,7 @@ class ModelSpec:
         for i in range(len(self.layers)):
             yield from self.layer_parameters(i)
         yield from self.norm.parameters("final_norm", self.hidden_size)
-        if not self.tie_word_embeddings:
+        if self.head.kind != "causal_lm":
+            yield from self.head.parameters(self.hidden_size)
+        elif not self.tied:
             yield ParameterSpec("head.weight", (self.vocab_size, self.hidden_size), "head")

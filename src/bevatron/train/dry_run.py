@@ -31,7 +31,7 @@ def report(config: RunConfig, layout: Layout) -> None:
     print(f"steps       {config.train.steps}, {config.train.steps * tokens:,} tokens in all")
     print("stage  layers       parameters/rank  state GiB/rank  share of FLOPs")
     costs = [layer_cost(spec, i, config.data.seq_len) for i in range(len(spec.layers))]
-    head = 2.0 * spec.vocab_size * spec.hidden_size
+    head = 2.0 * spec.head_rows * spec.hidden_size
     stages = stage_ranges(spec, layout, config.data.seq_len)
     for number, stage in enumerate(stages):
         last = number == layout.pp - 1
@@ -51,5 +51,5 @@ def stage_parameters(spec: ModelSpec, stage: range, *, first: bool, last: bool) 
     count += embedding if first else 0
     if last:
         count += sum(p.numel for p in spec.norm.parameters("final_norm", spec.hidden_size))
-        count += 0 if spec.tie_word_embeddings and first else embedding
+        count += 0 if spec.tied and first else spec.head_rows * spec.hidden_size
     return count

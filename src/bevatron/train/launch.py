@@ -105,6 +105,11 @@ def _check(config: RunConfig, layout: Layout) -> None:
 
     stage_ranges(start.spec, layout, config.data.seq_len)
     _objective(config)
+    if start.spec.head.kind != "causal_lm":
+        raise BevatronError(
+            f"objective.name pretrain needs a model with a causal_lm head; this one has the head "
+            f"{start.spec.head.kind}"
+        )
     for source in [*config.data.train, *config.data.validation]:
         TokenStore.open(Path(source.path)).check_vocab(start.spec.vocab_size)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bevatron.nn.comm import Comm
-from bevatron.nn.decoder import Compute
+from bevatron.nn.heads import Compute
 from bevatron.spec import ModelSpec
 from bevatron.train.cross_entropy import IGNORE, cross_entropy_sum
 

@@ -1,0 +1,58 @@
+"""What stands after the final norm: logits over the vocabulary, or scores of a few labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bevatron.errors import BevatronError
+from bevatron.nn.comm import Comm, empty
+from bevatron.nn.mlp import RowParallel
+from bevatron.spec import Head as HeadSpec
+
+# What an objective does with the last hidden states: (hidden [B, T, h], weight [V, h]) -> anything.
+Compute = Callable[[Tensor, Tensor], Tensor]
+
+
+class Vocabulary(nn.Module):
+    """The output matrix. What is computed with it is the caller's: logits, or a chunked loss that
+    never holds all logits. It runs inside forward, where the weight is unsharded."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, comm: Comm) -> None:
+        super().__init__()
+        self.comm = comm
+        self.weight = empty(vocab_size, hidden_size)
+
+    def forward(self, hidden: Tensor, compute: Compute) -> Tensor:
+        return compute(self.comm.enter(hidden), self.comm.view(self.weight))
+
+
+class Scores(RowParallel):
+    """Scores [B, T, labels] of a classification or question answering head."""
+
+    def __init__(self, spec: HeadSpec, hidden_size: int, comm: Comm) -> None:
+        super().__init__(hidden_size, comm)
+        self.weight = empty(spec.scores, hidden_size)
+        self.bias = empty(spec.scores) if spec.bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.multiply(hidden, self.weight, self.bias)
+
+
+def pool(scores: Tensor, ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """The scores [B, labels] at each sequence's rightmost token that is not padding, found from
+    the ids [B, T] alone, as transformers does; at the first token if all are padding.
+
+    Raises BevatronError if several sequences come without a padding token to tell their ends."""
+    if pad_token_id is None:
+        if len(ids) > 1:
+            raise BevatronError(
+                f"the model names no pad_token_id, so the ends of {len(ids)} sequences cannot be "
+                "told; set it in config.json, or pass one sequence at a time"
+            )
+        return scores[:, -1]
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    last = (positions * (ids != pad_token_id)).argmax(-1)  # [B]
+    return scores[torch.arange(len(ids), device=ids.device), last]
