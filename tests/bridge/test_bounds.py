@@ -10,10 +10,7 @@ import pytest
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.exporter import parse_size
-from bevatron.bridge.hf_folder import open_hf
-from bevatron.bridge.importer import read_spec
 from bevatron.bridge.inspect import inspect
-from bevatron.bridge.plan import plan_import
 from bevatron.bridge.verify import verify
 from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import assert_same_folder, edit_config, make
@@ -92,13 +89,6 @@ def test_verify_names_what_differs(tmp_path):
     edit_config(source, rms_norm_eps=1e-3)
     report = verify(source, tmp_path / "native", logits=False)
     assert [d for d in report.differences if "norm" in d] == report.differences != []
-
-
-def test_the_plan_can_be_printed(tmp_path):
-    source = open_hf(make(tmp_path / "hf"))
-    family, spec = read_spec(source)
-    lines = plan_import("x", family, spec, source.tensors(), None).lines()
-    assert any("fuse_qkv(model.layers.0.self_attn.q_proj.weight + " in line for line in lines)
 
 
 def test_shard_sizes():

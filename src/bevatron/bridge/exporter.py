@@ -49,13 +49,6 @@ class ExportPlan:
     index: Mapping[str, Any] | None
     source_files: bool
 
-    def lines(self) -> list[str]:
-        """The plan, for people."""
-        return [
-            f"{', '.join(file for places in t.tensors for file, _ in places)}  {t}"
-            for t in self.tasks
-        ]
-
 
 def export_checkpoint(
     src: str | Path,

@@ -58,12 +58,6 @@ class Task:
         """As read."""
         return self.entry.native.numel * DTYPES[self.dtype]
 
-    def __str__(self) -> str:
-        sources = " + ".join(s.name for s in self.entry.sources)
-        change = self.dtype if self.dtype == self.to else f"{self.dtype} -> {self.to}"
-        shape = "x".join(map(str, self.entry.native.shape))
-        return f"{self.native} [{shape}] {change} <- {self.entry.transform}({sources})"
-
 
 @dataclass(frozen=True)
 class ImportPlan:
@@ -80,10 +74,6 @@ class ImportPlan:
     headers: Mapping[str, bytes]
     duplicates: Mapping[str, str]
     carried: Mapping[str, str]
-
-    def lines(self) -> list[str]:
-        """The plan, for people."""
-        return [f"{self.places[t.native][0]}@{self.places[t.native][1]}  {t}" for t in self.tasks]
 
 
 def row_elements(entry: Entry) -> int:

@@ -27,6 +27,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace DST; the old one stays until the new is whole.")
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show what would be done, tensor by tensor; write nothing."),
+]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")]
 
 
@@ -53,12 +57,19 @@ def import_(
     source_format: Annotated[str, typer.Option("--from", help="auto or hf.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Convert a Hugging Face model into a native checkpoint."""
     from bevatron.bridge.convert import import_checkpoint
 
     _known("--from", source_format, "auto", "hf")
+    if dry_run:
+        from bevatron.bridge.preview import preview_import
+
+        seen = preview_import(src, dst, dtype=dtype, revision=revision, overwrite=overwrite)
+        print(json.dumps(seen.to_dict()) if as_json else seen.text())
+        return
     report = import_checkpoint(src, dst, dtype=dtype, revision=revision, overwrite=overwrite)
     _show(report.to_dict(), as_json)
 
@@ -73,12 +84,21 @@ def export(
         str | None, typer.Option(help="Such as 5GB; default: the source's shards, else 5GB.")
     ] = None,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Convert a native checkpoint or a run into a Hugging Face folder."""
     from bevatron.bridge.convert import export_checkpoint
 
     _known("--to", target_format, "hf")
+    if dry_run:
+        from bevatron.bridge.preview import preview_export
+
+        seen = preview_export(
+            src, dst, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+        )
+        print(json.dumps(seen.to_dict()) if as_json else seen.text())
+        return
     report = export_checkpoint(
         src, dst, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
     )

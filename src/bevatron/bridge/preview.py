@@ -1,0 +1,211 @@
+"""What a conversion would do, as a table: made from headers alone, nothing is written.
+
+`import --dry-run` and `export --dry-run` show it. It makes the same checks as the conversion, so
+that one which passes here fails for want of disk or memory only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bevatron.bridge.dtypes import parse_dtype
+from bevatron.bridge.exporter import parse_size, plan_export
+from bevatron.bridge.hf_folder import open_hf
+from bevatron.bridge.importer import check_space, read_spec, written_bytes
+from bevatron.bridge.native import open_native
+from bevatron.bridge.plan import Task, plan_import
+from bevatron.checkpoint.new_folder import check_target
+from bevatron.checkpoint.safetensors_file import DTYPES
+
+
+@dataclass(frozen=True)
+class Line:
+    """One native tensor: what it is made of (or becomes), and what is written of it.
+
+    `files`: those that are written; `nbytes`: of this tensor in them."""
+
+    native: str
+    shape: tuple[int, ...]
+    transform: str
+    tensors: tuple[str, ...]
+    dtype: str
+    to: str
+    nbytes: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The table and its totals.
+
+    Attributes:
+        read, written: bytes of tensors; `shards`: weight files and their sizes in bytes.
+        skipped: tensors and files of the source that are not taken, with the reason.
+    """
+
+    source: str
+    target: str
+    family: str
+    parameters: int
+    lines: tuple[Line, ...]
+    read: int
+    written: int
+    shards: Mapping[str, int]
+    files: int
+    duplicates: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"dry_run": True, **asdict(self)}
+
+    def text(self) -> str:
+        """The table, for people."""
+        head = ("native tensor", "shape", "dtype", "transform", "Hugging Face tensors", "bytes")
+        rows = [(*head, "written to")]
+        for line in self.lines:
+            rows.append(
+                (
+                    line.native,
+                    "x".join(map(str, line.shape)) or "scalar",
+                    line.dtype if line.dtype == line.to else f"{line.dtype} -> {line.to}",
+                    line.transform,
+                    folded(line.tensors),
+                    f"{line.nbytes:,}",
+                    ", ".join(line.files),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        table = [
+            "  ".join(
+                cell.rjust(w) if i == len(head) - 1 else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, [*widths, 0], strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*table, "", *self._totals()])
+
+    def _totals(self) -> list[str]:
+        hf = sum(len(line.tensors) for line in self.lines) + len(self.duplicates)
+        sizes = ", ".join(f"{name} {size:,}" for name, size in self.shards.items())
+        return [
+            f"{self.source} -> {self.target}: {self.family}, {self.parameters:,} parameters",
+            f"{hf:,} Hugging Face tensors, {len(self.lines):,} native ones; {self.read:,} bytes "
+            f"read, {self.written:,} written to {len(self.shards)} weight files ({sizes}); "
+            f"{self.files} other files kept byte for byte",
+            *(f"{name}: must be a copy of {other}" for name, other in self.duplicates.items()),
+            *(f"{name}: carried along: {why}" for name, why in self.carried.items()),
+            *(f"{name}: skipped: {why}" for name, why in self.skipped.items()),
+            "nothing was written",
+        ]
+
+
+def preview_import(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Preview:
+    """What `import_checkpoint` with these arguments would do. Raises BevatronError as it would."""
+    dst = Path(dst)
+    to = parse_dtype(dtype) if dtype else None
+    check_target(dst, overwrite=overwrite)
+    source = open_hf(src, revision)
+    check_target(dst, overwrite=overwrite, apart_from=source.path)
+    family, spec = read_spec(source)
+    plan = plan_import(str(source.path), family, spec, source.tensors(), to)
+    check_space(dst, written_bytes(plan.tasks))
+    lines = tuple(_line(task, (plan.places[task.native][0],)) for task in plan.tasks)
+    return Preview(
+        source=source.name,
+        target=str(dst),
+        family=family.name,
+        parameters=sum(p.numel for p in spec.parameters()),
+        lines=lines,
+        read=source.nbytes,
+        written=written_bytes(plan.tasks),
+        shards=_sizes(plan.headers, lines),
+        files=len(source.others),
+        duplicates=plan.duplicates,
+        carried=plan.carried,
+        skipped=source.skipped,
+    )
+
+
+def preview_export(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+) -> Preview:
+    """What `export_checkpoint` with these arguments would do. Raises BevatronError as it would."""
+    dst = Path(dst)
+    to = parse_dtype(dtype) if dtype else None
+    limit = parse_size(max_shard_size) if max_shard_size is not None else None
+    check_target(dst, overwrite=overwrite)
+    native = open_native(src)
+    check_target(dst, overwrite=overwrite, apart_from=native.folder)
+    plan = plan_export(native, to, limit)
+    check_space(dst, written_bytes(plan.tasks))
+    lines = tuple(
+        _line(task, tuple(dict.fromkeys(file for places in task.tensors for file, _ in places)))
+        for task in plan.tasks
+    )
+    source = native.folder / "source"
+    return Preview(
+        source=str(src),
+        target=str(dst),
+        family=native.family.name,
+        parameters=sum(p.numel for p in native.spec.parameters()),
+        lines=lines,
+        read=sum(t.nbytes for t in plan.tasks),
+        written=sum(line.nbytes for line in lines),
+        shards={
+            file: len(header)
+            + sum(t.nbytes for task in plan.tasks for p in task.tensors for f, t in p if f == file)
+            for file, header in plan.headers.items()
+        },
+        files=sum(p.is_file() for p in source.rglob("*")) if source.is_dir() else 0,
+        duplicates=native.duplicates(),
+    )
+
+
+def _line(task: Task, files: tuple[str, ...]) -> Line:
+    entry = task.entry
+    return Line(
+        native=task.native,
+        shape=entry.native.shape,
+        transform=entry.transform,
+        tensors=tuple(s.name for s in entry.sources),
+        dtype=task.dtype,
+        to=task.to,
+        nbytes=entry.native.numel * DTYPES[task.to],
+        files=files,
+    )
+
+
+def _sizes(headers: Mapping[str, bytes], lines: tuple[Line, ...]) -> dict[str, int]:
+    """Size of every weight file of an import: its header, and the tensors in it."""
+    return {
+        file: len(header) + sum(line.nbytes for line in lines if line.files == (file,))
+        for file, header in headers.items()
+    }
+
+
+def folded(names: tuple[str, ...]) -> str:
+    """Names that differ in one place as a shell would write them: a.{q,k,v}_proj.weight."""
+    if len(names) < 2:
+        return "".join(names)
+    start = os.path.commonprefix(names)  # noqa: RUF071  (by characters is what is meant)
+    rest = [name[len(start) :] for name in names]
+    end = os.path.commonprefix([r[::-1] for r in rest])[::-1]  # noqa: RUF071
+    return start + "{" + ",".join(r[: len(r) - len(end)] for r in rest) + "}" + end
