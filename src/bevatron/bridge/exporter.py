@@ -17,6 +17,7 @@ from typing import Any
 import bevatron
 from bevatron.bridge.card import model_card
 from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
+from bevatron.bridge.hashes import hashes_of_files, prove
 from bevatron.bridge.hf_folder import INDEX, SINGLE
 from bevatron.bridge.importer import check_space, copy_file, main_dtype, written_bytes
 from bevatron.bridge.mover import Mover
@@ -27,7 +28,7 @@ from bevatron.bridge.report import ConversionReport, shown_progress
 from bevatron.checkpoint.boxes import damaged, new_hasher, spell
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
-from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, write_header
+from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, read_header, write_header
 from bevatron.errors import BevatronError
 
 SHARD_SIZE = 5_000_000_000
@@ -78,9 +79,10 @@ def export_checkpoint(
     with new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder:
         total = sum(t.nbytes for t in plan.tasks)
         with shown_progress("exporting", total) as advance, Mover(advance) as mover:
-            notes = _move_tensors(native, plan, mover, folder)
+            hashes, notes = _move_tensors(native, plan, mover, folder)
         files = _copy_source(native, plan, folder)
-        _write_own_files(native, plan, folder)
+        verified = _read_back(native, plan, folder, hashes)
+        _write_own_files(native, plan, folder, verified)
     stored = [place for t in plan.tasks for places in t.tensors for _, place in places]
     if native.moved_from:
         notes.append(
@@ -97,6 +99,7 @@ def export_checkpoint(
         step=native.manifest.step,
         files=files,
         seconds=round(time.perf_counter() - started, 3),
+        verified=verified,
         identical=plan.source_files and _unmodified(native),
         skipped=dict(native.provenance.skipped) if native.provenance else {},
         notes=notes,
@@ -195,16 +198,21 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return TensorEntry(dtype, shape, ()).nbytes
 
 
-def _move_tensors(native: Native, plan: ExportPlan, mover: Mover, folder: Path) -> list[str]:
-    """Execute the plan; every chunk's hash is checked on the way. Returns notes."""
+def _move_tensors(
+    native: Native, plan: ExportPlan, mover: Mover, folder: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Execute the plan; every chunk's hash is checked on the way. Returns the hash of every HF
+    tensor as written, and notes."""
     for file, header in plan.headers.items():
         mover.write(folder / file, 0, header)
+    hashes: dict[str, str] = {}
     notes = []
     for task in plan.tasks:
         convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
         tensor = native.manifest.tensors[task.native]
         ratio = (DTYPES[task.to], ITEMSIZE[task.dtype])
         hashers = [new_hasher() for _ in tensor.chunks]
+        written = [new_hasher() for _ in task.entry.sources]
         for piece in pieces(task.entry, tensor):
             begin = piece.begin * ratio[0] // ratio[1]
             targets = tuple(
@@ -215,8 +223,10 @@ def _move_tensors(native: Native, plan: ExportPlan, mover: Mover, folder: Path) 
                 piece.nbytes,
                 targets,
                 read_hashers=(hashers[piece.chunk],),
+                written_hashers=(written[piece.source],),
                 convert=convert,
             )
+        hashes |= {s.name: spell(h) for s, h in zip(task.entry.sources, written, strict=True)}
         for chunk, hasher in zip(tensor.chunks, hashers, strict=True):
             if spell(hasher) != chunk.hash:
                 nbytes = TensorEntry(tensor.dtype, chunk.shape, ()).nbytes
@@ -227,7 +237,19 @@ def _move_tensors(native: Native, plan: ExportPlan, mover: Mover, folder: Path) 
                 f"{task.native}: {convert.overflows} values are too large for {FLOATS[task.to]} "
                 "and became infinite; use bf16"
             )
-    return notes
+    return hashes, notes
+
+
+def _read_back(
+    native: Native, plan: ExportPlan, folder: Path, hashes: dict[str, str]
+) -> dict[str, Any]:
+    """Read the new weight files again, headers first, and compare every tensor."""
+    headers = {file: read_header(folder / file) for file in plan.headers}
+    written = sum(t.nbytes for h in headers.values() for t in h.tensors.values())
+    with shown_progress("verifying", written) as advance:
+        found = hashes_of_files(folder, headers, advance)
+    copies = {copy: hashes[other] for copy, other in native.duplicates().items()}
+    return prove(found, hashes | copies, [], str(folder))
 
 
 def _copy_source(native: Native, plan: ExportPlan, folder: Path) -> int:
@@ -247,7 +269,9 @@ def _copy_source(native: Native, plan: ExportPlan, folder: Path) -> int:
     return count
 
 
-def _write_own_files(native: Native, plan: ExportPlan, folder: Path) -> None:
+def _write_own_files(
+    native: Native, plan: ExportPlan, folder: Path, verified: Mapping[str, Any]
+) -> None:
     """What must differ from the source, and what the source had none of."""
     if plan.index is not None:
         _write_json(folder / INDEX, plan.index)
@@ -259,7 +283,7 @@ def _write_own_files(native: Native, plan: ExportPlan, folder: Path) -> None:
             _write_generation_config(folder, config)
     if plan.source_files and _unmodified(native):
         return
-    facts = _facts(native, dtype)
+    facts = _facts(native, dtype) | {"verified": verified}
     if not (folder / "bevatron.json").exists():
         _write_json(folder / "bevatron.json", facts)
     if not (folder / "README.md").exists():

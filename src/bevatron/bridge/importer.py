@@ -8,11 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import bevatron
 from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
+from bevatron.bridge.hashes import hashes_of_native, prove
 from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
 from bevatron.bridge.mover import Mover
+from bevatron.bridge.native import Native
 from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, fingerprint
@@ -59,6 +62,7 @@ def import_checkpoint(
             _check_duplicates(source, plan, mover, hashes)
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
+        verified = _read_back(Native.made(folder, manifest, spec, family), hashes, to)
         record = Provenance(
             bevatron=bevatron.__version__,
             source=source.name,
@@ -75,6 +79,7 @@ def import_checkpoint(
             carried=plan.carried,
             skipped=source.skipped,
             folders=source.folders,
+            verified=verified,
         )
         (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
         (folder / "spec.json").write_text(to_json(spec), encoding="utf-8")
@@ -90,9 +95,20 @@ def import_checkpoint(
         step=0,
         files=len(source.others),
         seconds=round(time.perf_counter() - started, 3),
+        verified=verified,
         skipped=dict(source.skipped),
         notes=notes,
     )
+
+
+def _read_back(native: Native, hashes: dict[str, str], dtype: str | None) -> dict[str, Any]:
+    """Read all native files again and compare with the source, tensor by tensor; where the dtype
+    changed there is only the hash of what was written to compare with."""
+    total = sum(t.nbytes for _, _, t in native.entries())
+    with shown_progress("verifying", total) as advance:
+        found, damage = hashes_of_native(native, advance)
+    same = {n: h for n, h in hashes.items() if n in found} if dtype is None else {}
+    return prove(found, same, damage, str(native.folder))
 
 
 def read_spec(source: HFFolder) -> tuple[Family, ModelSpec]:

@@ -38,6 +38,11 @@ class Native:
     config: Mapping[str, Any] | None
     provenance: Provenance | None
 
+    @classmethod
+    def made(cls, folder: Path, manifest: Manifest, spec: ModelSpec, family: Family) -> Native:
+        """One that was just written, known without reading it."""
+        return cls(folder, manifest, spec, family, None, None, None)
+
     def entries(self) -> list[tuple[str, Entry, TensorEntry]]:
         """Manifest name, weight map entry and stored tensor of every HF-visible tensor: the
         parameters, then what is carried."""

@@ -29,6 +29,7 @@ class Provenance:
         tensors: HF tensor -> {dtype, shape, file, xxh3} as found in the source.
         duplicates: HF tensor -> the one it was a byte-for-byte copy of.
         weights: fingerprint of the native tensors as imported; `dtype`: what they became if asked.
+        verified: what reading everything back showed.
         folders: of source/, empty ones too; `skipped`: tensors and files not taken, with why.
     """
 
@@ -44,6 +45,7 @@ class Provenance:
     carried: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
+    verified: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One tensor a line."""

@@ -15,6 +15,7 @@ class ConversionReport:
     Attributes:
         parameters: elements of the model; `tensors`, `nbytes`: of the HF side, as written or read.
         dtype: of most bytes, in config.json's spelling; `step`: of the native checkpoint.
+        verified: what reading everything back showed: {tensors, equal, by}.
         identical: an export of unmodified weights into the files that they were imported from.
         skipped: source tensors and files not taken along, with the reason.
         notes: what the user should know, one sentence each.
@@ -30,6 +31,7 @@ class ConversionReport:
     step: int
     files: int
     seconds: float
+    verified: dict[str, Any] = field(default_factory=dict)
     identical: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

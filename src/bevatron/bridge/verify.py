@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from bevatron.bridge.hashes import Advance, Hashes, hashes_of_files, hashes_of_native
 from bevatron.bridge.hf_folder import HFFolder, open_hf
 from bevatron.bridge.importer import read_spec
 from bevatron.bridge.native import Native, open_native
-from bevatron.bridge.plan import head_name, pieces
+from bevatron.bridge.plan import head_name
 from bevatron.bridge.report import shown_progress
-from bevatron.checkpoint.boxes import (
-    HASH_BUFFER,
-    hash_range,
-    new_hasher,
-    open_for_reading,
-    read_exactly,
-    spell,
-)
 from bevatron.checkpoint.locate import is_native
-from bevatron.checkpoint.manifest import TensorEntry
 from bevatron.errors import BevatronError
 from bevatron.families.family import Family
-from bevatron.families.weight_map import Entry
 from bevatron.spec.model import ModelSpec
-
-Advance = Callable[[int], None]
-
-
-class Found(NamedTuple):
-    """What one side holds under a name."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    hash: str
 
 
 @dataclass
@@ -91,7 +70,7 @@ class _Side:
         self.label, self.path, self.spec, self.family = label, path, spec, family
         self.nbytes = 0
 
-    def hashes(self, report: VerifyReport, advance: Advance) -> dict[str, Found]:
+    def hashes(self, report: VerifyReport, advance: Advance) -> Hashes:
         raise NotImplementedError
 
 
@@ -105,21 +84,10 @@ class _HFSide(_Side):
         super().__init__(label, source.path, spec, family)
         self.source, self.nbytes = source, source.nbytes
 
-    def hashes(self, report: VerifyReport, advance: Advance) -> dict[str, Found]:
-        found, buffer = {}, memoryview(bytearray(HASH_BUFFER))
-        for file, header in self.source.headers.items():
-            path = self.source.path / file
-            fd = open_for_reading(path)
-            try:
-                for name, t in header.tensors.items():
-                    digest = hash_range(fd, t.begin, t.nbytes, path, buffer)
-                    found[name] = Found(t.dtype, t.shape, digest)
-                    advance(t.nbytes)
-            finally:
-                os.close(fd)
+    def hashes(self, report: VerifyReport, advance: Advance) -> Hashes:
         if self.spec is None:
             report.notes.append(f"compared by names alone: {self.unknown}")
-        return found
+        return hashes_of_files(self.path, self.source.headers, advance)
 
 
 class _NativeSide(_Side):
@@ -128,45 +96,10 @@ class _NativeSide(_Side):
         self.native = native
         self.nbytes = sum(t.nbytes for _, _, t in native.entries())
 
-    def hashes(self, report: VerifyReport, advance: Advance) -> dict[str, Found]:
-        found: dict[str, Found] = {}
-        for name, entry, tensor in self.native.entries():
-            digests = self._hash(name, entry, tensor, report)
-            for source, digest in zip(entry.sources, digests, strict=True):
-                found[source.name] = Found(tensor.dtype, source.shape, digest)
-            advance(tensor.nbytes)
-        for copy, other in self.native.duplicates().items():
-            found[copy] = found[other]
+    def hashes(self, report: VerifyReport, advance: Advance) -> Hashes:
+        found, damage = hashes_of_native(self.native, advance)
+        report.differences += damage
         return found
-
-    def _hash(
-        self, name: str, entry: Entry, tensor: TensorEntry, report: VerifyReport
-    ) -> list[str]:
-        """Hashes of the HF tensors; chunks whose bytes are not those written are differences."""
-        sources = [new_hasher() for _ in entry.sources]
-        chunks = [new_hasher() for _ in tensor.chunks]
-        buffer = memoryview(bytearray(HASH_BUFFER))
-        files: dict[str, int] = {}
-        try:
-            for piece in pieces(entry, tensor):
-                path = self.path / piece.file
-                if piece.file not in files:
-                    files[piece.file] = open_for_reading(path)
-                for done in range(0, piece.nbytes, len(buffer)):
-                    data = buffer[: min(len(buffer), piece.nbytes - done)]
-                    read_exactly(files[piece.file], data, piece.at + done, path)
-                    sources[piece.source].update(data)
-                    chunks[piece.chunk].update(data)
-        finally:
-            for fd in files.values():
-                os.close(fd)
-        for chunk, hasher in zip(tensor.chunks, chunks, strict=True):
-            if spell(hasher) != chunk.hash:
-                report.differences.append(
-                    f"{name}: damaged in {self.path / chunk.file}: its hash is {spell(hasher)}, "
-                    f"the manifest says {chunk.hash}"
-                )
-        return [spell(h) for h in sources]
 
 
 def _open(path: str | Path) -> _Side:
@@ -195,9 +128,7 @@ def _compare_specs(a: _Side, b: _Side, report: VerifyReport) -> None:
         )
 
 
-def _compare_tensors(
-    a: _Side, left: dict[str, Found], b: _Side, right: dict[str, Found], report: VerifyReport
-) -> None:
+def _compare_tensors(a: _Side, left: Hashes, b: _Side, right: Hashes, report: VerifyReport) -> None:
     for side, found, other in ((a, left, b), (b, right, a)):
         there = right if found is left else left
         for name in [n for n in found if n not in there]:
@@ -221,7 +152,7 @@ def _compare_tensors(
         report.differences.append(f"{a.label} and {b.label} have no tensor in common")
 
 
-def _why_optional(side: _Side, name: str, found: dict[str, Found]) -> str | None:
+def _why_optional(side: _Side, name: str, found: Hashes) -> str | None:
     """Why a tensor may be on one side only."""
     if side.family is None or side.spec is None:
         return None
