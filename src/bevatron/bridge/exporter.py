@@ -82,7 +82,7 @@ def export_checkpoint(
             hashes, notes = _move_tensors(native, plan, mover, folder)
         files = _copy_source(native, plan, folder)
         verified = _read_back(native, plan, folder, hashes)
-        _write_own_files(native, plan, folder, verified)
+        _write_own_files(native, plan, folder, hashes, verified)
     stored = [place for t in plan.tasks for places in t.tensors for _, place in places]
     if native.moved_from:
         notes.append(
@@ -270,7 +270,11 @@ def _copy_source(native: Native, plan: ExportPlan, folder: Path) -> int:
 
 
 def _write_own_files(
-    native: Native, plan: ExportPlan, folder: Path, verified: Mapping[str, Any]
+    native: Native,
+    plan: ExportPlan,
+    folder: Path,
+    hashes: Mapping[str, str],
+    verified: Mapping[str, Any],
 ) -> None:
     """What must differ from the source, and what the source had none of."""
     if plan.index is not None:
@@ -283,7 +287,7 @@ def _write_own_files(
             _write_generation_config(folder, config)
     if plan.source_files and _unmodified(native):
         return
-    facts = _facts(native, dtype) | {"verified": verified}
+    facts = _facts(native, plan, hashes, verified)
     if not (folder / "bevatron.json").exists():
         _write_json(folder / "bevatron.json", facts)
     if not (folder / "README.md").exists():
@@ -320,9 +324,23 @@ def _write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **known})
 
 
-def _facts(native: Native, dtype: str) -> dict[str, Any]:
-    """bevatron.json: where this export came from."""
-    record = native.provenance
+def _facts(
+    native: Native, plan: ExportPlan, hashes: Mapping[str, str], verified: Mapping[str, Any]
+) -> dict[str, Any]:
+    """bevatron.json: where this export came from, what was done, and what it holds."""
+    record, dtype = native.provenance, _dtype(plan)
+    places = {n: f for t in plan.tasks for n, f in _files(t).items()}
+    done = ["made from random weights" if record is None else "imported"]
+    if record and record.dtype:
+        done.append(f"converted to {FLOATS.get(record.dtype, record.dtype)} on import")
+    if native.manifest.step:
+        done.append(f"trained for {native.manifest.step} steps")
+    elif record and not _unmodified(native):
+        done.append("weights changed")
+    if native.moved_from:
+        done.append(f"written as {native.family.name}, no longer a {native.moved_from}")
+    if any(t.dtype != t.to for t in plan.tasks):
+        done.append(f"converted to {dtype} on export")
     return {
         "bevatron": bevatron.__version__,
         "family": native.family.name,
@@ -331,8 +349,20 @@ def _facts(native: Native, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "source": record.source if record else None,
         "revision": record.revision if record else None,
+        "done": done,
+        "source_tensors": len(record.tensors) if record else None,
+        "carried": dict(record.carried) if record else {},
+        "skipped": dict(record.skipped) if record else {},
         "weights": fingerprint(native.manifest),
+        "verified": dict(verified),
+        "tensors": {n: {"file": places[n], "xxh3": h[5:]} for n, h in hashes.items()},
     }
+
+
+def _files(task: Task) -> dict[str, str]:
+    """HF tensor -> the file that it is in."""
+    places = zip(task.entry.sources, task.tensors, strict=True)
+    return {source.name: found[0][0] for source, found in places}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
