@@ -21,7 +21,7 @@ def model_card(spec: ModelSpec, facts: Mapping[str, Any]) -> str:
     """A model card from the spec and the contents of bevatron.json."""
     auto, task = AUTO[spec.head.kind]
     name = facts["source"]
-    base = f"\nbase_model: {name}" if _is_hub_id(name) else ""
+    base = f"\nbase_model: {name}" if facts["revision"] and name.count("/") == 1 else ""
     revision = f" at revision `{facts['revision']}`" if facts["revision"] else ""
     source = f"`{name}`{revision}" if name else "random weights"
     return f"""---
@@ -73,7 +73,3 @@ def _accounting(facts: Mapping[str, Any]) -> str:
         lines += ["", "Not taken from the source:", ""]
         lines += [f"- `{file}`: {why}" for file, why in skipped.items()]
     return "\n".join(lines)
-
-
-def _is_hub_id(source: str | None) -> bool:
-    return source is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))

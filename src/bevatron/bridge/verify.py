@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.hashes import Advance, Hashes, hashes_of_files, hashes_of_native
-from bevatron.bridge.hf_folder import HFFolder, open_hf
+from bevatron.bridge.hf_folder import HFFolder, open_hf, shown
 from bevatron.bridge.importer import read_spec
 from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import head_name
@@ -44,6 +44,19 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
+
+    def text(self) -> str:
+        """For people: what was compared, and what differs, alike differences in one line."""
+        grouped: dict[str, list[str]] = {}
+        for difference in self.differences:
+            name, _, what = difference.partition(": ")
+            grouped.setdefault(what or name, []).append(name)
+        lines = [f"{self.tensors} tensors of {self.a} and {self.b} compared by their hashes"]
+        lines += [f"  {_counted(names)}: {what}" for what, names in grouped.items()]
+        lines += [f"  {note}" for note in self.notes]
+        if self.logits is not None:
+            lines.append(_logits_text(self.logits))
+        return "\n".join([*lines, "they agree" if self.ok else "they differ"])
 
 
 def verify(a: str | Path, b: str | Path, *, logits: bool = True) -> VerifyReport:
@@ -166,6 +179,21 @@ def _why_optional(side: _Side, name: str, found: Hashes) -> str | None:
     return side.family.skip(name)
 
 
+def _counted(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors ({shown(names, 3)})"
+
+
+def _logits_text(logits: dict[str, Any]) -> str:
+    if "max_abs_difference" not in logits:
+        return f"logits were not compared: {logits['reason']}"
+    note = f"; {logits['note']}" if logits.get("note") else ""
+    return (
+        f"logits by {logits['a']} and {logits['b']} differ by at most "
+        f"{logits['max_abs_difference']:.2g} (relative {logits['max_relative_difference']:.2g}, "
+        f"allowed {logits['tolerance']:g}){note}"
+    )
+
+
 def _spelled(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
@@ -173,8 +201,8 @@ def _spelled(value: Any) -> str:
 def _logits(a: _Side, b: _Side, report: VerifyReport) -> dict[str, Any]:
     if a.spec is None or b.spec is None:
         return {"reason": "the architecture is not one that Bevatron knows"}
-    if report.differences:
-        return {"reason": "the tensors differ already"}
+    if a.spec != dataclasses.replace(b.spec, init=a.spec.init):
+        return {"reason": "the models differ"}
     from bevatron.bridge.logits import compare_logits
 
     return compare_logits(a.path, b.path)

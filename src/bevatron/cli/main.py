@@ -116,7 +116,7 @@ def verify(
     from bevatron.bridge.verify import verify as compare
 
     report = compare(a, b, logits=logits)
-    _show(report.to_dict(), as_json)
+    print(json.dumps(report.to_dict()) if as_json else report.text())
     if not report.ok:
         raise CheckFailed(f"{a} and {b} differ; see above")
 
