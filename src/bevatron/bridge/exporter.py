@@ -16,15 +16,17 @@ from typing import Any
 
 import bevatron
 from bevatron.bridge.card import model_card
-from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
+from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.hf_folder import INDEX, SINGLE
 from bevatron.bridge.importer import check_space, copy_file, main_dtype, written_bytes
 from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import CONFIG, Native, open_native
 from bevatron.bridge.plan import Task, pieces
 from bevatron.bridge.provenance import fingerprint
-from bevatron.bridge.report import ConversionReport, shown_progress
+from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
+from bevatron.bridge.unchanged import stamps, unchanged
 from bevatron.checkpoint.boxes import damaged, new_hasher, spell
+from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, write_header
@@ -78,14 +80,18 @@ def export_checkpoint(
     to = parse_dtype(dtype) if dtype else None
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     check_target(dst, overwrite=overwrite)
+    before = stamps(resolve(src))
     native = open_native(src)
     check_target(dst, overwrite=overwrite, apart_from=native.folder)
     plan = plan_export(native, to, limit)
     check_space(dst, written_bytes(plan.tasks))
-    with new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder:
+    with (
+        new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder,
+        unchanged(native.folder, before),
+    ):
         total = sum(t.nbytes for t in plan.tasks)
         with shown_progress("exporting", total) as advance, Mover(advance) as mover:
-            notes = _move_tensors(native, plan, mover, folder)
+            non_finite, notes = _move_tensors(native, plan, mover, folder)
         files = _copy_source(native, plan, folder)
         _write_own_files(native, plan, folder)
     stored = [place for t in plan.tasks for places in t.tensors for _, place in places]
@@ -106,7 +112,8 @@ def export_checkpoint(
         seconds=round(time.perf_counter() - started, 3),
         identical=plan.source_files and _unmodified(native),
         skipped=dict(native.provenance.skipped) if native.provenance else {},
-        notes=notes,
+        non_finite=non_finite,
+        notes=non_finite_notes(non_finite) + notes,
     )
 
 
@@ -202,16 +209,21 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return TensorEntry(dtype, shape, ()).nbytes
 
 
-def _move_tensors(native: Native, plan: ExportPlan, mover: Mover, folder: Path) -> list[str]:
-    """Execute the plan; every chunk's hash is checked on the way. Returns notes."""
+def _move_tensors(
+    native: Native, plan: ExportPlan, mover: Mover, folder: Path
+) -> tuple[dict[str, int], list[str]]:
+    """Execute the plan; every chunk's hash is checked on the way. Returns how many values of HF
+    tensors are not finite, and notes."""
     for file, header in plan.headers.items():
         mover.write(folder / file, 0, header)
+    non_finite: dict[str, int] = {}
     notes = []
     for task in plan.tasks:
         convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
         tensor = native.manifest.tensors[task.native]
         ratio = (DTYPES[task.to], ITEMSIZE[task.dtype])
         hashers = [new_hasher() for _ in tensor.chunks]
+        watch = [NonFinite(task.dtype) for _ in task.entry.sources] if task.dtype in FLOATS else []
         for piece in pieces(task.entry, tensor):
             begin = piece.begin * ratio[0] // ratio[1]
             targets = tuple(
@@ -223,18 +235,21 @@ def _move_tensors(native: Native, plan: ExportPlan, mover: Mover, folder: Path) 
                 targets,
                 read_hashers=(hashers[piece.chunk],),
                 convert=convert,
+                watch=watch[piece.source] if watch else None,
             )
         for chunk, hasher in zip(tensor.chunks, hashers, strict=True):
             if spell(hasher) != chunk.hash:
                 nbytes = TensorEntry(tensor.dtype, chunk.shape, ()).nbytes
                 path = native.folder / chunk.file
                 raise damaged(path, chunk, nbytes, spell(hasher), task.native)
+        sources = (s.name for s in task.entry.sources)
+        non_finite |= {n: w.count for n, w in zip(sources, watch, strict=False) if w.count}
         if convert and convert.overflows:
             notes.append(
                 f"{task.native}: {convert.overflows} values are too large for {FLOATS[task.to]} "
                 "and became infinite; use bf16"
             )
-    return notes
+    return non_finite, notes
 
 
 def _copy_source(native: Native, plan: ExportPlan, folder: Path) -> int:

@@ -29,6 +29,7 @@ class Provenance:
         tensors: HF tensor -> {dtype, shape, file, xxh3} as found in the source.
         duplicates: HF tensor -> the one it was a byte-for-byte copy of.
         weights: fingerprint of the native tensors as imported; `dtype`: what they became if asked.
+        non_finite: HF tensor -> how many of its values were NaN or infinite, if any.
         folders: of source/, empty ones too; `skipped`: tensors and files not taken, with why.
     """
 
@@ -43,6 +44,7 @@ class Provenance:
     duplicates: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    non_finite: Mapping[str, int] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
 
     def to_json(self) -> str:

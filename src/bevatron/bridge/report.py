@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from bevatron.bridge.hf_folder import shown
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class ConversionReport:
         dtype: of most bytes, in config.json's spelling; `step`: of the native checkpoint.
         identical: an export of unmodified weights into the files that they were imported from.
         skipped: source tensors and files not taken along, with the reason.
+        non_finite: Hugging Face tensor -> how many of its values are NaN or infinite, if any.
         notes: what the user should know, one sentence each.
     """
 
@@ -32,6 +35,7 @@ class ConversionReport:
     seconds: float
     identical: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    non_finite: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,6 +43,15 @@ class ConversionReport:
         values = asdict(self)
         values["bytes"] = values.pop("nbytes")
         return values
+
+
+def non_finite_notes(counts: Mapping[str, int]) -> list[str]:
+    """What to tell the user about tensors with such values, if there are any."""
+    if not counts:
+        return []
+    listed = shown([f"{name} ({count})" for name, count in counts.items()])
+    many = "1 tensor holds" if len(counts) == 1 else f"{len(counts)} tensors hold"
+    return [f"{many} NaN or infinite values: {listed}; they were kept as they are"]
 
 
 @contextmanager
