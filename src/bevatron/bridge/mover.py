@@ -2,7 +2,7 @@
 
 A range is read once, hashed while it is in the core's cache, converted if asked, and written. This
 was measured against copy_file_range plus a second read for the hash: equal or faster, and what is
-hashed is exactly what is written, even if the source changes meanwhile.
+hashed is exactly what is written, even if the source changes meanwhile (`unchanged.py` notices).
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from bevatron.bridge.dtypes import Converter
 from bevatron.checkpoint.boxes import HASH_BUFFER, Hasher, open_for_reading, read_exactly
 
 OPEN_FILES = 64
+
+
+class Watcher(Protocol):
+    """What looks at the bytes as they pass."""
+
+    def update(self, data: memoryview, /) -> None: ...
 
 
 class Mover:
@@ -49,11 +56,12 @@ class Mover:
         read_hashers: tuple[Hasher, ...] = (),
         written_hashers: tuple[Hasher, ...] = (),
         convert: Converter | None = None,
+        watch: Watcher | None = None,
     ) -> None:
         """Copy `nbytes` from (file, byte) to each target (file, byte).
 
         Args:
-            read_hashers: fed with the bytes as read; `written_hashers`: as written.
+            read_hashers, watch: fed with the bytes as read; `written_hashers`: as written.
         """
         path, at = source
         fd = self._open(path, write=False)
@@ -63,6 +71,8 @@ class Mover:
             read_exactly(fd, data, at + done, path)
             for hasher in read_hashers:
                 hasher.update(data)
+            if watch:
+                watch.update(data)
             out = convert(data) if convert else data
             for hasher in written_hashers:
                 hasher.update(out)

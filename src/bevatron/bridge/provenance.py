@@ -30,6 +30,7 @@ class Provenance:
         duplicates: HF tensor -> the one it was a byte-for-byte copy of.
         weights: fingerprint of the native tensors as imported; `dtype`: what they became if asked.
         verified: what reading everything back showed.
+        non_finite: HF tensor -> how many of its values were NaN or infinite, if any.
         folders: of source/, empty ones too; `skipped`: tensors and files not taken, with why.
     """
 
@@ -44,6 +45,7 @@ class Provenance:
     duplicates: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    non_finite: Mapping[str, int] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     verified: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from bevatron.bridge.hf_folder import shown
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class ConversionReport:
         verified: what reading everything back showed: {tensors, equal, by}.
         identical: an export of unmodified weights into the files that they were imported from.
         skipped: source tensors and files not taken along, with the reason.
+        non_finite: Hugging Face tensor -> how many of its values are NaN or infinite, if any.
         notes: what the user should know, one sentence each.
     """
 
@@ -34,6 +37,7 @@ class ConversionReport:
     verified: dict[str, Any] = field(default_factory=dict)
     identical: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    non_finite: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,6 +45,15 @@ class ConversionReport:
         values = asdict(self)
         values["bytes"] = values.pop("nbytes")
         return values
+
+
+def non_finite_notes(counts: Mapping[str, int]) -> list[str]:
+    """What to tell the user about tensors with such values, if there are any."""
+    if not counts:
+        return []
+    listed = shown([f"{name} ({count})" for name, count in counts.items()])
+    many = "1 tensor holds" if len(counts) == 1 else f"{len(counts)} tensors hold"
+    return [f"{many} NaN or infinite values: {listed}; they were kept as they are"]
 
 
 @contextmanager

@@ -1,16 +1,19 @@
 """A folder that appears complete or not at all.
 
-It is written as a hidden sibling `.<name>.partial-<pid>`, synced and renamed. On any error, Ctrl-C
-or SIGTERM the sibling goes; what a killed process left is cleared by the next one.
+It is written as the hidden sibling `.<name>.partial`, synced, and renamed. Who writes holds a lock
+on `.<name>.lock`, which the kernel takes back when the process dies, on whatever host and whatever
+its number. So a partial folder that is found while holding the lock was left by a killed process:
+it is cleared, and the work starts again. On any error, Ctrl-C or SIGTERM both siblings go.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import re
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 
 from bevatron.errors import BevatronError
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -27,18 +32,21 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
     Args:
         overwrite: replace an existing target, which stays until the new one is complete.
         apart_from: what is being read; the target may be neither in it nor around it.
-    Raises BevatronError if the target exists or cannot be written; an OSError in the block
-    (disk full, read-only) becomes a BevatronError that names the path.
+    Raises BevatronError if the target exists, is being written by another process or cannot be
+    written; an OSError in the block (disk full, read-only) becomes a BevatronError that names the
+    path.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link target)
     check_target(target, overwrite=overwrite, apart_from=apart_from)
     made = _make_parents(target.parent)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    partial = _sibling(target, "partial")
     try:
-        _clear_stale(target)
-        with _terminable():
+        with _terminable(), _lock(target) as locked:
+            if locked:
+                _clear_stale(target)
+            check_target(target, overwrite=overwrite)  # it may have come back, or just been made
+            _make_partial(partial, target)
             try:
-                partial.mkdir()
                 yield partial
                 _sync_tree(partial)
                 _put(partial, target, overwrite)
@@ -100,46 +108,106 @@ def _sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
-def _put(partial: Path, target: Path, overwrite: bool) -> None:
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
+def _sibling(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}"
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[bool]:
+    """Hold the lock of `target`. Yields False where the filesystem has no locks.
+
+    Raises BevatronError naming its holder if it is taken."""
+    path = _sibling(target, "lock")
+    fd, locked = _open_locked(path, target)
     try:
-        if overwrite and target.exists():
-            target.rename(old)
-        if target.exists():  # rename(2) would replace an empty folder
-            raise FileExistsError(errno.EEXIST, "appeared while it was being written", str(target))
-        partial.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    sync(target.parent)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield locked
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _open_locked(path: Path, target: Path) -> tuple[int, bool]:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        locked = True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(fd, 200, 0).decode("utf-8", "replace") or "another process"
+            os.close(fd)
+            raise BevatronError(
+                f"{target}: is being written by {holder}; wait for it, or name another target"
+            ) from error
+        except OSError as error:
+            locked = False
+            if error.errno not in _NO_LOCKS:
+                os.close(fd)
+                raise
+        try:
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd, locked
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # its last holder has just removed it: no longer the lock
+
+
+def _make_partial(partial: Path, target: Path) -> None:
+    try:
+        partial.mkdir()
+    except FileExistsError as error:
+        raise BevatronError(
+            f"{partial}: exists, and this filesystem has no locks that would tell whether it is in "
+            f"use; remove it if no other process is writing {target}"
+        ) from error
 
 
 def _clear_stale(target: Path) -> None:
-    """What killed processes left: partial folders go; an old target, moved aside by a process that
-    died before its new one stood, comes back."""
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|old)-(\d+)")
-    for path in sorted(target.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if not match or _alive(int(match[2])):
-            continue
-        if match[1] == "old" and not target.exists():
-            path.rename(target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    """What a killed process left, found while holding the lock: its partial folder goes; an old
+    target, moved aside by one that died before its new one stood, comes back."""
+    old = _sibling(target, "old")
+    if old.is_dir() and not os.path.lexists(target):
+        old.rename(target)
+    for path in (old, _sibling(target, "partial")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # our own, from an earlier call or an earlier process with our number
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def _put(partial: Path, target: Path, overwrite: bool) -> None:
+    """Make `partial` the target. An old one is swapped for it in one step where the system can, so
+    that at no moment there is none."""
+    old = partial
+    if not os.path.lexists(target):
+        partial.rename(target)
+    elif not overwrite:  # rename(2) would replace an empty folder
+        raise FileExistsError(errno.EEXIST, "appeared while it was being written", str(target))
+    elif not _exchange(partial, target):
+        old = _sibling(target, "old")
+        try:
+            target.rename(old)
+            partial.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, with Linux's renameat2; False where there is none."""
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2 is None:
         return False
-    except (OSError, OverflowError):
-        pass
-    return True
+    if renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # an old kernel, or NFS
+        return False
+    raise OSError(code, os.strerror(code), str(b))
 
 
 def _make_parents(folder: Path) -> list[Path]:
