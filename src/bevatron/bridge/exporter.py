@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from bevatron.bridge.provenance import fingerprint
 from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.unchanged import stamps, unchanged
 from bevatron.checkpoint.boxes import damaged, new_hasher, spell
+from bevatron.checkpoint.files import copy_tree, is_url
 from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
@@ -70,7 +72,7 @@ def export_checkpoint(
     Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
     """
     started = time.perf_counter()
-    dst = Path(dst)
+    dst = folder_on_disk(dst)
     to = parse_dtype(dtype) if dtype else None
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     check_target(dst, overwrite=overwrite)
@@ -111,6 +113,16 @@ def export_checkpoint(
         non_finite=non_finite,
         notes=non_finite_notes(non_finite) + notes,
     )
+
+
+def folder_on_disk(dst: str | Path) -> Path:
+    """`dst`, refused if it is a URL."""
+    if is_url(str(dst)):
+        raise BevatronError(
+            f"{dst}: an export goes into a folder on disk, since other programs are to read it; "
+            "name one, and copy it from there"
+        )
+    return Path(dst)
 
 
 def parse_size(size: str | int) -> int:
@@ -266,18 +278,14 @@ def _read_back(
 
 def _copy_source(native: Native, plan: ExportPlan, folder: Path) -> int:
     """The files that the source held besides weights; how many."""
-    source, count = native.folder / "source", 0
+    source = native.folder / "source"
     if not source.is_dir():
         return 0
     with Mover(lambda n: None) as mover:
-        for path in sorted(source.rglob("*")):
-            name = path.relative_to(source).as_posix()
-            if path.is_dir():
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            elif name != INDEX or plan.source_files:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                copy_file(mover, path, folder / name)
-                count += 1
+        count = copy_tree(source, folder, partial(copy_file, mover))
+    if (folder / INDEX).exists() and not plan.source_files:
+        (folder / INDEX).unlink()
+        count -= 1
     return count
 
 

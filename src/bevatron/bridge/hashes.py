@@ -6,8 +6,8 @@ that q, k and v are equal and not only the matrix that they are fused into.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,9 @@ from bevatron.checkpoint.boxes import (
     HASH_BUFFER,
     hash_range,
     new_hasher,
-    open_for_reading,
-    read_exactly,
     spell,
 )
+from bevatron.checkpoint.files import File, open_file
 from bevatron.checkpoint.manifest import TensorEntry
 from bevatron.checkpoint.safetensors_file import Header
 from bevatron.errors import BevatronError
@@ -45,15 +44,11 @@ def hashes_of_files(folder: Path, headers: Mapping[str, Header], advance: Advanc
     """Read and hash every tensor of safetensors files, given their headers by name."""
     found, buffer = {}, memoryview(bytearray(HASH_BUFFER))
     for file, header in headers.items():
-        path = folder / file
-        fd = open_for_reading(path)
-        try:
+        with closing(open_file(folder / file)) as opened:
             for name, t in header.tensors.items():
-                digest = hash_range(fd, t.begin, t.nbytes, path, buffer)
+                digest = hash_range(opened, t.begin, t.nbytes, buffer)
                 found[name] = Found(t.dtype, t.shape, digest)
                 advance(t.nbytes)
-        finally:
-            os.close(fd)
     return found
 
 
@@ -78,20 +73,19 @@ def _hash(
     sources = [new_hasher() for _ in entry.sources]
     chunks = [new_hasher() for _ in tensor.chunks]
     buffer = memoryview(bytearray(HASH_BUFFER))
-    files: dict[str, int] = {}
+    files: dict[str, File] = {}
     try:
         for piece in pieces(entry, tensor):
-            path = native.folder / piece.file
             if piece.file not in files:
-                files[piece.file] = open_for_reading(path)
+                files[piece.file] = open_file(native.folder / piece.file)
             for done in range(0, piece.nbytes, len(buffer)):
                 data = buffer[: min(len(buffer), piece.nbytes - done)]
-                read_exactly(files[piece.file], data, piece.at + done, path)
+                files[piece.file].read(data, piece.at + done)
                 sources[piece.source].update(data)
                 chunks[piece.chunk].update(data)
     finally:
-        for fd in files.values():
-            os.close(fd)
+        for file in files.values():
+            file.close()
     for chunk, hasher in zip(tensor.chunks, chunks, strict=True):
         if spell(hasher) != chunk.hash:
             damage.append(

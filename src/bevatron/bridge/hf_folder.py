@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bevatron.bridge.unchanged import Stamp, stamps
+from bevatron.checkpoint.files import is_url
 from bevatron.checkpoint.safetensors_file import Header, Stored, read_header
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
@@ -98,6 +99,10 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[Path, str |
             raise SourceError(f"{path}: is a folder on disk, so --revision has no meaning; drop it")
         return path, _cache_commit(path)
     text = str(source)
+    if is_url(text):
+        raise SourceError(
+            f"{text}: holds no native checkpoint; a Hugging Face folder must lie on disk or the Hub"
+        )
     if not _looks_like_hub_id(text):
         raise SourceError(f"{text}: does not exist; expected a folder or a Hub id such as org/name")
     return _download(text, revision)

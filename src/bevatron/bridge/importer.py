@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from bevatron.bridge.provenance import Provenance, fingerprint
 from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.unchanged import unchanged
 from bevatron.checkpoint.boxes import Hasher, new_hasher, spell
+from bevatron.checkpoint.files import is_remote, located
 from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.checkpoint.safetensors_file import DTYPES
@@ -48,7 +50,7 @@ def import_checkpoint(
     Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
     """
     started = time.perf_counter()
-    dst = Path(dst)
+    dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
     check_target(dst, overwrite=overwrite)
     source = open_hf(src, revision)
@@ -147,7 +149,7 @@ def written_bytes(tasks: Iterable[Task]) -> int:
 
 def check_space(dst: Path, nbytes: int) -> None:
     """Refuse early what cannot fit on the disk."""
-    place = dst.absolute().parent
+    place = Path(tempfile.gettempdir()) if is_remote(dst) else dst.absolute().parent
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

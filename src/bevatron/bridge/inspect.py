@@ -12,6 +12,7 @@ from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, 
 from bevatron.bridge.importer import main_dtype
 from bevatron.bridge.native import read_spec
 from bevatron.bridge.provenance import read_provenance
+from bevatron.checkpoint.files import located
 from bevatron.checkpoint.locate import is_native, resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, read_manifest
 from bevatron.checkpoint.strict_json import read_object
@@ -28,7 +29,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         kind (hf or native), and the model's sizes.
     Raises BevatronError if it is none of these.
     """
-    folder = Path(path)
+    folder = located(path)
     if folder.is_dir() and is_native(folder):
         return _native(resolve(folder))
     return _hf(path)

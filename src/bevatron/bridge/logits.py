@@ -31,8 +31,8 @@ def compare_logits(a: str | Path, b: str | Path) -> dict[str, Any]:
         import torch
     except ImportError:
         return {"reason": "torch is not installed"}
-    one, name_a, why_a = _logits(Path(a))
-    two, name_b, why_b = _logits(Path(b))
+    one, name_a, why_a = _logits(a)
+    two, name_b, why_b = _logits(b)
     found: dict[str, Any] = {"a": name_a, "b": name_b}
     if why_a or why_b:
         found["note"] = why_a or why_b
@@ -63,7 +63,7 @@ def prompt(vocab_size: int, length: int, avoid: int | None = None) -> torch.Tens
     return ids if avoid is None else torch.where(ids == avoid, (ids + 1) % vocab_size, ids)
 
 
-def _logits(path: Path) -> tuple[torch.Tensor, str, str | None]:
+def _logits(path: str | Path) -> tuple[torch.Tensor, str, str | None]:
     """Outputs, who computed them, and why not transformers (for an HF folder)."""
     import torch
 

@@ -12,10 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from bevatron.bridge.dtypes import Converter
-from bevatron.checkpoint.boxes import HASH_BUFFER, Hasher, open_for_reading, read_exactly
+from bevatron.checkpoint.boxes import HASH_BUFFER, Hasher
+from bevatron.checkpoint.files import File, open_file
 
 OPEN_FILES = 64
 
@@ -26,12 +27,42 @@ class Watcher(Protocol):
     def update(self, data: memoryview, /) -> None: ...
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=_Closable)
+
+
+class _Open(Generic[T]):
+    """Open files, the least recently used of too many closed."""
+
+    def __init__(self, make: Callable[[Path], T]) -> None:
+        self._make = make
+        self._files: OrderedDict[Path, T] = OrderedDict()
+
+    def __call__(self, path: Path) -> T:
+        file = self._files.get(path)
+        if file is None:
+            if len(self._files) >= OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            file = self._files[path] = self._make(path)
+        self._files.move_to_end(path)
+        return file
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
 class Mover:
     """Copies ranges. `advance` is called with the number of source bytes done."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._buffer = memoryview(bytearray(HASH_BUFFER))
-        self._files: OrderedDict[tuple[Path, bool], int] = OrderedDict()
+        self._sources: _Open[File] = _Open(open_file)
+        self._targets: _Open[_Target] = _Open(_Target)
         self._advance = advance
 
     def __enter__(self) -> Mover:
@@ -43,9 +74,8 @@ class Mover:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        self._sources.close()
+        self._targets.close()
 
     def move(
         self,
@@ -64,11 +94,11 @@ class Mover:
             read_hashers, watch: fed with the bytes as read; `written_hashers`: as written.
         """
         path, at = source
-        fd = self._open(path, write=False)
+        file = self._sources(path)
         done = written = 0
         while done < nbytes:
             data = self._buffer[: min(len(self._buffer), nbytes - done)]
-            read_exactly(fd, data, at + done, path)
+            file.read(data, at + done)
             for hasher in read_hashers:
                 hasher.update(data)
             if watch:
@@ -77,32 +107,30 @@ class Mover:
             for hasher in written_hashers:
                 hasher.update(out)
             for target, position in targets:
-                write_exactly(self._open(target, write=True), out, position + written, target)
+                self._targets(target).write(out, position + written)
             done, written = done + len(data), written + len(out)
             self._advance(len(data))
 
     def write(self, path: Path, at: int, data: bytes) -> None:
         """Write a header or the like."""
-        write_exactly(self._open(path, write=True), memoryview(data), at, path)
-
-    def _open(self, path: Path, *, write: bool) -> int:
-        key = (path, write)
-        fd = self._files.get(key)
-        if fd is not None:
-            self._files.move_to_end(key)
-            return fd
-        if len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666) if write else open_for_reading(path)
-        self._files[key] = fd
-        return fd
+        self._targets(path).write(memoryview(data), at)
 
 
-def write_exactly(fd: int, data: memoryview, at: int, path: Path) -> None:
-    """Write all of `data` at byte `at`. Raises OSError that carries the path."""
-    done = 0
-    while done < len(data):
-        try:
-            done += os.pwrite(fd, data[done:], at + done)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+class _Target:
+    """A file that is being written, on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+
+    def write(self, data: memoryview, at: int) -> None:
+        """Write all of `data` at byte `at`. Raises OSError that carries the path."""
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self.fd, data[done:], at + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def close(self) -> None:
+        os.close(self.fd)

@@ -8,7 +8,6 @@ only the bytes that it owns.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from bevatron.bridge.hf_folder import open_hf
 from bevatron.bridge.native import open_native
 from bevatron.bridge.plan import Task, plan_import, row_elements
+from bevatron.checkpoint.files import copy_tree, located
 from bevatron.checkpoint.locate import is_native
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
 from bevatron.families import for_config
@@ -57,16 +57,21 @@ class Opened:
         if self.source is None:
             return
         if self.others is None:
-            shutil.copytree(self.source, target)
+            copy_tree(self.source, target, _copy)
             return
         for name in self.others:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, target / name)
 
 
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write)
+
+
 def open_weights(path: str | Path) -> Opened:
     """Open what `path` means. Raises BevatronError if it is none of these or is damaged."""
-    if os.path.lexists(path) and is_native(Path(path)):
+    if is_native(located(path)):
         native = open_native(path)
         source = native.folder / "source"
         found = source if source.is_dir() else None

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.dtypes import parse_dtype
-from bevatron.bridge.exporter import parse_size, plan_export
+from bevatron.bridge.exporter import folder_on_disk, parse_size, plan_export
 from bevatron.bridge.hf_folder import open_hf
 from bevatron.bridge.importer import check_space, read_spec, written_bytes
 from bevatron.bridge.native import open_native
 from bevatron.bridge.plan import Task, plan_import
+from bevatron.checkpoint.files import located
 from bevatron.checkpoint.new_folder import check_target
 from bevatron.checkpoint.safetensors_file import DTYPES
 
@@ -114,7 +115,7 @@ def preview_import(
     overwrite: bool = False,
 ) -> Preview:
     """What `import_checkpoint` with these arguments would do. Raises BevatronError as it would."""
-    dst = Path(dst)
+    dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
     check_target(dst, overwrite=overwrite)
     source = open_hf(src, revision)
@@ -148,7 +149,7 @@ def preview_export(
     overwrite: bool = False,
 ) -> Preview:
     """What `export_checkpoint` with these arguments would do. Raises BevatronError as it would."""
-    dst = Path(dst)
+    dst = folder_on_disk(dst)
     to = parse_dtype(dtype) if dtype else None
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     check_target(dst, overwrite=overwrite)

@@ -12,14 +12,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from bevatron.checkpoint.files import is_remote
 from bevatron.errors import BevatronError
 
 Stamp = tuple[int, int, int]
 
 
 def stamps(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, Stamp]:
-    """Every file below `folder`, by relative path, but for what lies in folders named `skip`."""
-    found = {}
+    """Every file below `folder`, by relative path, but for what lies in folders named `skip`.
+    None of a URL: what lies there cannot be changed in place."""
+    found: dict[str, Stamp] = {}
+    if is_remote(folder):
+        return found
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in skip]
         for name in files:

@@ -13,6 +13,7 @@ from bevatron.bridge.importer import read_spec
 from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import head_name
 from bevatron.bridge.report import shown_progress
+from bevatron.checkpoint.files import located
 from bevatron.checkpoint.locate import is_native
 from bevatron.errors import BevatronError
 from bevatron.families.family import Family
@@ -116,7 +117,7 @@ class _NativeSide(_Side):
 
 
 def _open(path: str | Path) -> _Side:
-    if Path(path).is_dir() and is_native(Path(path)):
+    if is_native(located(path)):
         return _NativeSide(str(path), open_native(path))
     return _HFSide(str(path), open_hf(path))
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import heapq
 import math
-import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import xxhash
 
+from bevatron.checkpoint.files import File, open_file
 from bevatron.checkpoint.manifest import ITEMSIZE, CheckpointError, Chunk, TensorEntry
 
 if TYPE_CHECKING:
@@ -44,33 +45,6 @@ def new_hasher() -> Hasher:
 def spell(hasher: Hasher) -> str:
     """A hash as the manifest spells it: `xxh3:` and 32 hex digits."""
     return f"xxh3:{hasher.hexdigest()}"
-
-
-def read_exactly(fd: int, out: memoryview, at: int, path: Path) -> None:
-    """Fill `out` with the bytes of the open file from byte `at` on.
-
-    Raises CheckpointError naming `path` if the file ends before (truncated, or changed while it
-    was read) or cannot be read."""
-    done = 0
-    while done < len(out):
-        try:
-            count = os.preadv(fd, [out[done:]], at + done)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-        if not count:
-            raise CheckpointError(
-                f"{path}: ends at byte {at + done}, expected at least {at + len(out)} bytes; "
-                "the file is truncated: restore it from its source"
-            )
-        done += count
-
-
-def open_for_reading(path: Path) -> int:
-    """An open file descriptor. Raises CheckpointError naming `path`."""
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
 
 
 class Run(NamedTuple):
@@ -144,18 +118,18 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 def stream_rows(folder: Path, entry: TensorEntry, buffer: memoryview) -> Iterator[memoryview]:
     """The tensor's bytes in row-major order, in views of `buffer` that the next step overwrites."""
-    files: dict[str, int] = {}
+    files: dict[str, File] = {}
     filled = 0
     try:
         for run in runs(entry):
-            fd = files.get(run.file)
-            if fd is None:
-                fd = files[run.file] = open_for_reading(folder / run.file)
+            file = files.get(run.file)
+            if file is None:
+                file = files[run.file] = open_file(folder / run.file)
             done = 0
             while done < run.nbytes:
                 count = min(run.nbytes - done, len(buffer) - filled)
                 view = buffer[filled : filled + count]
-                read_exactly(fd, view, run.at + done, folder / run.file)
+                file.read(view, run.at + done)
                 done, filled = done + count, filled + count
                 if filled == len(buffer):
                     yield buffer
@@ -163,8 +137,8 @@ def stream_rows(folder: Path, entry: TensorEntry, buffer: memoryview) -> Iterato
         if filled:
             yield buffer[:filled]
     finally:
-        for fd in files.values():
-            os.close(fd)
+        for file in files.values():
+            file.close()
 
 
 def hash_tensor(folder: Path, entry: TensorEntry) -> str:
@@ -175,12 +149,12 @@ def hash_tensor(folder: Path, entry: TensorEntry) -> str:
     return spell(hasher)
 
 
-def hash_range(fd: int, at: int, nbytes: int, path: Path, buffer: memoryview) -> str:
+def hash_range(file: File, at: int, nbytes: int, buffer: memoryview) -> str:
     """`xxh3:...` of a range of an open file."""
     hasher, done = new_hasher(), 0
     while done < nbytes:
         view = buffer[: min(len(buffer), nbytes - done)]
-        read_exactly(fd, view, at + done, path)
+        file.read(view, at + done)
         hasher.update(view)
         done += len(view)
     return spell(hasher)
@@ -190,11 +164,8 @@ def verify_chunk(folder: Path, chunk: Chunk, itemsize: int, name: str = "") -> N
     """Recompute the hash of a chunk. Raises CheckpointError if its bytes are not those written."""
     path = folder / chunk.file
     nbytes = math.prod(chunk.shape) * itemsize
-    fd = open_for_reading(path)
-    try:
-        found = hash_range(fd, chunk.at, nbytes, path, memoryview(bytearray(HASH_BUFFER)))
-    finally:
-        os.close(fd)
+    with closing(open_file(path)) as file:
+        found = hash_range(file, chunk.at, nbytes, memoryview(bytearray(HASH_BUFFER)))
     if found != chunk.hash:
         raise damaged(path, chunk, nbytes, found, name)
 
@@ -252,12 +223,8 @@ def read_box(
         covered += math.prod(hi - lo for lo, hi in zip(low, high, strict=True))
         target = out[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
         part = tuple((a - o, b - o) for a, b, o in zip(low, high, chunk.offset, strict=True))
-        path = folder / chunk.file
-        fd = open_for_reading(path)
-        try:
-            _read_part(_Box(fd, path, chunk.shape, itemsize), chunk.at, part, target)
-        finally:
-            os.close(fd)
+        with closing(open_file(folder / chunk.file)) as file:
+            _read_part(_Box(file, chunk.shape, itemsize), chunk.at, part, target)
     if covered != math.prod(shape):
         raise CheckpointError(
             f"{folder}: the chunks cover {covered} of the {math.prod(shape)} elements of the box "
@@ -281,8 +248,7 @@ def _check_box(entry: TensorEntry, offset: tuple[int, ...], shape: tuple[int, ..
 class _Box(NamedTuple):
     """A row-major array in an open file; its position is passed beside it."""
 
-    fd: int
-    path: Path
+    file: File
     shape: tuple[int, ...]
     itemsize: int
 
@@ -302,7 +268,7 @@ def _read_part(
     strides = _strides(box.shape, box.itemsize)
     begin = at + (part[0][0] * strides[0] if part else 0)
     if k <= 0 and out.flags.c_contiguous:  # scalars too
-        read_exactly(box.fd, _bytes(out), begin, box.path)
+        box.file.read(_bytes(out), begin)
         return
     slab = strides[0]  # bytes of one index of the first dimension
     run = (part[k][1] - part[k][0]) * strides[k]  # bytes of one contiguous piece
@@ -316,7 +282,7 @@ def _read_part(
     rows = np.empty((min(step, out.shape[0]), *box.shape[1:]), dtype=out.dtype)
     for i in range(0, out.shape[0], step):
         some = rows[: min(step, out.shape[0] - i)]
-        read_exactly(box.fd, _bytes(some), begin + i * slab, box.path)
+        box.file.read(_bytes(some), begin + i * slab)
         out[i : i + step] = some[(slice(None), *window)]
 
 

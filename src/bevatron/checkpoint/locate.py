@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from bevatron.checkpoint.files import located
 from bevatron.checkpoint.manifest import FILE_NAME, CheckpointError
 
 STEP = re.compile(r"step-\d{8,}")
@@ -22,7 +23,7 @@ def resolve(path: str | Path) -> Path:
     """The native checkpoint that `path` means: itself, or the step that a run's `latest` names.
 
     Raises CheckpointError if there is none."""
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; expected a native checkpoint or a run")
     if (path / "config.json").exists():

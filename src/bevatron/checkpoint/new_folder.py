@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from bevatron.checkpoint.files import check_free, is_remote, uploaded
 from bevatron.errors import BevatronError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -27,7 +28,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextmanager
 def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None) -> Iterator[Path]:
-    """Yields the folder to write into; it becomes `target` when the block ends without error.
+    """Yields the folder to write into; it becomes `target` when the block ends without error. If
+    `target` is a URL it is uploaded then, its manifest last.
 
     Args:
         overwrite: replace an existing target, which stays until the new one is complete.
@@ -36,6 +38,10 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
     written; an OSError in the block (disk full, read-only) becomes a BevatronError that names the
     path.
     """
+    if is_remote(target):
+        with uploaded(target, overwrite=overwrite) as folder:
+            yield folder
+        return
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link target)
     check_target(target, overwrite=overwrite, apart_from=apart_from)
     made = _make_parents(target.parent)
@@ -67,8 +73,11 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
 def check_target(target: Path, *, overwrite: bool, apart_from: Path | None = None) -> None:
     """Refuse a target that exists, or that would be mixed up with what is read. Cheap: call it
     before any other work."""
+    if is_remote(target):
+        check_free(target, overwrite=overwrite)
+        return
     target = Path(os.path.abspath(target))  # noqa: PTH100
-    if apart_from is not None:
+    if apart_from is not None and not is_remote(apart_from):
         here, there = target.resolve(), apart_from.resolve()
         if here == there or there in here.parents or here in there.parents:
             raise BevatronError(

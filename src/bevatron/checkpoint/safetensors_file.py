@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.boxes import open_for_reading, read_exactly
+from bevatron.checkpoint.files import open_file
 from bevatron.checkpoint.manifest import CheckpointError
 from bevatron.checkpoint.strict_json import parse_object
 
@@ -69,11 +69,10 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file against the size of the file.
 
     Raises SafetensorsError saying what is wrong with which tensor."""
-    fd = open_for_reading(path)
-    try:
-        size = os.fstat(fd).st_size
+    with closing(open_file(path)) as file:
+        size = file.size
         start = bytearray(min(size, 512))
-        read_exactly(fd, memoryview(start), 0, path)
+        file.read(memoryview(start), 0)
         _check_kind(bytes(start), path)
         if size < 8:
             raise SafetensorsError(
@@ -91,9 +90,7 @@ def read_header(path: Path) -> Header:
                 "or damaged: download it again"
             )
         text = bytearray(length)
-        read_exactly(fd, memoryview(text), 8, path)
-    finally:
-        os.close(fd)
+        file.read(memoryview(text), 8)
     return parse_header(bytes(text), path, size)
 
 

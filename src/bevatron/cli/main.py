@@ -52,7 +52,7 @@ def _options(
 @app.command("import")
 def import_(
     src: Annotated[str, typer.Argument(help="A Hugging Face folder or Hub id.")],
-    dst: Annotated[Path, typer.Argument(help="The native checkpoint to make.")],
+    dst: Annotated[str, typer.Argument(help="The native checkpoint to make; a folder or a URL.")],
     dtype: Dtype = None,
     source_format: Annotated[str, typer.Option("--from", help="auto or hf.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
@@ -76,7 +76,7 @@ def import_(
 
 @app.command()
 def export(
-    src: Annotated[Path, typer.Argument(help="A native checkpoint or a run.")],
+    src: Annotated[str, typer.Argument(help="A native checkpoint or a run; a folder or a URL.")],
     dst: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.")],
     target_format: Annotated[str, typer.Option("--to", help="hf.")] = "hf",
     dtype: Dtype = None,

@@ -107,7 +107,7 @@ def load_tokenizer(opened: Opened) -> Any:
             "has one, or name `tokenizer` in the run configuration"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BevatronError(f"{path}: cannot be read as a tokenizer ({error})") from error
 
