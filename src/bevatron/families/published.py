@@ -137,22 +137,35 @@ def _block_mlp(text: str, hidden_size: int) -> MLP | Linear | None:
     return MLP(width(float(text), hidden_size))
 
 
+_LLAMA31 = _llama3_rope(8.0)
+
 PRESETS: dict[str, Callable[[], ModelSpec]] = {
     "llama2-7b": lambda: _llama(4096, 32, 32, 32, 11008, Rope(), 4096, vocab=32000),
+    "llama2-13b": lambda: _llama(5120, 40, 40, 40, 13824, Rope(), 4096, vocab=32000),
+    "llama2-70b": lambda: _llama(8192, 80, 64, 8, 28672, Rope(), 4096, vocab=32000),
     "llama3-8b": lambda: _llama(4096, 32, 32, 8, 14336, Rope(500000.0), 8192),
     "llama3-70b": lambda: _llama(8192, 80, 64, 8, 28672, Rope(500000.0), 8192),
-    "llama3.1-8b": lambda: _llama(4096, 32, 32, 8, 14336, _llama3_rope(8.0), 131072),
+    "llama3.1-8b": lambda: _llama(4096, 32, 32, 8, 14336, _LLAMA31, 131072),
+    "llama3.1-70b": lambda: _llama(8192, 80, 64, 8, 28672, _LLAMA31, 131072),
+    "llama3.1-405b": lambda: _llama(16384, 126, 128, 8, 53248, _LLAMA31, 131072),
     "llama3.2-1b": lambda: _llama(
         2048, 16, 32, 8, 8192, _llama3_rope(32.0), 131072, head_dim=64, tied=True
     ),
     "llama3.2-3b": lambda: _llama(3072, 28, 24, 8, 8192, _llama3_rope(32.0), 131072, tied=True),
-    "llama3.1-minitron-4b-width": lambda: _llama(3072, 32, 32, 8, 9216, _llama3_rope(8.0), 131072),
-    "llama3.1-minitron-4b-depth": lambda: _llama(4096, 16, 32, 8, 14336, _llama3_rope(8.0), 131072),
+    "llama3.3-70b": lambda: _llama(8192, 80, 64, 8, 28672, _LLAMA31, 131072),
+    "llama3.1-minitron-4b-width": lambda: _llama(3072, 32, 32, 8, 9216, _LLAMA31, 131072),
+    "llama3.1-minitron-4b-depth": lambda: _llama(4096, 16, 32, 8, 14336, _LLAMA31, 131072),
+    "mistral-nemo-minitron-8b": lambda: _llama(
+        4096, 40, 32, 8, 11520, Rope(1e6), 8192, vocab=131072
+    ),
     "minitron-4b": lambda: _nemotron(3072, 24, 9216),
     "minitron-8b": lambda: _nemotron(4096, 48, 16384),
     "nemotron4-15b": lambda: _nemotron(6144, 48, 24576),
     "nanochat-d20": lambda: _nanochat(20),
     "nanochat-d32": lambda: _nanochat(32),
+    "llama-nemotron-nano-4b": lambda: _llama(3072, 32, 32, 8, 9216, _LLAMA31, 131072),
+    "llama-nemotron-nano-8b": lambda: _llama(4096, 32, 32, 8, 14336, _LLAMA31, 131072),
+    "llama-nemotron-70b": lambda: _llama(8192, 80, 64, 8, 28672, _LLAMA31, 131072),
     "llama-nemotron-super-49b": lambda: _llama_nemotron(8192, 64, SUPER_49B, 8.0),
     "llama-nemotron-ultra-253b": lambda: _llama_nemotron(16384, 128, ULTRA_253B, 16.0),
     "llama-nemotron-51b": lambda: _llama_nemotron(8192, 64, NEMOTRON_51B, 8.0),
