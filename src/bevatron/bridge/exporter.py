@@ -25,6 +25,7 @@ from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import CONFIG, Native, open_native
 from bevatron.bridge.plan import Task, pieces
 from bevatron.bridge.provenance import fingerprint
+from bevatron.bridge.remote_code import wont_read, write_remote_code
 from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.unchanged import stamps, unchanged
 from bevatron.checkpoint.boxes import damaged, new_hasher, spell
@@ -96,6 +97,8 @@ def export_checkpoint(
         notes.append(
             f"the model is no longer a {native.moved_from}; it was written as {native.family.name}"
         )
+    if native.family.name == "llama_nemotron":
+        notes += wont_read(native.spec)
     return ConversionReport(
         source=str(src),
         target=str(dst),
@@ -307,6 +310,8 @@ def _write_own_files(
             _write_generation_config(folder, config)
     if plan.source_files and _unmodified(native):
         return
+    if native.family.name == "llama_nemotron":
+        write_remote_code(folder)
     facts = _facts(native, plan, hashes, verified)
     if not (folder / "bevatron.json").exists():
         _write_json(folder / "bevatron.json", facts)

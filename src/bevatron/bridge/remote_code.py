@@ -1,0 +1,64 @@
+"""What an export of a Llama-Nemotron needs besides weights: code, and knowing who reads it.
+
+Neither transformers nor a package on PyPI has these classes. A folder that came without code of its
+own gets `bevatron/hf.py` as `modeling_decilm.py`, which stands alone; it is copied as a file and
+never imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bevatron
+from bevatron.checkpoint.strict_json import read_object
+from bevatron.spec.model import Attention, Linear, ModelSpec
+
+MODULE = "modeling_decilm"
+AUTO_MAP = {
+    "AutoConfig": f"{MODULE}.DeciLMConfig",
+    "AutoModel": f"{MODULE}.DeciLMModel",
+    "AutoModelForCausalLM": f"{MODULE}.DeciLMForCausalLM",
+    "AutoModelForSequenceClassification": f"{MODULE}.DeciLMForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODULE}.DeciLMForTokenClassification",
+    "AutoModelForQuestionAnswering": f"{MODULE}.DeciLMForQuestionAnswering",
+}
+
+
+def write_remote_code(folder: Path) -> None:
+    """Make the HF folder load with trust_remote_code=True, unless it has code already."""
+    config = read_object(folder / "config.json")
+    if config.get("auto_map") or any(folder.glob("modeling_*.py")):
+        return
+    code = Path(bevatron.__file__).with_name("hf.py")
+    (folder / f"{MODULE}.py").write_bytes(code.read_bytes())
+    text = json.dumps({**config, "auto_map": AUTO_MAP}, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def wont_read(spec: ModelSpec) -> list[str]:
+    """Which other programs will not read this model rightly as DeciLMForCausalLM, and why."""
+    layers = spec.layers
+    attentions = [layer.attention for layer in layers if isinstance(layer.attention, Attention)]
+    first = next((x for x in layers if x.attention is not None or x.mlp is not None), layers[0])
+    linear = any(isinstance(s, Linear) for x in layers for s in (x.attention, x.mlp))
+    heads = {a.num_key_value_heads for a in attentions}
+    why: dict[str, list[str]] = {}
+
+    def refuses(reason: str, *readers: str) -> None:
+        for reader in readers:
+            why.setdefault(reader, []).append(reason)
+
+    if linear:
+        refuses("sublayers are replaced by one matrix", "vLLM", "SGLang", "llama.cpp")
+    if not isinstance(first.attention, Attention):
+        refuses("its first layer that is not empty has no attention", "vLLM")
+    if len(heads) > 1:
+        refuses(f"layers have different numbers of KV heads ({sorted(heads)})", "SGLang")
+    if any(a.head_dim * a.num_attention_heads != spec.hidden_size for a in attentions):
+        refuses("head_dim is not hidden_size / num_attention_heads", "llama.cpp")
+    if any(p.role == "bias" for p in spec.parameters()):
+        refuses("it has biases", "TensorRT-LLM")
+    if spec.head.kind != "causal_lm":
+        refuses(f"it has the head {spec.head.kind}", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
+    return [f"{reader} will not read it: {'; '.join(reasons)}" for reader, reasons in why.items()]

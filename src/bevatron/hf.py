@@ -1,0 +1,509 @@
+"""Llama-Nemotron (`DeciLMForCausalLM`, model type "nemotron-nas") for transformers 4.57 and 5.
+
+    import bevatron.hf      # registers the classes: AutoModelForCausalLM, pipeline(...) just work
+
+This file stands alone: it needs torch and transformers only, and an exported folder that came with
+no modelling code of its own carries it as `modeling_decilm.py`, for `trust_remote_code=True`.
+
+A Llama whose layers differ: `block_configs` says of each layer whether its attention and its MLP
+are there, are replaced by one matrix, or are absent, and how many key/value heads and how wide an
+MLP it has. Every part that is there is transformers' own Llama part. Annotations are evaluated here
+(no `from __future__ import annotations`): transformers 5 checks a config's types by them.
+"""
+
+import copy
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple
+
+V5 = int(transformers.__version__.partition(".")[0]) >= 5
+WIDTH_MULTIPLE = 256
+
+
+# --- blocks: objects, because vLLM, SGLang and TensorRT-LLM read attributes -----------------------
+
+
+@dataclass
+class AttentionBlock:
+    """`n_heads_in_group` query heads share a key/value head. The rest is never used."""
+
+    n_heads_in_group: int | None = None
+    no_op: bool = False
+    num_sink_tokens: int | None = None
+    replace_with_linear: bool = False
+    sparsify: Any = None
+    unshifted_sink: bool = False
+    use_prefill_window_in_sink_attention: bool = False
+    window_length: int | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        return not (self.no_op or self.replace_with_linear)
+
+
+@dataclass
+class FFNBlock:
+    """The width is 2/3 of `ffn_mult` times hidden_size, truncated, then rounded up to a multiple
+    of 256; or `intermediate_size`, for a width that no `ffn_mult` means."""
+
+    ffn_mult: float | None = None
+    no_op: bool = False
+    replace_with_linear: bool = False
+    sparsify: Any = None
+    intermediate_size: int | None = None
+
+    @property
+    def is_mlp(self) -> bool:
+        return not (self.no_op or self.replace_with_linear)
+
+    def width(self, hidden_size: int) -> int:
+        if self.ffn_mult is None:
+            assert self.intermediate_size is not None
+            return self.intermediate_size
+        raw = int(2 * round(self.ffn_mult, 6) * hidden_size / 3)
+        return -(-raw // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        if self.intermediate_size is None:
+            del values["intermediate_size"]
+        return values
+
+
+@dataclass
+class BlockConfig:
+    """One layer."""
+
+    attention: AttentionBlock
+    ffn: FFNBlock
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"attention": asdict(self.attention), "ffn": self.ffn.to_dict()}
+
+
+_DROPPED = ("gated", "hidden_act", "mamba", "llama4", "moe")  # later tools write them, unused
+
+
+def _block(block: Any, index: int, heads: int, hidden_size: int) -> BlockConfig:
+    """A block of config.json, in the published or the later spelling."""
+    if isinstance(block, BlockConfig):
+        return block
+    attention, ffn = dict(block["attention"]), dict(block["ffn"])
+    place = f"block_configs[{index}]"
+    for part, values in (("attention", attention), ("ffn", ffn)):
+        for name in ("sparsify", "window_length", "num_sink_tokens", "unshifted_sink", *_DROPPED):
+            value = values.get(name)
+            harmless = (name == "gated" and value is True) or (name, value) == (
+                "hidden_act",
+                "silu",
+            )
+            if value and not harmless:
+                raise ValueError(f"{place}.{part}.{name} = {value!r} is not supported")
+    kv = attention.pop("num_key_value_heads", None)
+    if kv is not None and attention.get("n_heads_in_group") is None:
+        attention["n_heads_in_group"] = heads // kv
+    f = ffn.get("intermediate_size")
+    if f is not None and ffn.get("ffn_mult") is None and f % WIDTH_MULTIPLE == 0:
+        ffn["ffn_mult"] = round(1.5 * f / hidden_size, 6)
+    if ffn.get("ffn_mult") is not None:
+        ffn.pop("intermediate_size", None)
+    made = BlockConfig(
+        AttentionBlock(**{k: v for k, v in attention.items() if k not in _DROPPED}),
+        FFNBlock(**{k: v for k, v in ffn.items() if k not in _DROPPED}),
+    )
+    if made.attention.is_attention and (
+        not made.attention.n_heads_in_group or heads % made.attention.n_heads_in_group
+    ):
+        raise ValueError(
+            f"{place}.attention.n_heads_in_group = {made.attention.n_heads_in_group} does not "
+            f"share out {heads} heads"
+        )
+    if made.ffn.is_mlp and made.ffn.ffn_mult is None and made.ffn.intermediate_size is None:
+        raise ValueError(f"{place}.ffn has neither ffn_mult nor intermediate_size")
+    return made
+
+
+# --- configuration --------------------------------------------------------------------------------
+
+
+def _finish(config: Any) -> None:
+    """After Llama's own part: blocks as objects, and no sizes that all layers would share."""
+    blocks = config.block_configs or []
+    if len(blocks) != config.num_hidden_layers:
+        raise ValueError(
+            f"block_configs has {len(blocks)} entries, num_hidden_layers is "
+            f"{config.num_hidden_layers}"
+        )
+    heads, h = config.num_attention_heads, config.hidden_size
+    made = [_block(block, i, heads, h) for i, block in enumerate(blocks)]
+    head_dim = getattr(config, "head_dim", None) or h // heads
+    own = {"block_configs": made, "intermediate_size": None, "num_key_value_heads": None}
+    for name, value in {**own, "head_dim": head_dim}.items():
+        object.__setattr__(config, name, value)
+    parameters = getattr(config, "rope_parameters", None)
+    if V5 and parameters:
+        # transformers 4 and SGLang look for these
+        object.__setattr__(config, "rope_theta", parameters["rope_theta"])
+
+
+class _Written:
+    """What both versions write: blocks as plain data, the published nulls, both rope spellings."""
+
+    def _written(self, values: dict[str, Any]) -> dict[str, Any]:
+        config: Any = self
+        values["block_configs"] = [
+            b.to_dict() if isinstance(b, BlockConfig) else b for b in config.block_configs or []
+        ]
+        values["intermediate_size"] = values["num_key_value_heads"] = None
+        rope = values.get("rope_parameters")
+        if V5 and rope:
+            values["rope_theta"] = rope["rope_theta"]
+            scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+            values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._written(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self._written(super().to_diff_dict())
+
+
+if V5:
+    from huggingface_hub.dataclasses import strict
+
+    @strict
+    class DeciLMConfig(_Written, LlamaConfig):
+        """LlamaConfig whose layers are described one by one in `block_configs`."""
+
+        model_type = "nemotron-nas"
+
+        intermediate_size: int | None = None
+        num_key_value_heads: int | None = None
+        block_configs: Any = None
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            if self.block_configs is None:  # transformers makes an empty one to compare with
+                self.block_configs = [
+                    {"attention": {"no_op": True}, "ffn": {"no_op": True}}
+                    for _ in range(self.num_hidden_layers)
+                ]
+            super().__post_init__(**kwargs)
+            _finish(self)
+
+        def validate_architecture(self) -> None:
+            """Llama wants hidden_size to be a multiple of the heads; with head_dim it need not."""
+
+else:
+
+    class DeciLMConfig(_Written, LlamaConfig):
+        """LlamaConfig whose layers are described one by one in `block_configs`."""
+
+        model_type = "nemotron-nas"
+
+        def __init__(self, block_configs: Any = None, **kwargs: Any) -> None:
+            rope = kwargs.get("rope_parameters")
+            if rope and not kwargs.get("rope_scaling"):  # version 4 would ignore it, silently
+                kwargs["rope_theta"] = rope.get("rope_theta", kwargs.get("rope_theta", 10000.0))
+                if rope.get("rope_type", "default") != "default":
+                    kwargs["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+            kwargs |= {"intermediate_size": None, "num_key_value_heads": None}
+            super().__init__(**kwargs)
+            if block_configs is None:
+                off = {"attention": {"no_op": True}, "ffn": {"no_op": True}}
+                block_configs = [off] * self.num_hidden_layers
+            self.block_configs = block_configs
+            _finish(self)
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+class DeciLMAttention(LlamaAttention):
+    """Llama's attention with its own number of key/value heads. It keeps the model's config, so
+    that a later change of the attention implementation reaches it."""
+
+    def __init__(self, config: Any, own: Any, layer_idx: int) -> None:
+        super().__init__(own, layer_idx)
+        self.config = config
+
+
+class DeciLMLinearAttention(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.linear_attn(x), None
+
+
+class DeciLMLinearMLP(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_mlp(x)
+
+
+class DeciLMDecoderLayer(GradientCheckpointingLayer):
+    """A layer. An absent sublayer has no norm either; without both it is the identity.
+
+    `cache_index` counts the layers with attention: caches and masks ask the first one for its
+    length, so it must be one that has keys."""
+
+    def __init__(self, config: Any, block: BlockConfig, cache_index: int) -> None:
+        super().__init__()
+        h, eps = config.hidden_size, config.rms_norm_eps
+        own = copy.copy(config)
+        if block.attention.is_attention:
+            kv = config.num_attention_heads // block.attention.n_heads_in_group
+            object.__setattr__(own, "num_key_value_heads", kv)
+            self.self_attn: nn.Module = DeciLMAttention(config, own, cache_index)
+        elif block.attention.replace_with_linear:
+            self.self_attn = DeciLMLinearAttention(h)
+        if not block.attention.no_op:
+            self.input_layernorm = LlamaRMSNorm(h, eps=eps)
+        if block.ffn.is_mlp:
+            object.__setattr__(own, "intermediate_size", block.ffn.width(h))
+            self.mlp: nn.Module = LlamaMLP(own)
+        elif block.ffn.replace_with_linear:
+            self.mlp = DeciLMLinearMLP(h)
+        if not block.ffn.no_op:
+            self.post_attention_layernorm = LlamaRMSNorm(h, eps=eps)
+        self.has_attention, self.has_mlp = not block.attention.no_op, not block.ffn.no_op
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weights = None
+        if self.has_attention:
+            normed = self.input_layernorm(hidden_states)
+            out, weights = self.self_attn(normed, **kwargs)
+            hidden_states = hidden_states + out
+        if self.has_mlp:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, weights
+
+
+class DeciLMPreTrainedModel(PreTrainedModel):
+    config_class = DeciLMConfig
+    config: Any
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeciLMDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_MASK_INPUT = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
+
+
+class DeciLMModel(DeciLMPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        layers, attentions = [], 0
+        for block in config.block_configs:
+            layers.append(DeciLMDecoderLayer(config, block, attentions))
+            attentions += block.attention.is_attention
+        self.layers = nn.ModuleList(layers)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        attentions = _chosen(output_attentions, self.config.output_attentions)
+        hidden = _chosen(output_hidden_states, self.config.output_hidden_states)
+        if _chosen(use_cache, self.config.use_cache) and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache_position = kwargs.pop("cache_position", None)
+        if cache_position is None:
+            cache_position = torch.arange(x.shape[1], device=x.device) + seen
+        if position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
+        mask_arguments = {
+            "config": self.config,
+            _MASK_INPUT: x,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+            "cache_position": cache_position,
+        }
+        mask = create_causal_mask(
+            **{k: v for k, v in mask_arguments.items() if k in _MASK_ARGUMENTS}
+        )
+        if not V5:
+            kwargs["cache_position"] = cache_position
+        rotations = self.rotary_emb(x, position_ids)
+        all_hidden, all_weights = [], []
+        for layer in self.layers:
+            all_hidden.append(x)
+            x, weights = layer(
+                x,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=rotations,
+                **kwargs,
+            )
+            all_weights.append(weights)
+        x = self.norm(x)
+        all_hidden.append(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden) if hidden else None,
+            attentions=tuple(all_weights) if attentions else None,
+        )
+
+
+def _chosen(asked: bool | None, default: Any) -> bool:
+    return bool(default if asked is None else asked)
+
+
+class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = DeciLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.vocab_size
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=vocab_size, **_loss_arguments(kwargs)
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+
+def _loss_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
+
+
+class DeciLMForSequenceClassification(GenericForSequenceClassification, DeciLMPreTrainedModel):
+    def __init__(self, config: Any) -> None:
+        DeciLMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeciLMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class DeciLMForTokenClassification(GenericForTokenClassification, DeciLMPreTrainedModel):
+    def __init__(self, config: Any) -> None:
+        DeciLMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = DeciLMModel(config)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
+
+
+class DeciLMForQuestionAnswering(GenericForQuestionAnswering, DeciLMPreTrainedModel):
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: Any) -> None:
+        DeciLMPreTrainedModel.__init__(self, config)
+        self.transformer = DeciLMModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+def register() -> None:
+    """Make transformers' Auto classes know these."""
+    AutoConfig.register("nemotron-nas", DeciLMConfig, exist_ok=True)
+    AutoModel.register(DeciLMConfig, DeciLMModel, exist_ok=True)
+    for auto, cls in (
+        (transformers.AutoModelForCausalLM, DeciLMForCausalLM),
+        (transformers.AutoModelForSequenceClassification, DeciLMForSequenceClassification),
+        (transformers.AutoModelForTokenClassification, DeciLMForTokenClassification),
+        (transformers.AutoModelForQuestionAnswering, DeciLMForQuestionAnswering),
+    ):
+        auto.register(DeciLMConfig, cls, exist_ok=True)
+
+
+if __name__ == "bevatron.hf":  # not where it is the remote code of a folder
+    register()
