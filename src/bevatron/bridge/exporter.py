@@ -64,6 +64,7 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    show_progress: bool = True,
 ) -> ConversionReport:
     """Convert a native checkpoint, or a run's latest step, into an HF folder at `dst`.
 
@@ -84,7 +85,7 @@ def export_checkpoint(
     check_space(dst, written_bytes(plan.tasks))
     with new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder:
         total = sum(t.nbytes for t in plan.tasks)
-        with shown_progress("exporting", total) as advance, Mover(advance) as mover:
+        with shown_progress("exporting", total, show_progress) as advance, Mover(advance) as mover:
             notes = _move_tensors(native, plan, mover, folder)
         files = _copy_source(native, plan, folder)
         _write_own_files(native, plan, folder)

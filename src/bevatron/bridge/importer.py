@@ -6,16 +6,17 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import bevatron
 from bevatron.bridge.dtypes import FLOATS, Converter, parse_dtype
 from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
 from bevatron.bridge.mover import Mover
 from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
-from bevatron.bridge.provenance import Provenance, fingerprint
+from bevatron.bridge.provenance import describe, fingerprint
 from bevatron.bridge.report import ConversionReport, shown_progress
 from bevatron.checkpoint.boxes import Hasher, new_hasher, spell
 from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
@@ -34,6 +35,7 @@ def import_checkpoint(
     dtype: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    show_progress: bool = True,
 ) -> ConversionReport:
     """Convert an HF folder or Hub id into a native checkpoint at `dst`.
 
@@ -54,28 +56,14 @@ def import_checkpoint(
     check_space(dst, written_bytes(plan.tasks))
     with new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder:
         (folder / "model").mkdir()
-        with shown_progress("importing", source.nbytes) as advance, Mover(advance) as mover:
+        shown = shown_progress("importing", source.nbytes, show_progress)
+        with shown as advance, Mover(advance) as mover:
             chunks, hashes, notes = _move_tensors(source, plan, mover, folder)
             _check_duplicates(source, plan, mover, hashes)
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
-        record = Provenance(
-            bevatron=bevatron.__version__,
-            source=source.name,
-            revision=source.revision,
-            family=family.name,
-            dtype=to,
-            weights=fingerprint(manifest),
-            headers={file: header.text.decode() for file, header in source.headers.items()},
-            tensors={
-                name: {"dtype": t.dtype, "shape": t.shape, "file": file, "xxh3": hashes[name][5:]}
-                for name, (file, t) in source.tensors().items()
-            },
-            duplicates=plan.duplicates,
-            carried=plan.carried,
-            skipped=source.skipped,
-            folders=source.folders,
-        )
+        record = describe(source, family.name, plan, hashes)
+        record = replace(record, dtype=to, weights=fingerprint(manifest))
         (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
         (folder / "spec.json").write_text(to_json(spec), encoding="utf-8")
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -97,16 +85,22 @@ def import_checkpoint(
 
 def read_spec(source: HFFolder) -> tuple[Family, ModelSpec]:
     """The family and spec that the folder's config.json means; errors name the folder."""
-    if source.config.get("quantization_config"):
-        raise SourceError(
-            f"{source.path}: config.json has a quantization_config; quantised checkpoints are not "
-            "supported: use the original one"
-        )
     try:
-        family = for_config(source.config)
-        return family, family.spec(source.config)
+        return understand(source.config)
     except BevatronError as error:
         raise type(error)(f"{source.path}: {error}") from error
+
+
+def understand(config: Mapping[str, Any]) -> tuple[Family, ModelSpec]:
+    """The family and spec that a config.json means. Raises BevatronError naming what it does not
+    understand."""
+    if config.get("quantization_config"):
+        raise SourceError(
+            "config.json has a quantization_config; quantised checkpoints are not supported: use "
+            "the original one"
+        )
+    family = for_config(config)
+    return family, family.spec(config)
 
 
 def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:

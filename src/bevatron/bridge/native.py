@@ -65,7 +65,7 @@ def open_native(path: str | Path) -> Native:
     folder = resolve(path)
     manifest = read_manifest(folder)
     spec = read_spec(folder)
-    family, moved = _family(manifest.family, spec)
+    family, moved = family_of(manifest.family, spec)
     config = None
     if moved is None and (folder / "source" / CONFIG).is_file():
         config = read_object(folder / "source" / CONFIG)
@@ -82,7 +82,7 @@ def read_spec(folder: Path) -> ModelSpec:
     return from_json(text)
 
 
-def _family(name: str, spec: ModelSpec) -> tuple[Family, str | None]:
+def family_of(name: str, spec: ModelSpec) -> tuple[Family, str | None]:
     """The family of that name if it can express the spec, else the first one that can."""
     family = by_name(name)
     try:

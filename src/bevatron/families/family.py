@@ -47,6 +47,11 @@ def _families() -> tuple[Family, ...]:
     return (llama, nanochat, nemotron, llama_nemotron)
 
 
+def architectures() -> list[str]:
+    """The Hugging Face classes of all families."""
+    return sorted(family.architecture for family in _families())
+
+
 def by_name(name: str) -> Family:
     """The family called `name`."""
     for family in _families():
