@@ -196,10 +196,15 @@ def _check_duplicates(
         mover.move((source.path / file, stored.begin), nbytes, (), read_hashers=(hasher,))
         hashes[name] = spell(hasher)
         if hashes[name] != hashes[other]:
-            raise SourceError(
-                f"{source.path}: config.json ties {name} to {other} (tie_word_embeddings), but "
-                f"their values differ; set it to false to keep both, or remove {name}"
-            )
+            raise untied(source.path, name, other)
+
+
+def untied(path: Path, name: str, other: str) -> SourceError:
+    """The error for a tied tensor that is stored a second time with other values."""
+    return SourceError(
+        f"{path}: config.json ties {name} to {other} (tie_word_embeddings), but their values "
+        f"differ; set it to false to keep both, or remove {name}"
+    )
 
 
 def _copy_others(source: HFFolder, folder: Path) -> None:

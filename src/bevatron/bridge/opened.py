@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bevatron.bridge.hf_folder import open_hf
-from bevatron.bridge.importer import read_spec
+from bevatron.bridge.importer import read_spec, untied
+from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import open_native
 from bevatron.bridge.plan import Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, describe
+from bevatron.checkpoint.boxes import new_hasher, spell
 from bevatron.checkpoint.locate import is_native
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
 from bevatron.spec import ModelSpec
@@ -56,6 +58,26 @@ class Opened:
         for entry in self.manifest.weights().values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda d: sizes[d])
+
+    def check_copies(self) -> None:
+        """Refuse an HF folder in which a tied tensor is stored twice with different values, as an
+        import does. (A native checkpoint holds it once.)"""
+        if self.native or self.provenance is None or not self.provenance.duplicates:
+            return
+        headers = self.provenance.parsed_headers().items()
+        places = {n: (file, t) for file, header in headers for n, t in header.tensors.items()}
+        with Mover(lambda nbytes: None) as mover:
+
+            def digest(name: str) -> str:
+                file, stored = places[name]
+                hasher = new_hasher()
+                source = (self.folder / file, stored.begin)
+                mover.move(source, stored.nbytes, (), read_hashers=(hasher,))
+                return spell(hasher)
+
+            for name, other in self.provenance.duplicates.items():
+                if digest(name) != digest(other):
+                    raise untied(self.folder, name, other)
 
     def copy_source(self, target: Path) -> None:
         """Copy the source's other files, byte for byte, into the new folder `target`."""

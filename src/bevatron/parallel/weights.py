@@ -38,11 +38,14 @@ def load_weights(placed: Placed, shapes: Mapping[str, tuple[int, ...]], read: Re
 
 
 def stream(placed: Placed, weights: Opened) -> None:
-    """Fill all ranks' parameters from where they lie, a native checkpoint after checking its
-    hashes. Collective; if it fails on one rank, all raise its message."""
+    """Fill all ranks' parameters from where they lie, after checking what can be checked: a native
+    checkpoint's hashes, an HF folder's second copies. Collective; if it fails on one rank, all
+    raise its message."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     if weights.native:
-        rank, ranks = dist.get_rank(), dist.get_world_size()
         on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
+    else:
+        on_all(lambda: weights.check_copies() if rank == 0 else None)
     read = box_reader(weights.folder, weights.manifest, "model/")
     on_all(lambda: load_weights(placed, weights.shapes, read))
 
