@@ -7,7 +7,6 @@ methods that build, read or write a model on the ranks of a job import what they
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bevatron.bridge.dtypes import parse_dtype
 from bevatron.bridge.exporter import export_checkpoint
-from bevatron.bridge.hf_folder import INDEX, SINGLE, fetch_config, locate, read_config
+from bevatron.bridge.hf_config import as_dict, config_of, spec_at
+from bevatron.bridge.hf_folder import INDEX, SINGLE
 from bevatron.bridge.importer import import_checkpoint, understand
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.bridge.report import ConversionReport
-from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.families.family import architectures
 from bevatron.spec.model import ModelSpec
@@ -68,7 +67,7 @@ class AutoBridge:
     def supports(cls, config: object) -> bool:
         """Whether a config.json (a transformers config, or a dict) is understood in full."""
         try:
-            understand(_as_dict(config))
+            understand(as_dict(config))
         except BevatronError:
             return False
         return True
@@ -81,7 +80,7 @@ class AutoBridge:
             trust_remote_code: accepted; no code of the model's is ever run.
         """
         try:
-            return cls.supports(_config_of(path, None))
+            return cls.supports(config_of(path, None))
         except BevatronError:
             return False
 
@@ -110,8 +109,8 @@ class AutoBridge:
             device_map, attn_implementation, low_cpu_mem_usage: accepted, without effect.
         Raises BevatronError if config.json is not understood in full.
         """
-        config = _config_of(path, revision)
-        spec = _spec_at(path, config)
+        config = config_of(path, revision)
+        spec = spec_at(path, config)
         has_weights = not Path(path).is_dir() or any((Path(path) / f).exists() for f in WEIGHTS)
         return cls(
             spec,
@@ -125,7 +124,7 @@ class AutoBridge:
     @classmethod
     def from_hf_config(cls, config: object) -> AutoBridge:
         """A bridge to a model without weights, from a transformers config object or a dict."""
-        found = _as_dict(config)
+        found = as_dict(config)
         return cls(understand(found)[1], config=found)
 
     @classmethod
@@ -218,7 +217,7 @@ class AutoBridge:
             weights = self._opened
         self._provider = Provider(
             self._spec,
-            open_origin=self._origin,
+            open_origin=lambda: self._origin(load_weights),
             weights=weights,
             dtype=getattr(torch, self._dtype) if self._dtype else None,
             config_dtype=self._config_dtype(),
@@ -416,13 +415,15 @@ class AutoBridge:
             self._weights = open_weights(self._source, self._revision)
         return self._weights
 
-    def _origin(self) -> Origin:
+    def _origin(self, load_weights: bool) -> Origin:
+        """Where the model's other files come from. For random weights nothing is downloaded."""
         from bevatron.parallel.model import Origin
 
-        if self._has_weights:
-            return Origin(weights=self._opened())
         folder = Path(self._source) if self._source is not None else None
-        return Origin(config=self._config, tokenizer=folder)
+        here = folder is not None and folder.is_dir()
+        if self._has_weights and (load_weights or here):
+            return Origin(weights=self._opened())
+        return Origin(config=self._config, tokenizer=folder if here else None)
 
     def _config_dtype(self) -> torch.dtype:
         """What config.json says, for weights that are not there to ask."""
@@ -447,33 +448,6 @@ def _dtype_name(dtype: DType) -> str | None:
         return None
     spelled = parse_dtype(str(dtype).removeprefix("torch."))
     return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[spelled]
-
-
-def _as_dict(config: object) -> dict[str, Any]:
-    """A config as config.json would have it."""
-    if isinstance(config, Mapping):
-        return dict(config)
-    to_json = getattr(config, "to_json_string", None)
-    if to_json is None:
-        raise BevatronError(
-            f"a config of type {type(config).__name__} is neither a transformers config nor a dict"
-        )
-    found: dict[str, Any] = json.loads(to_json())
-    return found
-
-
-def _config_of(path: str | Path, revision: str | None) -> dict[str, Any]:
-    """config.json of a folder, or of a Hub id, from which nothing else is downloaded for it."""
-    if os.path.lexists(path):
-        return read_config(locate(path, revision)[0])
-    return read_object(fetch_config(str(path), revision))
-
-
-def _spec_at(path: str | Path, config: Mapping[str, Any]) -> ModelSpec:
-    try:
-        return understand(config)[1]
-    except BevatronError as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def _once(act: Callable[[], T]) -> T:

@@ -157,15 +157,19 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     if precision != "fp32":
         gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
-    h = stage.decoder.spec.hidden_size
-    along_h = {
-        id(p)
-        for name, p in stage.named_parameters()
-        if name.endswith("gate_up.weight") and h % layout.dp_shard == 0
-    }
+    # [2, f, h] has too short a first dimension. Along f a rank's part is two long runs of a file,
+    # along h a piece of every row; FSDP cuts either only evenly.
+    cut = {}
+    for name, parameter in stage.named_parameters():
+        if name.endswith("gate_up.weight"):
+            _, f, h = parameter.shape
+            if f % (layout.tp * layout.dp_shard) == 0:
+                cut[id(parameter)] = Shard(1)
+            elif h % layout.dp_shard == 0:
+                cut[id(parameter)] = Shard(2)
 
     def dimension(parameter: nn.Parameter) -> Shard:
-        return Shard(2) if id(parameter) in along_h else Shard(0)
+        return cut.get(id(parameter), Shard(0))
 
     # Under a pipeline, gathered parameters are kept until the backward of the same micro-batch:
     # resharding would gather them once per micro-batch (and breaks zero-bubble schedules).
