@@ -118,6 +118,25 @@ def test_bf16_started_from_the_hf_folder_exports_into_its_own_files(work: Path) 
         assert (work / "bf16-out" / name).read_bytes() == (work / "hf" / name).read_bytes(), name
     model = transformers.AutoModelForCausalLM.from_pretrained(work / "bf16-out", dtype="auto")
     assert model.dtype == torch.bfloat16
+    ours, theirs = (work / name / "model.safetensors" for name in ("bf16-out", "hf"))
+    size = 8 + int.from_bytes(theirs.read_bytes()[:8], "little")
+    assert ours.read_bytes()[:size] == theirs.read_bytes()[:size], "the source's own header"
+    assert ours.read_bytes() != theirs.read_bytes()
+
+
+def test_an_hf_folder_trains_at_tp2_pp2_under_torchrun_without_a_conversion(work: Path) -> None:
+    """The loss of one process, at four."""
+    for run, launcher, layout in (
+        ("hf-one", [], []),
+        ("hf-four", ["torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"],
+         ["parallel.tp=2", "parallel.pp=2"]),
+    ):  # fmt: skip
+        ran = bevatron(work, *launcher, "bevatron", "train", "run.yaml", "model.init=hf",
+                       f"run.dir={run}", "train.steps=2", *layout)  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+    one, four = lines(work / "hf-one"), lines(work / "hf-four")
+    assert [step for step, _ in four] == [1, 2]
+    assert [x for _, x in four] == pytest.approx([x for _, x in one], rel=1e-5)
 
 
 def test_random_heterogeneous_weights_train_and_export_as_llama_nemotron(work: Path) -> None:

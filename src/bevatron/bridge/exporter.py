@@ -63,6 +63,7 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    show_progress: bool = True,
 ) -> ConversionReport:
     """Convert a native checkpoint, or a run's latest step, into an HF folder at `dst`.
 
@@ -87,10 +88,10 @@ def export_checkpoint(
         unchanged(native.folder, before),
     ):
         total = sum(t.nbytes for t in plan.tasks)
-        with shown_progress("exporting", total) as advance, Mover(advance) as mover:
+        with shown_progress("exporting", total, show_progress) as advance, Mover(advance) as mover:
             hashes, non_finite, notes = _move_tensors(native, plan, mover, folder)
         files = _copy_source(native, plan, folder)
-        verified = _read_back(native, plan, folder, hashes)
+        verified = _read_back(native, plan, folder, hashes, show_progress)
         _write_own_files(native, plan, folder, hashes, verified)
     stored = [place for t in plan.tasks for places in t.tensors for _, place in places]
     if native.moved_from:
@@ -268,12 +269,12 @@ def _move_tensors(
 
 
 def _read_back(
-    native: Native, plan: ExportPlan, folder: Path, hashes: dict[str, str]
+    native: Native, plan: ExportPlan, folder: Path, hashes: dict[str, str], show_progress: bool
 ) -> dict[str, Any]:
     """Read the new weight files again, headers first, and compare every tensor."""
     headers = {file: read_header(folder / file) for file in plan.headers}
     written = sum(t.nbytes for h in headers.values() for t in h.tensors.values())
-    with shown_progress("verifying", written) as advance:
+    with shown_progress("verifying", written, show_progress) as advance:
         found = hashes_of_files(folder, headers, advance)
     copies = {copy: hashes[other] for copy, other in native.duplicates().items()}
     return prove(found, hashes | copies, [], str(folder))

@@ -130,14 +130,14 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, _cache_commit(folder)
 
 
-def fetch_config(name: str) -> Path:
+def fetch_config(name: str, revision: str | None = None) -> Path:
     """config.json of a Hub id, downloaded alone. Raises SourceError."""
     if not _looks_like_hub_id(name):
         raise SourceError(f"{name}: does not exist; expected a folder or a Hub id such as org/name")
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:
         raise _not_downloaded(name, error) from error
 

@@ -7,11 +7,11 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bevatron
 from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.hashes import hashes_of_native, prove
 from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
@@ -19,7 +19,7 @@ from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import Native
 from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
-from bevatron.bridge.provenance import Provenance, fingerprint
+from bevatron.bridge.provenance import describe, fingerprint
 from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.unchanged import unchanged
 from bevatron.checkpoint.boxes import Hasher, new_hasher, spell
@@ -40,6 +40,7 @@ def import_checkpoint(
     dtype: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    show_progress: bool = True,
 ) -> ConversionReport:
     """Convert an HF folder or Hub id into a native checkpoint at `dst`.
 
@@ -63,29 +64,19 @@ def import_checkpoint(
         unchanged(source.path, source.stamps),
     ):
         (folder / "model").mkdir()
-        with shown_progress("importing", source.nbytes) as advance, Mover(advance) as mover:
+        shown = shown_progress("importing", source.nbytes, show_progress)
+        with shown as advance, Mover(advance) as mover:
             chunks, hashes, non_finite, notes = _move_tensors(source, plan, mover, folder)
             _check_duplicates(source, plan, mover, hashes)
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
-        verified = _read_back(Native.made(folder, manifest, spec, family), hashes, to)
-        record = Provenance(
-            bevatron=bevatron.__version__,
-            source=source.name,
-            revision=source.revision,
-            family=family.name,
+        native = Native.made(folder, manifest, spec, family)
+        verified = _read_back(native, hashes, to, show_progress)
+        record = replace(
+            describe(source, family.name, plan, hashes),
             dtype=to,
             weights=fingerprint(manifest),
-            headers={file: header.text.decode() for file, header in source.headers.items()},
-            tensors={
-                name: {"dtype": t.dtype, "shape": t.shape, "file": file, "xxh3": hashes[name][5:]}
-                for name, (file, t) in source.tensors().items()
-            },
-            duplicates=plan.duplicates,
-            carried=plan.carried,
-            skipped=source.skipped,
             non_finite=non_finite,
-            folders=source.folders,
             verified=verified,
         )
         (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
@@ -109,11 +100,13 @@ def import_checkpoint(
     )
 
 
-def _read_back(native: Native, hashes: dict[str, str], dtype: str | None) -> dict[str, Any]:
+def _read_back(
+    native: Native, hashes: dict[str, str], dtype: str | None, show_progress: bool
+) -> dict[str, Any]:
     """Read all native files again and compare with the source, tensor by tensor; where the dtype
     changed there is only the hash of what was written to compare with."""
     total = sum(t.nbytes for _, _, t in native.entries())
-    with shown_progress("verifying", total) as advance:
+    with shown_progress("verifying", total, show_progress) as advance:
         found, damage = hashes_of_native(native, advance)
     same = {n: h for n, h in hashes.items() if n in found} if dtype is None else {}
     return prove(found, same, damage, str(native.folder))
@@ -121,16 +114,22 @@ def _read_back(native: Native, hashes: dict[str, str], dtype: str | None) -> dic
 
 def read_spec(source: HFFolder) -> tuple[Family, ModelSpec]:
     """The family and spec that the folder's config.json means; errors name the folder."""
-    if source.config.get("quantization_config"):
-        raise SourceError(
-            f"{source.path}: config.json has a quantization_config; quantised checkpoints are not "
-            "supported: use the original one"
-        )
     try:
-        family = for_config(source.config)
-        return family, family.spec(source.config)
+        return understand(source.config)
     except BevatronError as error:
         raise type(error)(f"{source.path}: {error}") from error
+
+
+def understand(config: Mapping[str, Any]) -> tuple[Family, ModelSpec]:
+    """The family and spec that a config.json means. Raises BevatronError naming what it does not
+    understand."""
+    if config.get("quantization_config"):
+        raise SourceError(
+            "config.json has a quantization_config; quantised checkpoints are not supported: use "
+            "the original one"
+        )
+    family = for_config(config)
+    return family, family.spec(config)
 
 
 def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:
@@ -232,10 +231,15 @@ def _check_duplicates(
         mover.move((source.path / file, stored.begin), nbytes, (), read_hashers=(hasher,))
         hashes[name] = spell(hasher)
         if hashes[name] != hashes[other]:
-            raise SourceError(
-                f"{source.path}: config.json ties {name} to {other} (tie_word_embeddings), but "
-                f"their values differ; set it to false to keep both, or remove {name}"
-            )
+            raise untied(source.path, name, other)
+
+
+def untied(path: Path, name: str, other: str) -> SourceError:
+    """The error for a tied tensor that is stored a second time with other values."""
+    return SourceError(
+        f"{path}: config.json ties {name} to {other} (tie_word_embeddings), but their values "
+        f"differ; set it to false to keep both, or remove {name}"
+    )
 
 
 def _copy_others(source: HFFolder, folder: Path) -> None:

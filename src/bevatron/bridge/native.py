@@ -73,7 +73,7 @@ def open_native(path: str | Path) -> Native:
     config = None
     if (folder / "source" / CONFIG).is_file():
         config = read_object(folder / "source" / CONFIG)
-    family, moved = _family(manifest.family, spec, config)
+    family, moved = family_of(manifest.family, spec, config)
     _check_weights(folder, manifest, spec)
     return Native(folder, manifest, spec, family, moved, config, read_provenance(folder))
 
@@ -87,8 +87,8 @@ def read_spec(folder: Path) -> ModelSpec:
     return from_json(text)
 
 
-def _family(
-    name: str, spec: ModelSpec, base: Mapping[str, Any] | None
+def family_of(
+    name: str, spec: ModelSpec, base: Mapping[str, Any] | None = None
 ) -> tuple[Family, str | None]:
     """The family of that name if it can express the spec, else the first one that can."""
     family = by_name(name)

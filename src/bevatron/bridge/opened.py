@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bevatron.bridge.hf_folder import open_hf
+from bevatron.bridge.importer import read_spec, untied
+from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import open_native
 from bevatron.bridge.plan import Task, plan_import, row_elements
+from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
+from bevatron.bridge.provenance import Provenance, describe
+from bevatron.checkpoint.boxes import new_hasher, spell
 from bevatron.checkpoint.files import copy_tree, located
 from bevatron.checkpoint.locate import is_native
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
-from bevatron.families import for_config
 from bevatron.spec import ModelSpec
 
 
@@ -31,6 +35,8 @@ class Opened:
         source: the folder with the source's other files (config.json, tokenizer, ...), if any;
             `others`: which files those are, or None for all that lie there.
         native: whether `folder` is a native checkpoint rather than an HF folder.
+        provenance: what an import recorded, or would record but for hashes; None for a model made
+            from random weights.
     """
 
     folder: Path
@@ -39,6 +45,7 @@ class Opened:
     source: Path | None
     others: tuple[str, ...] | None
     native: bool
+    provenance: Provenance | None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -52,6 +59,26 @@ class Opened:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda d: sizes[d])
 
+    def check_copies(self) -> None:
+        """Refuse an HF folder in which a tied tensor is stored twice with different values, as an
+        import does. (A native checkpoint holds it once.)"""
+        if self.native or self.provenance is None or not self.provenance.duplicates:
+            return
+        headers = self.provenance.parsed_headers().items()
+        places = {n: (file, t) for file, header in headers for n, t in header.tensors.items()}
+        with Mover(lambda nbytes: None) as mover:
+
+            def digest(name: str) -> str:
+                file, stored = places[name]
+                hasher = new_hasher()
+                source = (self.folder / file, stored.begin)
+                mover.move(source, stored.nbytes, (), read_hashers=(hasher,))
+                return spell(hasher)
+
+            for name, other in self.provenance.duplicates.items():
+                if digest(name) != digest(other):
+                    raise untied(self.folder, name, other)
+
     def copy_source(self, target: Path) -> None:
         """Copy the source's other files, byte for byte, into the new folder `target`."""
         if self.source is None:
@@ -59,9 +86,19 @@ class Opened:
         if self.others is None:
             copy_tree(self.source, target, _copy)
             return
+        target.mkdir()
+        for name in self.provenance.folders if self.provenance else ():
+            (target / name).mkdir(parents=True, exist_ok=True)
         for name in self.others:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, target / name)
+
+    def copy_origin(self, folder: Path) -> None:
+        """Give a new native checkpoint what it keeps of where its model came from: the source's
+        other files, and the provenance, so that an export can be written as the source was."""
+        self.copy_source(folder / "source")
+        if self.provenance is not None:
+            (folder / PROVENANCE).write_text(self.provenance.to_json(), encoding="utf-8")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -69,19 +106,23 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, write)
 
 
-def open_weights(path: str | Path) -> Opened:
-    """Open what `path` means. Raises BevatronError if it is none of these or is damaged."""
+def open_weights(path: str | Path, revision: str | None = None) -> Opened:
+    """Open what `path` means; `revision` is of a Hub id.
+
+    Raises BevatronError if it is none of these or is damaged."""
     if is_native(located(path)):
         native = open_native(path)
         source = native.folder / "source"
         found = source if source.is_dir() else None
-        return Opened(native.folder, native.spec, native.manifest, found, None, True)
-    hf = open_hf(path)
-    family = for_config(hf.config)
-    spec = family.spec(hf.config)
+        record = native.provenance
+        return Opened(native.folder, native.spec, native.manifest, found, None, True, record)
+    hf = open_hf(path, revision)
+    family, spec = read_spec(hf)
     plan = plan_import(str(hf.path), family, spec, hf.tensors(), None)
     tensors = {task.native: _chunks(task) for task in plan.tasks}
-    return Opened(hf.path, spec, Manifest(family.name, 0, tensors), hf.path, hf.others, False)
+    record = describe(hf, family.name, plan, {})
+    manifest = Manifest(family.name, 0, tensors)
+    return Opened(hf.path, spec, manifest, hf.path, hf.others, False, record)
 
 
 def _chunks(task: Task) -> TensorEntry:
@@ -102,3 +143,21 @@ def _box(start: int, count: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...
     tail = shape[1:]
     elements = math.prod(tail)
     return (start // elements, *[0] * len(tail)), (count // elements, *tail)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(tokenizer: Path, target: Path) -> None:
+    """Keep a random model's tokenizer with it, so that it can be exported and talked to."""
+    target.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, target / name)

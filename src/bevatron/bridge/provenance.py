@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bevatron
+from bevatron.bridge.hf_folder import HFFolder
+from bevatron.bridge.plan import ImportPlan
 from bevatron.checkpoint.boxes import new_hasher, spell
 from bevatron.checkpoint.manifest import CheckpointError, Manifest
 from bevatron.checkpoint.safetensors_file import Header, parse_header
@@ -26,7 +29,8 @@ class Provenance:
 
     Attributes:
         headers: weight file -> its header's text, verbatim.
-        tensors: HF tensor -> {dtype, shape, file, xxh3} as found in the source.
+        tensors: HF tensor -> {dtype, shape, file, xxh3} as found in the source. No xxh3 where the
+            weights were streamed into a model, so that nobody read them whole.
         duplicates: HF tensor -> the one it was a byte-for-byte copy of.
         weights: fingerprint of the native tensors as imported; `dtype`: what they became if asked.
         verified: what reading everything back showed.
@@ -81,6 +85,35 @@ def read_provenance(folder: Path) -> Provenance | None:
         return Provenance(**raw)
     except TypeError as error:
         raise CheckpointError(f"{path}: damaged or of another version ({error})") from error
+
+
+def describe(
+    source: HFFolder, family: str, plan: ImportPlan, hashes: Mapping[str, str]
+) -> Provenance:
+    """What can be said of an HF folder before its weights are anywhere else.
+
+    Args:
+        hashes: HF tensor -> hash of its bytes, as far as they are known.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, (file, stored) in source.tensors().items():
+        tensors[name] = {"dtype": stored.dtype, "shape": stored.shape, "file": file}
+        if name in hashes:
+            tensors[name]["xxh3"] = hashes[name].removeprefix("xxh3:")
+    return Provenance(
+        bevatron=bevatron.__version__,
+        source=source.name,
+        revision=source.revision,
+        family=family,
+        dtype=None,
+        weights="",
+        headers={file: header.text.decode() for file, header in source.headers.items()},
+        tensors=tensors,
+        duplicates=plan.duplicates,
+        carried=plan.carried,
+        skipped=source.skipped,
+        folders=source.folders,
+    )
 
 
 def fingerprint(manifest: Manifest) -> str:

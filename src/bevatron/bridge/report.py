@@ -57,9 +57,12 @@ def non_finite_notes(counts: Mapping[str, int]) -> list[str]:
 
 
 @contextmanager
-def shown_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """The program's progress bar over `total` bytes."""
+def shown_progress(title: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """The program's progress bar over `total` bytes, if it is to be shown."""
     from bevatron.progress import progress
 
+    if not show:
+        yield lambda nbytes: None
+        return
     with progress(title, total=total, unit="B") as advance:
         yield advance

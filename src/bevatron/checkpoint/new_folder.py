@@ -70,6 +70,25 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
         raise
 
 
+@contextmanager
+def working_folder(target: Path) -> Iterator[Path]:
+    """A hidden sibling of `target`, gone afterwards, for what is written on the way to it."""
+    target = Path(os.path.abspath(target))  # noqa: PTH100
+    made = _make_parents(target.parent)
+    folder = _sibling(target, "working")
+    try:
+        with _terminable(), _lock(folder):
+            try:
+                shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
 def check_target(target: Path, *, overwrite: bool, apart_from: Path | None = None) -> None:
     """Refuse a target that exists, or that would be mixed up with what is read. Cheap: call it
     before any other work."""
@@ -88,7 +107,8 @@ def check_target(target: Path, *, overwrite: bool, apart_from: Path | None = Non
         return
     if not overwrite:
         raise BevatronError(
-            f"{target}: already exists; name a new folder, or pass --overwrite to replace it"
+            f"{target}: already exists; name a new folder, or pass --overwrite (in Python "
+            "overwrite=True) to replace it"
         )
     here, cwd = target.resolve(), Path.cwd()
     if target.is_symlink() or not target.is_dir() or here == cwd or here in cwd.parents:

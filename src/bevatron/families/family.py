@@ -79,6 +79,11 @@ def register(family: Family) -> None:
     _REGISTERED.append(family)
 
 
+def architectures() -> list[str]:
+    """The Hugging Face classes of all families."""
+    return sorted(family.architecture for family in families())
+
+
 def by_name(name: str) -> Family:
     """The family called `name`."""
     for family in families():

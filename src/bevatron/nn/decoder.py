@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bevatron.nn.attention import Attention, Cache
 from bevatron.nn.comm import LOCAL, Comm, empty
-from bevatron.nn.heads import Compute, Scores, Vocabulary, pool
+from bevatron.nn.heads import Compute, Scores, Vocabulary, pool, softcap
 from bevatron.nn.mlp import MLP, Linear
 from bevatron.nn.norm import Norm, rms
 from bevatron.nn.rope import rotation
@@ -175,8 +175,3 @@ class Decoder(nn.Module):
 
     def to_logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return softcap(F.linear(hidden, weight), self.spec.logit_softcap)
-
-
-def softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """c * tanh(logits / c)."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -56,3 +56,8 @@ def pool(scores: Tensor, ids: Tensor, pad_token_id: int | None) -> Tensor:
     positions = torch.arange(ids.shape[1], device=ids.device)
     last = (positions * (ids != pad_token_id)).argmax(-1)  # [B]
     return scores[torch.arange(len(ids), device=ids.device), last]
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """c * tanh(logits / c)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)

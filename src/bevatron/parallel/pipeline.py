@@ -7,13 +7,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.place import Placed, sum_tied_gradients
+from bevatron.parallel.place import Placed, reshard, sum_tied_gradients
 
 Batch = dict[str, Tensor]
+
+
+def pass_down(placed: Placed, ids: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor:
+    """One micro-batch through the stages, without gradients: hidden states come from the stage
+    before and go to the next. Returns what this rank's stage computed."""
+    group = placed.mesh.get_group("pp")
+    ranks = dist.get_process_group_ranks(group)
+    x = ids
+    if not placed.is_first:
+        length = ids.shape[1] // placed.stage.decoder.comm.sequence_shares
+        shape = (ids.shape[0], length, placed.spec.hidden_size)
+        x = torch.empty(shape, dtype=dtype, device=ids.device)
+        dist.recv(x, ranks[placed.pp_rank - 1], group=group)
+    out: Tensor = placed.stage(x, **batch)
+    if not placed.is_last:
+        dist.send(out.contiguous(), ranks[placed.pp_rank + 1], group=group)
+    return out
 
 
 class Runner:
@@ -92,23 +108,12 @@ class Runner:
         Micro-batches pass down the stages one behind the other. (torch's `Schedule.eval` waits
         for ever on a 1F1B schedule with two stages, torch 2.13.)"""
         total = torch.zeros((), device=ids.device)
-        placed = self.placed
-        group = placed.mesh.get_group("pp")
-        ranks = dist.get_process_group_ranks(group)
         with torch.no_grad():
             for part, extra in self._chunks(ids, batch):
-                x = part
-                if not placed.is_first:
-                    x = torch.empty(self.hidden_shape, dtype=self.dtype, device=ids.device)
-                    dist.recv(x, ranks[placed.pp_rank - 1], group=group)
-                out = placed.stage(x, **extra)
-                if placed.is_last:
+                out = pass_down(self.placed, part, self.dtype, extra)
+                if self.placed.is_last:
                     total += out
-                else:
-                    dist.send(out.contiguous(), ranks[placed.pp_rank + 1], group=group)
-        for module in placed.stage.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the next forward gathers what the optimizer has made by then
+        reshard(self.placed.stage)
         return total
 
     def _run_schedule(self, ids: Tensor, batch: Batch) -> list[Tensor]:

@@ -4,8 +4,8 @@ meta decoder for my stage -> tensor-parallel cut from the spec -> re-tie -> reco
 -> fully_shard (FSDP2), always, also over one rank -> memory -> (the caller fills it)
 -> (the caller builds the pipeline stage and the optimizer)
 
-Parameters are fp32 shards: they are the masters. With precision bf16, FSDP gathers them as bf16 for
-the forward and the backward, and reduces and accumulates gradients in fp32.
+Parameters are fp32 shards: they are the masters. With precision bf16 or fp16, FSDP gathers them as
+such for the forward and the backward, and reduces and accumulates gradients in fp32.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Stage(nn.Module):
         super().__init__()
         self.decoder, self.make_compute = decoder, make_compute
 
-    def forward(self, x: Tensor, **batch: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, **batch: Tensor) -> Tensor:
         decoder = self.decoder
         if decoder.final_norm is None or decoder.spec.head.kind != "causal_lm":
-            return decoder(x)  # type: ignore[no-any-return]
+            return decoder(x, positions=positions)  # type: ignore[no-any-return]
         compute = self.make_compute(decoder.comm, decoder.spec, batch)
-        return decoder(x, compute)  # type: ignore[no-any-return]
+        return decoder(x, compute, positions=positions)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -156,17 +156,22 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     """fully_shard every layer, embedding and head (tied ones with the root), the root last."""
     over = mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    h = stage.decoder.spec.hidden_size
-    along_h = {
-        id(p)
-        for name, p in stage.named_parameters()
-        if name.endswith("gate_up.weight") and h % layout.dp_shard == 0
-    }
+    if precision != "fp32":
+        gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    # [2, f, h] has too short a first dimension. Along f a rank's part is two long runs of a file,
+    # along h a piece of every row; FSDP cuts either only evenly.
+    cut = {}
+    for name, parameter in stage.named_parameters():
+        if name.endswith("gate_up.weight"):
+            _, f, h = parameter.shape
+            if f % (layout.tp * layout.dp_shard) == 0:
+                cut[id(parameter)] = Shard(1)
+            elif h % layout.dp_shard == 0:
+                cut[id(parameter)] = Shard(2)
 
     def dimension(parameter: nn.Parameter) -> Shard:
-        return Shard(2) if id(parameter) in along_h else Shard(0)
+        return cut.get(id(parameter), Shard(0))
 
     # Under a pipeline, gathered parameters are kept until the backward of the same micro-batch:
     # resharding would gather them once per micro-batch (and breaks zero-bubble schedules).
@@ -184,6 +189,14 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
             # Sums, not means: the loss is divided by the global count. (gloo has only plain sums.)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(stage: Stage) -> None:
+    """After a forward that no backward follows: the next one must gather what the parameters have
+    become by then."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _tied_head(spec: ModelSpec) -> ParameterSpec:

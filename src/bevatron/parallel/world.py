@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,27 @@ def world(device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    _start(device, timeout_s)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def join_world(device: torch.device, timeout_s: float = 1800.0) -> None:
+    """The process group from here to the end of the process, for a script that is no one's
+    callee; leaves an existing one alone."""
+    if not dist.is_initialized():
+        _start(device, timeout_s)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():  # the script may have ended it itself
+        dist.destroy_process_group()
+
+
+def _start(device: torch.device, timeout_s: float) -> None:
     backend = "gloo" if device.type == "cpu" else dist.get_default_backend_for_device(device)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
@@ -39,10 +61,6 @@ def world(device: torch.device, timeout_s: float = 1800.0) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def mesh(layout: Layout, device: torch.device) -> DeviceMesh:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +13,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bevatron.bridge.opened import Opened, open_weights
+from bevatron.bridge.opened import Opened, copy_tokenizer, open_weights
 from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.run_folder import RunFolder, read_train_state
-from bevatron.checkpoint.sharded import Saved, box_reader, merge, verify_share, write_rank
+from bevatron.checkpoint.sharded import box_reader
 from bevatron.data.sampler import Sampler
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.families import for_spec
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.weights import stream, write_boxes
 from bevatron.parallel.world import mesh
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token
@@ -87,7 +87,7 @@ class Run:
     ) -> None:
         self.config, self.start, self.layout = config, start, layout
         self.folder = RunFolder(Path(config.run.dir))
-        self.rank, self.is_main = dist.get_rank(), dist.get_rank() == 0
+        self.is_main = dist.get_rank() == 0
         self.device = device
         self.step = self.tokens = 0
         self.kept = start.weights  # where the next save finds source files; moves with every save
@@ -134,11 +134,7 @@ class Run:
         if weights is None:
             trainer.fill_random(self.config.train.seed)
             return
-        if weights.native:
-            ranks = dist.get_world_size()
-            on_all(lambda: verify_share(weights.folder, weights.manifest, self.rank, ranks))
-        read = box_reader(weights.folder, weights.manifest, "model/")
-        on_all(lambda: trainer.load_weights(weights.shapes, read))
+        stream(trainer.placed, weights)
         if self.start.resumed is not None:
             self._continue(weights)
 
@@ -237,33 +233,15 @@ class Run:
         """Write this step's checkpoint: every rank its own boxes, rank 0 the rest."""
         temporary = self.folder.path / f".step-{self.step:08d}.partial"
         on_all(lambda: self.folder.begin(self.step) if self.is_main else None)
-        carried = self._carried() if self.is_main else []
-        saved = [*self.trainer.to_save(), *carried]
-        ranks = on_all(lambda: write_rank(temporary, saved, self.rank))
-        on_all(lambda: self._commit(temporary, merge(ranks)) if self.is_main else None)
-
-    def _carried(self) -> list[Saved]:
-        """Source tensors that are no parameters; they return on export."""
-        weights = self.kept
-        if weights is None:
-            return []
-        read, out = box_reader(weights.folder, weights.manifest, ""), []
-        for name, entry in weights.manifest.tensors.items():
-            if name.startswith("carried/"):
-                values = read(name, (0,) * len(entry.shape), entry.shape)
-                out.append(Saved(name, values, values, values.dtype))
-        return out
+        tensors = write_boxes(temporary, self.trainer.to_save(), self.kept)
+        on_all(lambda: self._commit(temporary, tensors) if self.is_main else None)
 
     def _commit(self, temporary: Path, tensors: Any) -> None:
         weights, start = self.kept, self.start
-        if weights is not None and weights.source is not None:
-            weights.copy_source(temporary / "source")
-        elif self.config.tokenizer is not None:
+        if weights is not None:
+            weights.copy_origin(temporary)
+        if (weights is None or weights.source is None) and self.config.tokenizer is not None:
             copy_tokenizer(Path(self.config.tokenizer), temporary / "source")
-        if weights is not None and weights.native:
-            provenance = weights.folder / "provenance.json"
-            if provenance.is_file():
-                shutil.copy(provenance, temporary / "provenance.json")
         state: dict[str, Any] = {"step": self.step, "tokens": self.tokens}
         state |= {"samples": self.step * self.config.train.global_batch}
         state["schedule"] = self.config.schedule.name
@@ -272,24 +250,6 @@ class Run:
         manifest = Manifest(start.family, self.step, tensors)
         self.kept = open_weights(self.folder.commit(temporary, self.step, manifest, texts))
         self.folder.retain(self.config.checkpoint.keep)
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
-
-def copy_tokenizer(tokenizer: Path, target: Path) -> None:
-    """Keep a random model's tokenizer with it, so that it can be exported and talked to."""
-    target.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copy(tokenizer / name, target / name)
 
 
 class _Quiet:

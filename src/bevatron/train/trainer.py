@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from bevatron.checkpoint.shard import local
 from bevatron.checkpoint.sharded import ReadBox, Saved, load
 from bevatron.parallel.gradients import clip, global_norm
-from bevatron.parallel.init import fill
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Runner
 from bevatron.parallel.place import place
+from bevatron.parallel.weights import fill_random, load_weights
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
 from bevatron.train.objectives import Objective
@@ -89,14 +89,11 @@ class Trainer:
 
     def fill_random(self, seed: int) -> None:
         """Initialise all parameters; the values depend on the seed and the spec alone."""
-        known = {p.name: p for p in self.spec.parameters()}
-        for name, parameter in self.placed.by_checkpoint_name().items():
-            fill(parameter, known[name], self.spec, seed)
+        fill_random(self.placed, seed)
 
     def load_weights(self, shapes: Shapes, read: ReadBox) -> None:
         """Fill the parameters from a checkpoint's boxes."""
-        parameters = self.placed.by_checkpoint_name().items()
-        load({n: (p, local(p.detach())) for n, p in parameters}, shapes, read)
+        load_weights(self.placed, shapes, read)
 
     def load_optimizer(self, shapes: Shapes, read: ReadBox, step: int) -> None:
         """Fill the moments, and the fp32 masters if the checkpoint's weights are rounded."""

@@ -1,0 +1,73 @@
+"""The weights of a placed model, from and to files: each rank its own boxes, none a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bevatron.bridge.opened import Opened
+from bevatron.checkpoint.shard import local
+from bevatron.checkpoint.sharded import (
+    Boxes,
+    ReadBox,
+    Saved,
+    box_reader,
+    load,
+    merge,
+    verify_share,
+    write_rank,
+)
+from bevatron.parallel.agree import on_all
+from bevatron.parallel.init import fill
+from bevatron.parallel.place import Placed
+
+
+def fill_random(placed: Placed, seed: int) -> None:
+    """Initialise all parameters; the values depend on the seed and the spec alone."""
+    known = {p.name: p for p in placed.spec.parameters()}
+    for name, parameter in placed.by_checkpoint_name().items():
+        fill(parameter, known[name], placed.spec, seed)
+
+
+def load_weights(placed: Placed, shapes: Mapping[str, tuple[int, ...]], read: ReadBox) -> None:
+    """Fill this rank's parameters from boxes of tensors of the given shapes."""
+    parameters = placed.by_checkpoint_name().items()
+    load({n: (p, local(p.detach())) for n, p in parameters}, shapes, read)
+
+
+def stream(placed: Placed, weights: Opened) -> None:
+    """Fill all ranks' parameters from where they lie, after checking what can be checked: a native
+    checkpoint's hashes, an HF folder's second copies. Collective; if it fails on one rank, all
+    raise its message."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if weights.native:
+        on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
+    else:
+        on_all(lambda: weights.check_copies() if rank == 0 else None)
+    read = box_reader(weights.folder, weights.manifest, "model/")
+    on_all(lambda: load_weights(placed, weights.shapes, read))
+
+
+def write_boxes(folder: Path, saved: Sequence[Saved], origin: Opened | None) -> Boxes:
+    """Write every rank's boxes below `folder`, and what is carried along from `origin`.
+
+    Collective. Returns the table of all global tensors, on every rank."""
+    rank = dist.get_rank()
+
+    def write() -> Boxes:
+        more = carried(origin) if rank == 0 and origin is not None else []
+        return write_rank(folder, [*saved, *more], rank)
+
+    return merge(on_all(write))
+
+
+def carried(origin: Opened) -> list[Saved]:
+    """Source tensors that are no parameters; they return on export."""
+    read, out = box_reader(origin.folder, origin.manifest, ""), []
+    for name, entry in origin.manifest.tensors.items():
+        if name.startswith("carried/"):
+            values = read(name, (0,) * len(entry.shape), entry.shape)
+            out.append(Saved(name, values, values, values.dtype))
+    return out
