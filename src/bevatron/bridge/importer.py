@@ -13,9 +13,11 @@ from typing import Any
 
 import bevatron
 from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
+from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hashes import hashes_of_native, prove
 from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
 from bevatron.bridge.mover import Mover
+from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.native import Native
 from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
@@ -40,10 +42,12 @@ def import_checkpoint(
     dtype: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    source_format: str = "auto",
 ) -> ConversionReport:
-    """Convert an HF folder or Hub id into a native checkpoint at `dst`.
+    """Convert an HF folder or Hub id, or a Nanotron checkpoint, into a native one at `dst`.
 
     Args:
+        source_format: hf, nanotron, or auto, which looks at the folder.
         dtype: bf16, fp16 or fp32 for all parameters; None keeps each as it is.
         revision: of a Hub id.
         overwrite: replace `dst`, which stays until the new one is complete.
@@ -53,6 +57,10 @@ def import_checkpoint(
     dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
     check_target(dst, overwrite=overwrite)
+    if foreign := open_foreign(src, source_format, revision):
+        from bevatron.bridge.import_foreign import import_foreign  # it builds on this module
+
+        return import_foreign(foreign, dst, dtype=to, overwrite=overwrite)
     source = open_hf(src, revision)
     check_target(dst, overwrite=overwrite, apart_from=source.path)
     family, spec = read_spec(source)
@@ -68,7 +76,7 @@ def import_checkpoint(
             _check_duplicates(source, plan, mover, hashes)
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
-        verified = _read_back(Native.made(folder, manifest, spec, family), hashes, to)
+        verified = read_back(Native.made(folder, manifest, spec, family), hashes, to)
         record = Provenance(
             bevatron=bevatron.__version__,
             source=source.name,
@@ -109,7 +117,16 @@ def import_checkpoint(
     )
 
 
-def _read_back(native: Native, hashes: dict[str, str], dtype: str | None) -> dict[str, Any]:
+def open_foreign(src: str | Path, source_format: str, revision: str | None) -> Foreign | None:
+    """`src` as a checkpoint of another format, or None if it is a Hugging Face one."""
+    if source_format != "nanotron" and not (source_format == "auto" and is_nanotron(Path(src))):
+        return None
+    if revision is not None:
+        raise SourceError(f"{src}: is read from disk, so --revision has no meaning; drop it")
+    return open_nanotron(src)
+
+
+def read_back(native: Native, hashes: dict[str, str], dtype: str | None) -> dict[str, Any]:
     """Read all native files again and compare with the source, tensor by tensor; where the dtype
     changed there is only the hash of what was written to compare with."""
     total = sum(t.nbytes for _, _, t in native.entries())

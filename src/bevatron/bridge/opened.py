@@ -1,4 +1,5 @@
-"""One way to open weights, wherever they lie: native checkpoint, run, HF folder or Hub id.
+"""One way to open weights, wherever they lie: native checkpoint, run, HF folder, Hub id, or a
+checkpoint of Nanotron.
 
 An HF folder is a native checkpoint whose chunks lie in HF's shards: the weight map's moved rows are
 chunks, so every reader of boxes (training, generating) reads HF folders as they are, each rank
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bevatron.bridge.hf_folder import open_hf
+from bevatron.bridge.nanotron import TOKENIZER, is_nanotron, open_nanotron
 from bevatron.bridge.native import open_native
 from bevatron.bridge.plan import Task, plan_import, row_elements
 from bevatron.checkpoint.files import copy_tree, located
@@ -30,7 +33,8 @@ class Opened:
         folder: that the manifest's chunks are relative to.
         source: the folder with the source's other files (config.json, tokenizer, ...), if any;
             `others`: which files those are, or None for all that lie there.
-        native: whether `folder` is a native checkpoint rather than an HF folder.
+        native: whether `folder` is a native checkpoint.
+        made: file name -> text of what `source` lacks: the config.json of another format's model.
     """
 
     folder: Path
@@ -39,6 +43,7 @@ class Opened:
     source: Path | None
     others: tuple[str, ...] | None
     native: bool
+    made: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,14 +59,23 @@ class Opened:
 
     def copy_source(self, target: Path) -> None:
         """Copy the source's other files, byte for byte, into the new folder `target`."""
-        if self.source is None:
-            return
-        if self.others is None:
+        if self.source is not None and self.others is None:
             copy_tree(self.source, target, _copy)
             return
-        for name in self.others:
+        for name in self.others or ():
+            assert self.source is not None
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, target / name)
+        for name, text in self.made.items():
+            target.mkdir(exist_ok=True)
+            (target / name).write_text(text, encoding="utf-8")
+
+    def source_text(self, name: str) -> str | None:
+        """The text of one of the source's other files, if there is one of that name."""
+        if name in self.made:
+            return self.made[name]
+        path = self.source / name if self.source else None
+        return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -76,6 +90,17 @@ def open_weights(path: str | Path) -> Opened:
         source = native.folder / "source"
         found = source if source.is_dir() else None
         return Opened(native.folder, native.spec, native.manifest, found, None, True)
+    if is_nanotron(Path(path)):
+        foreign = open_nanotron(path)
+        return Opened(
+            foreign.path,
+            foreign.spec,
+            foreign.manifest,
+            foreign.path / TOKENIZER if foreign.others else None,
+            tuple(foreign.others.values()),
+            native=False,
+            made={"config.json": foreign.config_text()},
+        )
     hf = open_hf(path)
     family = for_config(hf.config)
     spec = family.spec(hf.config)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bevatron.bridge.hf_folder import TOKENIZER_FILES
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.run_folder import RunFolder, read_train_state
@@ -256,9 +257,9 @@ class Run:
 
     def _commit(self, temporary: Path, tensors: Any) -> None:
         weights, start = self.kept, self.start
-        if weights is not None and weights.source is not None:
+        if weights is not None:
             weights.copy_source(temporary / "source")
-        elif self.config.tokenizer is not None:
+        if self.config.tokenizer is not None and (weights is None or weights.source is None):
             copy_tokenizer(Path(self.config.tokenizer), temporary / "source")
         if weights is not None and weights.native:
             provenance = weights.folder / "provenance.json"
@@ -272,16 +273,6 @@ class Run:
         manifest = Manifest(start.family, self.step, tensors)
         self.kept = open_weights(self.folder.commit(temporary, self.step, manifest, texts))
         self.folder.retain(self.config.checkpoint.keep)
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def copy_tokenizer(tokenizer: Path, target: Path) -> None:
