@@ -71,7 +71,14 @@ def _read(raw: Config) -> Meaning:
             "before the field existed (2024) rotated interleaved: for their checkpoints set it to "
             "true"
         )
-    return Meaning(spec, read_field(raw, "rope_interleaved", flag(False), {}), tuple(notes))
+    interleaved = read_field(raw, "rope_interleaved", flag(False), {})
+    if interleaved and raw.get("is_qwen2_config") and not raw.get("_fused_rotary_emb"):
+        notes.append(
+            "rope_interleaved was taken to mean the rotation of neighbouring dimensions; the "
+            "unfused rope of Nanotron's Qwen2 pairs others with it in some versions, so compare "
+            "outputs if the model was trained with that"
+        )
+    return Meaning(spec, interleaved, tuple(notes))
 
 
 def _with_qkv_bias(layer: LayerSpec) -> LayerSpec:
