@@ -15,7 +15,7 @@ from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.bridge.logits import compare_logits
 from bevatron.bridge.verify import verify
-from bevatron.checkpoint.manifest import read_manifest
+from bevatron.checkpoint.manifest import Chunk, TensorEntry, read_manifest
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import generate
 from bevatron.spec.json import from_json, to_json
@@ -107,6 +107,14 @@ def test_a_head_that_a_family_lacks_is_refused(tmp_path: Path) -> None:
     spec = from_json(file.read_text())
     head = replace(spec.head, kind="question_answering", bias=True)
     file.write_text(to_json(replace(spec, head=head)))
+    manifest = read_manifest(tmp_path / "native")
+    scores = {f"model/{p.name}": p.shape for p in head.parameters(spec.hidden_size)}
+    added = {
+        name: TensorEntry("F32", shape, (Chunk((0,) * len(shape), shape, "model/x", 0, ""),))
+        for name, shape in scores.items()
+    }
+    changed = replace(manifest, tensors={**manifest.tensors, **added})
+    (tmp_path / "native" / "manifest.json").write_text(changed.to_json())
     with pytest.raises(BevatronError, match=r"head\.kind is question_answering"):
         export_checkpoint(tmp_path / "native", tmp_path / "out")
 

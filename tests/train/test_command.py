@@ -221,3 +221,22 @@ def test_dry_run_starts_nothing(work: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "pp 2 x dp_shard 2 x tp 2" in ran.stdout
     assert not (work / "dry").exists()
+
+
+def test_a_nanotron_checkpoint_trains_where_it_lies(work: Path) -> None:
+    """Without an import; the run keeps the tokenizer and token ids, and goes back to Nanotron."""
+    export_checkpoint(work / "native", work / "nanotron", target_format="nanotron")
+    for init in ("nanotron", "native"):
+        done = bevatron(work, "bevatron", "train", "run.yaml", "train.steps=2",
+                        f"model.init={init}", f"run.dir=from-{init}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert lines(work / "from-nanotron") == lines(work / "from-native")
+    run = work / "from-nanotron"
+    assert json.loads((run / "step-00000002/source/config.json").read_text())["eos_token_id"] == 2
+    export_checkpoint(run, work / "back", target_format="nanotron")
+    assert (work / "back" / "latest.txt").read_text() == "2"
+    assert (work / "back" / "2" / "tokenizer" / "tokenizer.json").is_file()
+    metas = json.loads((work / "back" / "2" / "checkpoint_metadata.json").read_text())["metas"]
+    assert (metas["last_train_step"], metas["consumed_train_samples"]) == (2, 16)
+    export_checkpoint(run, work / "back-hf")
+    transformers.AutoModelForCausalLM.from_pretrained(work / "back-hf")

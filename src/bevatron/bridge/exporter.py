@@ -22,6 +22,7 @@ from bevatron.bridge.hashes import hashes_of_files, prove
 from bevatron.bridge.hf_folder import INDEX, SINGLE
 from bevatron.bridge.importer import check_space, copy_file, main_dtype, written_bytes
 from bevatron.bridge.mover import Mover
+from bevatron.bridge.nanotron_writer import left_out, plan_nanotron, write_around
 from bevatron.bridge.native import CONFIG, Native, open_native
 from bevatron.bridge.plan import Task, pieces
 from bevatron.bridge.provenance import fingerprint
@@ -35,6 +36,7 @@ from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, read_header, write_header
 from bevatron.errors import BevatronError
+from bevatron.families.family import FamilyError
 
 SHARD_SIZE = 5_000_000_000
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -64,10 +66,13 @@ def export_checkpoint(
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
+    target_format: str = "hf",
 ) -> ConversionReport:
-    """Convert a native checkpoint, or a run's latest step, into an HF folder at `dst`.
+    """Convert a native checkpoint, or a run's latest step, into an HF folder at `dst`, or into a
+    Nanotron checkpoint.
 
     Args:
+        target_format: hf or nanotron.
         dtype: bf16, fp16 or fp32; None keeps the stored one.
         max_shard_size: such as 5GB (the default where shards are laid out anew).
         overwrite: replace `dst`, which stays until the new one is complete.
@@ -81,7 +86,8 @@ def export_checkpoint(
     before = stamps(resolve(src))
     native = open_native(src)
     check_target(dst, overwrite=overwrite, apart_from=native.folder)
-    plan = plan_export(native, to, limit)
+    nanotron = target_format == "nanotron"
+    plan = plan_target(native, to, limit, target_format)
     check_space(dst, written_bytes(plan.tasks))
     with (
         new_folder(dst, overwrite=overwrite, apart_from=native.folder) as folder,
@@ -90,11 +96,16 @@ def export_checkpoint(
         total = sum(t.nbytes for t in plan.tasks)
         with shown_progress("exporting", total, show_progress) as advance, Mover(advance) as mover:
             hashes, non_finite, notes = _move_tensors(native, plan, mover, folder)
-        files = _copy_source(native, plan, folder)
-        verified = _read_back(native, plan, folder, hashes, show_progress)
-        _write_own_files(native, plan, folder, hashes, verified)
+        if nanotron:
+            files, verified, more = write_around(native, folder, dst, _dtype(plan), hashes)
+            notes += more
+        else:
+            files = _copy_source(native, plan, folder)
+            verified = _read_back(native, plan, folder, hashes, show_progress)
+            _write_own_files(native, plan, folder, hashes, verified)
     stored = [place for t in plan.tasks for places in t.tensors for _, place in places]
-    if native.moved_from:
+    skipped = native.provenance.skipped if native.provenance else {}
+    if native.moved_from and not nanotron:
         notes.append(
             f"the model is no longer a {native.moved_from}; it was written as {native.family.name}"
         )
@@ -105,7 +116,7 @@ def export_checkpoint(
         target=str(dst),
         family=native.family.name,
         parameters=sum(p.numel for p in native.spec.parameters()),
-        tensors=len(stored),
+        tensors=len(plan.headers) if nanotron else len(stored),
         nbytes=sum(t.nbytes for t in stored),
         dtype=_dtype(plan),
         step=native.manifest.step,
@@ -113,7 +124,7 @@ def export_checkpoint(
         seconds=round(time.perf_counter() - started, 3),
         verified=verified,
         identical=plan.source_files and _unmodified(native),
-        skipped=dict(native.provenance.skipped) if native.provenance else {},
+        skipped=left_out(native) if nanotron else dict(skipped),
         non_finite=non_finite,
         notes=non_finite_notes(non_finite) + notes,
     )
@@ -140,8 +151,26 @@ def parse_size(size: str | int) -> int:
     return nbytes
 
 
+def plan_target(
+    native: Native, dtype: str | None, max_shard_size: int | None, target_format: str
+) -> ExportPlan:
+    """The plan of an export to hf or nanotron. Raises FamilyError if the model cannot be expressed
+    there."""
+    if target_format != "nanotron":
+        return plan_export(native, dtype, max_shard_size)
+    if max_shard_size is not None:
+        raise BevatronError(
+            "--max-shard-size has no meaning with --to nanotron, which has a file for each "
+            "parameter; drop it"
+        )
+    return ExportPlan(*plan_nanotron(native, dtype), index=None, source_files=False)
+
+
 def plan_export(native: Native, dtype: str | None, max_shard_size: int | None) -> ExportPlan:
-    """Where every HF tensor goes: as it was imported if possible, else in new shards."""
+    """Where every HF tensor goes: as it was imported if possible, else in new shards.
+
+    Raises FamilyError if no class of transformers can express the model."""
+    _check_family(native)
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     kept: list[tuple[str, Any, TensorEntry, str]] = []
     for name, entry, tensor in native.entries():
@@ -167,6 +196,16 @@ def plan_export(native: Native, dtype: str | None, max_shard_size: int | None) -
         )
         tasks.append(Task(name, entry, tensor.dtype, to, targets))
     return ExportPlan(tuple(tasks), headers, index, old is not None)
+
+
+def _check_family(native: Native) -> None:
+    try:
+        native.family.config(native.spec, "float32", native.config)
+    except FamilyError as error:
+        raise FamilyError(
+            f"{native.folder}: no Hugging Face class that Bevatron writes can express this model: "
+            f"{error}; it can be trained and used as it is, and --to nanotron may express it"
+        ) from error
 
 
 def _old_headers(
@@ -227,6 +266,7 @@ def _move_tensors(
     """Execute the plan; every chunk's hash is checked on the way. Returns of every HF tensor the
     hash as written, and how many values are not finite if any; and notes."""
     for file, header in plan.headers.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         mover.write(folder / file, 0, header)
     hashes: dict[str, str] = {}
     non_finite: dict[str, int] = {}

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
+from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hashes import hashes_of_native, prove
 from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
 from bevatron.bridge.mover import Mover
+from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.native import Native
 from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
@@ -41,10 +43,12 @@ def import_checkpoint(
     revision: str | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
+    source_format: str = "auto",
 ) -> ConversionReport:
-    """Convert an HF folder or Hub id into a native checkpoint at `dst`.
+    """Convert an HF folder or Hub id, or a Nanotron checkpoint, into a native one at `dst`.
 
     Args:
+        source_format: hf, nanotron, or auto, which looks at the folder.
         dtype: bf16, fp16 or fp32 for all parameters; None keeps each as it is.
         revision: of a Hub id.
         overwrite: replace `dst`, which stays until the new one is complete.
@@ -54,6 +58,10 @@ def import_checkpoint(
     dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
     check_target(dst, overwrite=overwrite)
+    if foreign := open_foreign(src, source_format, revision):
+        from bevatron.bridge.import_foreign import import_foreign  # it builds on this module
+
+        return import_foreign(foreign, dst, dtype=to, overwrite=overwrite)
     source = open_hf(src, revision)
     check_target(dst, overwrite=overwrite, apart_from=source.path)
     family, spec = read_spec(source)
@@ -71,7 +79,7 @@ def import_checkpoint(
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
         native = Native.made(folder, manifest, spec, family)
-        verified = _read_back(native, hashes, to, show_progress)
+        verified = read_back(native, hashes, to, show_progress)
         record = replace(
             describe(source, family.name, plan, hashes),
             dtype=to,
@@ -100,8 +108,17 @@ def import_checkpoint(
     )
 
 
-def _read_back(
-    native: Native, hashes: dict[str, str], dtype: str | None, show_progress: bool
+def open_foreign(src: str | Path, source_format: str, revision: str | None) -> Foreign | None:
+    """`src` as a checkpoint of another format, or None if it is a Hugging Face one."""
+    if source_format != "nanotron" and not (source_format == "auto" and is_nanotron(located(src))):
+        return None
+    if revision is not None:
+        raise SourceError(f"{src}: is read from disk, so --revision has no meaning; drop it")
+    return open_nanotron(src)
+
+
+def read_back(
+    native: Native, hashes: dict[str, str], dtype: str | None, show_progress: bool = True
 ) -> dict[str, Any]:
     """Read all native files again and compare with the source, tensor by tensor; where the dtype
     changed there is only the hash of what was written to compare with."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.dtypes import FLOATS
+from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
 from bevatron.bridge.importer import main_dtype
+from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.native import read_spec
 from bevatron.bridge.provenance import read_provenance
 from bevatron.checkpoint.files import located
@@ -22,17 +24,36 @@ from bevatron.spec.model import MLP, Attention, ModelSpec
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Describe an HF folder (config.json alone is enough), a Hub id, a native checkpoint or a run.
+    """Describe an HF folder (config.json alone is enough), a Hub id, a native checkpoint, a run or
+    a Nanotron checkpoint.
 
     Returns:
         family, parameters, layers, bytes (of the weights), dtype, step (None for an HF folder),
-        kind (hf or native), and the model's sizes.
+        kind (hf, native or nanotron), and the model's sizes.
     Raises BevatronError if it is none of these.
     """
     folder = located(path)
     if folder.is_dir() and is_native(folder):
         return _native(resolve(folder))
+    if is_nanotron(folder):
+        return _foreign(open_nanotron(path))
     return _hf(path)
+
+
+def _foreign(source: Foreign) -> dict[str, Any]:
+    weights = source.manifest.tensors.values()
+    return {
+        "family": source.manifest.family,
+        "parameters": sum(p.numel for p in source.spec.parameters()),
+        "layers": len(source.spec.layers),
+        "bytes": source.nbytes,
+        "dtype": main_dtype((t.dtype, t.nbytes) for t in weights),
+        "step": source.step,
+        "kind": source.kind,
+        "path": str(source.path),
+        "files": len(source.stored),
+        **sizes(source.spec),
+    }
 
 
 def _native(folder: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _logits(path: str | Path) -> tuple[torch.Tensor, str, str | None]:
     if spec.head.kind == "sequence_classification" and spec.head.pad_token_id is None:
         ids = ids[:1]  # neither side can tell where several sequences end
     why = None
-    if not opened.native:
+    if not opened.native and not opened.made:
         found = _by_transformers(opened.folder, ids)
         if not isinstance(found, str):
             return found, "transformers", None

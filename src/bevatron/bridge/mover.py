@@ -111,7 +111,7 @@ class Mover:
             done, written = done + len(data), written + len(out)
             self._advance(len(data))
 
-    def write(self, path: Path, at: int, data: bytes) -> None:
+    def write(self, path: Path, at: int, data: bytes | memoryview) -> None:
         """Write a header or the like."""
         self._targets(path).write(memoryview(data), at)
 

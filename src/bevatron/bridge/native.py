@@ -90,13 +90,18 @@ def read_spec(folder: Path) -> ModelSpec:
 def family_of(
     name: str, spec: ModelSpec, base: Mapping[str, Any] | None = None
 ) -> tuple[Family, str | None]:
-    """The family of that name if it can express the spec, else the first one that can."""
+    """The family of that name if it can express the spec, else the first one that can. If none can
+    it is the named one, which raises when a config is asked of it."""
     family = by_name(name)
     try:
         family.config(spec, "float32", base)
         return family, None
     except FamilyError:
+        pass
+    try:
         return for_spec(spec), name
+    except FamilyError:
+        return family, None
 
 
 def _check_weights(folder: Path, manifest: Manifest, spec: ModelSpec) -> None:

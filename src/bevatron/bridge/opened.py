@@ -1,4 +1,5 @@
-"""One way to open weights, wherever they lie: native checkpoint, run, HF folder or Hub id.
+"""One way to open weights, wherever they lie: native checkpoint, run, HF folder, Hub id, or a
+checkpoint of Nanotron.
 
 An HF folder is a native checkpoint whose chunks lie in HF's shards: the weight map's moved rows are
 chunks, so every reader of boxes (training, generating) reads HF folders as they are, each rank
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bevatron.bridge.hf_folder import open_hf
+from bevatron.bridge.hf_folder import TOKENIZER_FILES, open_hf
 from bevatron.bridge.importer import read_spec, untied
 from bevatron.bridge.mover import Mover
+from bevatron.bridge.nanotron import TOKENIZER, is_nanotron, open_nanotron
 from bevatron.bridge.native import open_native
 from bevatron.bridge.plan import Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
@@ -34,9 +37,10 @@ class Opened:
         folder: that the manifest's chunks are relative to.
         source: the folder with the source's other files (config.json, tokenizer, ...), if any;
             `others`: which files those are, or None for all that lie there.
-        native: whether `folder` is a native checkpoint rather than an HF folder.
+        native: whether `folder` is a native checkpoint.
         provenance: what an import recorded, or would record but for hashes; None for a model made
             from random weights.
+        made: file name -> text of what `source` lacks: the config.json of another format's model.
     """
 
     folder: Path
@@ -46,6 +50,7 @@ class Opened:
     others: tuple[str, ...] | None
     native: bool
     provenance: Provenance | None
+    made: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,17 +86,26 @@ class Opened:
 
     def copy_source(self, target: Path) -> None:
         """Copy the source's other files, byte for byte, into the new folder `target`."""
-        if self.source is None:
-            return
-        if self.others is None:
+        if self.source is not None and self.others is None:
             copy_tree(self.source, target, _copy)
             return
         target.mkdir()
         for name in self.provenance.folders if self.provenance else ():
             (target / name).mkdir(parents=True, exist_ok=True)
-        for name in self.others:
+        for name in self.others or ():
+            assert self.source is not None
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, target / name)
+        for name, text in self.made.items():
+            target.mkdir(exist_ok=True)
+            (target / name).write_text(text, encoding="utf-8")
+
+    def source_text(self, name: str) -> str | None:
+        """The text of one of the source's other files, if there is one of that name."""
+        if name in self.made:
+            return self.made[name]
+        path = self.source / name if self.source else None
+        return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
 
     def copy_origin(self, folder: Path) -> None:
         """Give a new native checkpoint what it keeps of where its model came from: the source's
@@ -116,6 +130,18 @@ def open_weights(path: str | Path, revision: str | None = None) -> Opened:
         found = source if source.is_dir() else None
         record = native.provenance
         return Opened(native.folder, native.spec, native.manifest, found, None, True, record)
+    if is_nanotron(located(path)):
+        foreign = open_nanotron(path)
+        return Opened(
+            foreign.path,
+            foreign.spec,
+            foreign.manifest,
+            foreign.path / TOKENIZER if foreign.others else None,
+            tuple(foreign.others.values()),
+            native=False,
+            provenance=None,
+            made={"config.json": foreign.config_text()},
+        )
     hf = open_hf(path, revision)
     family, spec = read_spec(hf)
     plan = plan_import(str(hf.path), family, spec, hf.tensors(), None)
@@ -143,16 +169,6 @@ def _box(start: int, count: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...
     tail = shape[1:]
     elements = math.prod(tail)
     return (start // elements, *[0] * len(tail)), (count // elements, *tail)
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def copy_tokenizer(tokenizer: Path, target: Path) -> None:

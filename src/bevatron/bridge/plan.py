@@ -20,6 +20,8 @@ from bevatron.families.family import Family
 from bevatron.families.weight_map import Entry, Rows, Source
 from bevatron.spec.model import ModelSpec, ParameterSpec, Shape
 
+FILE_BYTES = 4 << 30  # of a native weight file, unless one tensor is larger
+
 # Which fields of config.json decide the shape of a parameter, by its role.
 _FIELDS = {
     "embedding": "vocab_size, hidden_size",
@@ -105,7 +107,7 @@ def plan_import(
     spec: ModelSpec,
     found: Mapping[str, tuple[str, Stored]],
     dtype: str | None,
-    file_bytes: int = 4 << 30,
+    file_bytes: int = FILE_BYTES,
 ) -> ImportPlan:
     """Account for every tensor of a source and lay out the native files.
 
@@ -150,34 +152,35 @@ def plan_import(
             f"{shown(unknown)}; config.json describes another model, or this architecture has "
             "parts that are not supported"
         )
-    places, headers = lay_out(tasks, file_bytes)
+    places, headers = lay_out([(t.native, t.to, t.entry.native.shape) for t in tasks], file_bytes)
     return ImportPlan(tuple(tasks), places, headers, duplicates, carried)
 
 
 def lay_out(
-    tasks: Sequence[Task], file_bytes: int
+    tensors: Sequence[tuple[str, str, Shape]], file_bytes: int = FILE_BYTES
 ) -> tuple[dict[str, tuple[str, int]], dict[str, bytes]]:
-    """Places of native tensors in `model/00001.safetensors`, ... and those files' headers."""
-    groups: list[list[Task]] = []
+    """Places of native tensors (name in the manifest, dtype, shape) in `model/00001.safetensors`,
+    ... and those files' headers."""
+    groups: list[list[tuple[str, str, Shape]]] = []
     filled = 0
-    for task in tasks:
-        nbytes = task.entry.native.numel * DTYPES[task.to]
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * DTYPES[dtype]
         if not groups or (filled and filled + nbytes > file_bytes):
             groups.append([])
             filled = 0
-        groups[-1].append(task)
+        groups[-1].append((name, dtype, shape))
         filled += nbytes
     places: dict[str, tuple[str, int]] = {}
     headers: dict[str, bytes] = {}
     for number, group in enumerate(groups, 1):
         file = f"model/{number:05d}.safetensors"
-        group.sort(key=lambda t: -DTYPES[t.to])  # keeps every tensor aligned to its elements
-        table = [(_key(t.native), t.to, t.entry.native.shape) for t in group]
+        group.sort(key=lambda t: -DTYPES[t[1]])  # keeps every tensor aligned to its elements
+        table = [(_key(name), dtype, shape) for name, dtype, shape in group]
         headers[file] = write_header(table, {"format": "pt"})
         at = len(headers[file])
-        for task in group:
-            places[task.native] = (file, at)
-            at += task.entry.native.numel * DTYPES[task.to]
+        for name, dtype, shape in group:
+            places[name] = (file, at)
+            at += math.prod(shape) * DTYPES[dtype]
     return places, headers
 
 

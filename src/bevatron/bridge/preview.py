@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.dtypes import parse_dtype
-from bevatron.bridge.exporter import folder_on_disk, parse_size, plan_export
+from bevatron.bridge.exporter import folder_on_disk, parse_size, plan_target
+from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hf_folder import open_hf
-from bevatron.bridge.importer import check_space, read_spec, written_bytes
-from bevatron.bridge.native import open_native
+from bevatron.bridge.import_foreign import plan_foreign
+from bevatron.bridge.importer import check_space, open_foreign, read_spec, written_bytes
+from bevatron.bridge.nanotron_writer import left_out, tokenizer_files
+from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import Task, plan_import
 from bevatron.checkpoint.files import located
 from bevatron.checkpoint.new_folder import check_target
 from bevatron.checkpoint.safetensors_file import DTYPES
+from bevatron.families.family import by_name
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,14 @@ def preview_import(
     dtype: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    source_format: str = "auto",
 ) -> Preview:
     """What `import_checkpoint` with these arguments would do. Raises BevatronError as it would."""
     dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
     check_target(dst, overwrite=overwrite)
+    if foreign := open_foreign(src, source_format, revision):
+        return _foreign(foreign, dst, to, overwrite)
     source = open_hf(src, revision)
     check_target(dst, overwrite=overwrite, apart_from=source.path)
     family, spec = read_spec(source)
@@ -147,6 +154,7 @@ def preview_export(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    target_format: str = "hf",
 ) -> Preview:
     """What `export_checkpoint` with these arguments would do. Raises BevatronError as it would."""
     dst = folder_on_disk(dst)
@@ -155,13 +163,14 @@ def preview_export(
     check_target(dst, overwrite=overwrite)
     native = open_native(src)
     check_target(dst, overwrite=overwrite, apart_from=native.folder)
-    plan = plan_export(native, to, limit)
+    plan = plan_target(native, to, limit, target_format)
     check_space(dst, written_bytes(plan.tasks))
     lines = tuple(
         _line(task, tuple(dict.fromkeys(file for places in task.tensors for file, _ in places)))
         for task in plan.tasks
     )
-    source = native.folder / "source"
+    source, nanotron = native.folder / "source", target_format == "nanotron"
+    others = sum(p.is_file() for p in source.rglob("*")) if source.is_dir() else 0
     return Preview(
         source=str(src),
         target=str(dst),
@@ -175,8 +184,43 @@ def preview_export(
             + sum(t.nbytes for task in plan.tasks for p in task.tensors for f, t in p if f == file)
             for file, header in plan.headers.items()
         },
-        files=sum(p.is_file() for p in source.rglob("*")) if source.is_dir() else 0,
-        duplicates=native.duplicates(),
+        files=len(tokenizer_files(native)) if nanotron else others,
+        duplicates={} if nanotron else native.duplicates(),
+        skipped=left_out(native) if nanotron else {},
+    )
+
+
+def _foreign(source: Foreign, dst: Path, dtype: str | None, overwrite: bool) -> Preview:
+    """What an import of another format would do."""
+    check_target(dst, overwrite=overwrite, apart_from=source.path)
+    plan = plan_foreign(source, dtype)
+    check_space(dst, sum(t.nbytes for t in plan.wanted.values()))
+    family = by_name(source.manifest.family)
+    native = Native.made(source.path, source.manifest, source.spec, family)
+    lines = tuple(
+        Line(
+            native=name,
+            shape=tensor.shape,
+            transform=entry.transform,
+            tensors=tuple(s.name for s in entry.sources),
+            dtype=tensor.dtype,
+            to=plan.wanted[name].dtype,
+            nbytes=plan.wanted[name].nbytes,
+            files=(plan.places[name][0],),
+        )
+        for name, entry, tensor in native.entries()
+    )
+    return Preview(
+        source=source.name,
+        target=str(dst),
+        family=source.manifest.family,
+        parameters=sum(p.numel for p in source.spec.parameters()),
+        lines=lines,
+        read=source.nbytes,
+        written=sum(line.nbytes for line in lines),
+        shards=_sizes(plan.headers, lines),
+        files=len(source.others),
+        skipped=source.skipped,
     )
 
 

@@ -10,13 +10,14 @@ from typing import Any
 from bevatron.bridge.hashes import Advance, Hashes, hashes_of_files, hashes_of_native
 from bevatron.bridge.hf_folder import HFFolder, open_hf, shown
 from bevatron.bridge.importer import read_spec
+from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import head_name
 from bevatron.bridge.report import shown_progress
 from bevatron.checkpoint.files import located
 from bevatron.checkpoint.locate import is_native
 from bevatron.errors import BevatronError
-from bevatron.families.family import Family
+from bevatron.families.family import Family, by_name
 from bevatron.spec.model import ModelSpec
 
 
@@ -61,7 +62,8 @@ class VerifyReport:
 
 
 def verify(a: str | Path, b: str | Path, *, logits: bool = True) -> VerifyReport:
-    """Compare two checkpoints: each an HF folder, a Hub id, a native checkpoint or a run.
+    """Compare two checkpoints: each an HF folder, a Hub id, a native checkpoint, a run or a
+    Nanotron checkpoint.
 
     Every byte of every tensor is read. Raises BevatronError if one of them cannot be opened;
     what differs is in the report."""
@@ -119,6 +121,11 @@ class _NativeSide(_Side):
 def _open(path: str | Path) -> _Side:
     if is_native(located(path)):
         return _NativeSide(str(path), open_native(path))
+    if is_nanotron(Path(path)):
+        found = open_nanotron(path)
+        family = by_name(found.manifest.family)
+        made = Native.made(found.path, found.manifest, found.spec, family)
+        return _NativeSide(str(path), made)
     return _HFSide(str(path), open_hf(path))
 
 

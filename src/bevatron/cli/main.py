@@ -51,34 +51,38 @@ def _options(
 
 @app.command("import")
 def import_(
-    src: Annotated[str, typer.Argument(help="A Hugging Face folder or Hub id.")],
+    src: Annotated[
+        str, typer.Argument(help="A Hugging Face folder, Hub id or Nanotron checkpoint.")
+    ],
     dst: Annotated[str, typer.Argument(help="The native checkpoint to make; a folder or a URL.")],
     dtype: Dtype = None,
-    source_format: Annotated[str, typer.Option("--from", help="auto or hf.")] = "auto",
+    source_format: Annotated[str, typer.Option("--from", help="auto, hf or nanotron.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a Hugging Face model into a native checkpoint."""
+    """Convert a Hugging Face or Nanotron model into a native checkpoint."""
     from bevatron.bridge.convert import import_checkpoint
 
-    _known("--from", source_format, "auto", "hf")
+    _known("--from", source_format, "auto", "hf", "nanotron")
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "overwrite": overwrite}
+    options["source_format"] = source_format
     if dry_run:
         from bevatron.bridge.preview import preview_import
 
-        seen = preview_import(src, dst, dtype=dtype, revision=revision, overwrite=overwrite)
+        seen = preview_import(src, dst, **options)
         print(json.dumps(seen.to_dict()) if as_json else seen.text())
         return
-    report = import_checkpoint(src, dst, dtype=dtype, revision=revision, overwrite=overwrite)
+    report = import_checkpoint(src, dst, **options)
     _show(report.to_dict(), as_json)
 
 
 @app.command()
 def export(
     src: Annotated[str, typer.Argument(help="A native checkpoint or a run; a folder or a URL.")],
-    dst: Annotated[Path, typer.Argument(help="The Hugging Face folder to make.")],
-    target_format: Annotated[str, typer.Option("--to", help="hf.")] = "hf",
+    dst: Annotated[Path, typer.Argument(help="The folder to make.")],
+    target_format: Annotated[str, typer.Option("--to", help="hf or nanotron.")] = "hf",
     dtype: Dtype = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Such as 5GB; default: the source's shards, else 5GB.")
@@ -87,21 +91,19 @@ def export(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a native checkpoint or a run into a Hugging Face folder."""
+    """Convert a native checkpoint or a run into a Hugging Face folder or a Nanotron checkpoint."""
     from bevatron.bridge.convert import export_checkpoint
 
-    _known("--to", target_format, "hf")
+    _known("--to", target_format, "hf", "nanotron")
+    options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
+    options |= {"overwrite": overwrite, "target_format": target_format}
     if dry_run:
         from bevatron.bridge.preview import preview_export
 
-        seen = preview_export(
-            src, dst, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
-        )
+        seen = preview_export(src, dst, **options)
         print(json.dumps(seen.to_dict()) if as_json else seen.text())
         return
-    report = export_checkpoint(
-        src, dst, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
-    )
+    report = export_checkpoint(src, dst, **options)
     _show(report.to_dict(), as_json)
 
 

@@ -115,9 +115,8 @@ def load_tokenizer(opened: Opened) -> Any:
 def stop_tokens(opened: Opened) -> frozenset[int]:
     """End-of-sequence ids: generation_config.json's, else config.json's; one or a list."""
     for name in ("generation_config.json", "config.json"):
-        path = opened.source / name if opened.source else None
-        if path is not None and path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        if text := opened.source_text(name):
+            found = json.loads(text).get("eos_token_id")
             if found is not None:
                 return frozenset(found if isinstance(found, list) else [found])
     return frozenset()

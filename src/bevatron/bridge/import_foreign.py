@@ -1,0 +1,200 @@
+"""A checkpoint of another format -> native checkpoint: stream its boxes in row-major order."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import bevatron
+from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite
+from bevatron.bridge.foreign import Foreign
+from bevatron.bridge.hashes import Advance
+from bevatron.bridge.importer import check_space, copy_file, main_dtype, read_back
+from bevatron.bridge.mover import Mover
+from bevatron.bridge.native import Native
+from bevatron.bridge.plan import lay_out, row_elements
+from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
+from bevatron.bridge.provenance import Provenance, fingerprint
+from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
+from bevatron.bridge.unchanged import unchanged
+from bevatron.checkpoint.boxes import HASH_BUFFER, hash_range, new_hasher, spell, stream_rows
+from bevatron.checkpoint.files import open_file
+from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, TensorEntry
+from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.families.family import by_name
+from bevatron.families.weight_map import Entry, Rows
+from bevatron.spec.json import to_json
+
+
+class ForeignPlan(NamedTuple):
+    """What an import will write: native name -> tensor (without chunks), and its file and byte;
+    file -> its first bytes."""
+
+    wanted: Mapping[str, TensorEntry]
+    places: Mapping[str, tuple[str, int]]
+    headers: Mapping[str, bytes]
+
+
+@dataclass
+class _Found:
+    """What moving the tensors showed: of weight files and of HF tensors the hash as read, of HF
+    tensors how many values are not finite, and notes."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    non_finite: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_foreign(source: Foreign, dtype: str | None) -> ForeignPlan:
+    """Lay the native tensors out, all of `dtype` if that is given."""
+    tensors = source.manifest.tensors
+    wanted = {name: TensorEntry(dtype or t.dtype, t.shape, ()) for name, t in tensors.items()}
+    places, headers = lay_out([(name, t.dtype, t.shape) for name, t in wanted.items()])
+    return ForeignPlan(wanted, places, headers)
+
+
+def import_foreign(
+    source: Foreign, dst: Path, *, dtype: str | None, overwrite: bool
+) -> ConversionReport:
+    """Write a native checkpoint at `dst`.
+
+    Args:
+        dtype: in safetensors' spelling, for all parameters; None keeps each as it is.
+    Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
+    """
+    started = time.perf_counter()
+    check_target(dst, overwrite=overwrite, apart_from=source.path)
+    plan = plan_foreign(source, dtype)
+    check_space(dst, sum(t.nbytes for t in plan.wanted.values()))
+    family = by_name(source.manifest.family)
+    with (
+        new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder,
+        unchanged(source.path, source.stamps),
+    ):
+        for name in ("model", "source"):
+            (folder / name).mkdir()
+        with shown_progress("importing", source.nbytes) as advance, Mover(advance) as mover:
+            entries, found = _move_tensors(source, plan, mover, folder, advance)
+        with Mover(lambda n: None) as mover:
+            for path, kept in source.others.items():
+                copy_file(mover, source.path / path, folder / "source" / kept)
+        config = source.config_text(dtype)
+        (folder / "source" / "config.json").write_text(config, encoding="utf-8")
+        manifest = replace(source.manifest, tensors=entries)
+        made = Native.made(folder, manifest, source.spec, family)
+        verified = read_back(made, found.tensors, dtype)
+        record = Provenance(
+            bevatron=bevatron.__version__,
+            source=source.name,
+            revision=None,
+            family=manifest.family,
+            dtype=dtype,
+            weights=fingerprint(manifest),
+            headers={},
+            tensors={
+                file: {
+                    "dtype": t.dtype,
+                    "shape": t.shape,
+                    "file": file,
+                    "xxh3": found.files[file][5:],
+                }
+                for file, t in source.stored.items()
+            },
+            skipped=source.skipped,
+            non_finite=found.non_finite,
+            verified=verified,
+        )
+        (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
+        (folder / "spec.json").write_text(to_json(source.spec), encoding="utf-8")
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return ConversionReport(
+        source=source.name,
+        target=str(dst),
+        family=manifest.family,
+        parameters=sum(p.numel for p in source.spec.parameters()),
+        tensors=len(source.stored),
+        nbytes=source.nbytes,
+        dtype=main_dtype((t.dtype, t.nbytes) for t in plan.wanted.values()),
+        step=manifest.step,
+        files=len(source.others),
+        seconds=round(time.perf_counter() - started, 3),
+        verified=verified,
+        skipped=dict(source.skipped),
+        non_finite=found.non_finite,
+        notes=[*source.notes, *non_finite_notes(found.non_finite), *found.notes],
+    )
+
+
+def _move_tensors(
+    source: Foreign, plan: ForeignPlan, mover: Mover, folder: Path, advance: Advance
+) -> tuple[dict[str, TensorEntry], _Found]:
+    """Execute the plan: manifest entries, and what was seen on the way."""
+    for file, header in plan.headers.items():
+        mover.write(folder / file, 0, header)
+    found = _Found()
+    moved: dict[str, TensorEntry] = {}
+    family = by_name(source.manifest.family)
+    native = Native.made(source.path, source.manifest, source.spec, family)
+    for name, entry, tensor in native.entries():
+        # Right before they are read again, so that the second read costs no disk.
+        found.files |= _hash_files(source, tensor, found.files)
+        wanted, (file, at) = plan.wanted[name], plan.places[name]
+        convert = Converter(tensor.dtype, wanted.dtype) if wanted.dtype != tensor.dtype else None
+        read = [new_hasher() for _ in entry.sources]
+        watch = [NonFinite(tensor.dtype) for _ in entry.sources]
+        written, position = new_hasher(), at
+        for view in stream_rows(source.path, tensor, memoryview(bytearray(HASH_BUFFER))):
+            begin = (position - at) * ITEMSIZE[tensor.dtype] // ITEMSIZE[wanted.dtype]
+            for number, part in _by_source(entry, ITEMSIZE[tensor.dtype], begin, view):
+                read[number].update(part)
+                watch[number].update(part)
+            out = convert(view) if convert else view
+            written.update(out)
+            mover.write(folder / file, position, out)
+            position += len(out)
+            advance(len(view))
+        chunk = Chunk((0,) * len(tensor.shape), tensor.shape, file, at, spell(written))
+        moved[name] = replace(wanted, chunks=(chunk,))
+        names = [s.name for s in entry.sources]
+        found.tensors |= {n: spell(h) for n, h in zip(names, read, strict=True)}
+        found.non_finite |= {n: w.count for n, w in zip(names, watch, strict=True) if w.count}
+        if convert and convert.overflows:
+            found.notes.append(
+                f"{name}: {convert.overflows} values are too large for {FLOATS[wanted.dtype]} and "
+                "became infinite; use bf16"
+            )
+    return moved, found
+
+
+def _by_source(
+    entry: Entry, itemsize: int, begin: int, view: memoryview
+) -> Iterator[tuple[int, memoryview]]:
+    """The parts of a native tensor's bytes from `begin` on that belong to each HF tensor, by its
+    number. They come in that one's own order."""
+    row, end = row_elements(entry) * itemsize, begin + len(view)
+    for rows in _meeting(entry, begin // row, -(-end // row)):
+        low = max(begin, rows.native_start * row)
+        high = min(end, (rows.native_start + rows.count) * row)
+        yield rows.source, view[low - begin : high - begin]
+
+
+def _meeting(entry: Entry, first: int, last: int) -> Sequence[Rows]:
+    """Those of the entry's row runs that meet native rows `first` to `last`."""
+    starts = [rows.native_start for rows in entry.rows]
+    return entry.rows[bisect_right(starts, first) - 1 : bisect_left(starts, last)]
+
+
+def _hash_files(source: Foreign, tensor: TensorEntry, known: dict[str, str]) -> dict[str, str]:
+    """Hashes of the data of the files that a tensor lies in."""
+    found, buffer = {}, memoryview(bytearray(HASH_BUFFER))
+    for file in dict.fromkeys(c.file for c in tensor.chunks if c.file not in known):
+        stored = source.stored[file]
+        with closing(open_file(source.path / file)) as opened:
+            found[file] = hash_range(opened, stored.begin, stored.nbytes, buffer)
+    return found
