@@ -86,6 +86,13 @@ def _logits(path: str | Path) -> tuple[torch.Tensor, str, str | None]:
         return decoder.logits(ids).float(), "bevatron", why
 
 
+def _ours() -> Any:
+    """transformers' classes that we bring."""
+    from bevatron import hf
+
+    return hf
+
+
 def _by_transformers(path: Path, ids: torch.Tensor) -> torch.Tensor | str:
     """Outputs by the class that config.json names, or why there is none."""
     try:
@@ -96,7 +103,7 @@ def _by_transformers(path: Path, ids: torch.Tensor) -> torch.Tensor | str:
 
     config = read_config(path)
     name = (config.get("architectures") or [""])[0]
-    cls = getattr(transformers, name, None)
+    cls = getattr(transformers, name, None) or getattr(_ours(), name, None)
     if cls is None:
         return f"transformers {transformers.__version__} has no class {name or 'in config.json'}"
     try:

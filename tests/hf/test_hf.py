@@ -1,0 +1,337 @@
+"""`import bevatron.hf`: Llama-Nemotron is a transformers model like any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from bevatron import hf
+from bevatron.bridge.convert import export_checkpoint, import_checkpoint
+from bevatron.bridge.logits import compare_logits
+from bevatron.families import by_name
+from bevatron.families.published import preset
+from bevatron.generate.load import load_decoder
+from bevatron.spec import MLP, Attention, LayerSpec
+from bevatron.spec.json import from_json, to_json
+from tests.nn.llama_nemotron_reference import (
+    BLOCKS,
+    ReferenceLlamaNemotron,
+    block,
+    published_config,
+)
+
+FIRST_EMPTY = [block(None, 1.0), block(None, None), *BLOCKS]
+NO_ATTENTION = [block(None, 1.0), block("linear", None), block(None, "linear")]
+CASES = {"mixed": BLOCKS, "first-without": FIRST_EMPTY, "no-attention": NO_ATTENTION}
+
+
+def save(path: Path, blocks: list[dict[str, Any]], **changes: Any) -> ReferenceLlamaNemotron:
+    """A random model as published ones are stored; computed by parts that are not ours."""
+    config = published_config(blocks, **changes)
+    model = ReferenceLlamaNemotron(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + noise * 0.2 if "norm" in name else noise * 0.1
+    path.mkdir(exist_ok=True)
+    tensors = {k: v for k, v in model.state_dict().items() if "rotary" not in k}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def load(path: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
+def some_ids(*shape: int) -> Tensor:
+    return torch.randint(4, 97, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_an_independent_composition(
+    case: str, attention: str, tmp_path: Path
+) -> None:
+    reference = save(tmp_path, CASES[case])
+    model = load(tmp_path, attn_implementation=attention)
+    assert type(model) is hf.DeciLMForCausalLM
+    ids = some_ids(2, 33)
+    with torch.no_grad():
+        expected = reference(ids)
+        assert expected.std() > 0.1
+        assert (model(ids).logits - expected).abs().max() <= 1e-5
+        decoder, _ = load_decoder(tmp_path)
+        assert (decoder.logits(ids) - expected).abs().max() <= 1e-5
+    found = compare_logits(tmp_path, tmp_path)
+    assert (found["a"], found["ok"]) == ("transformers", True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_cache_gives_the_same_tokens(case: str, tmp_path: Path) -> None:
+    reference = save(tmp_path, CASES[case])
+    model = load(tmp_path)
+    prompt = some_ids(1, 7)
+    ids = prompt[0].tolist()
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(reference(torch.tensor([ids]))[0, -1].argmax()))
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            out = model.generate(prompt, **options, **more, pad_token_id=0)
+            assert out[0].tolist() == ids, more
+
+
+def test_a_left_padded_batch_gives_the_same_tokens(tmp_path: Path) -> None:
+    save(tmp_path, FIRST_EMPTY)
+    model = load(tmp_path)
+    ids = some_ids(1, 9)
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids[:, :5]), 1)
+    batch = torch.cat((ids, padded))
+    mask = torch.ones_like(batch)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(batch, attention_mask=mask, **options)[:, -8:]
+    for row, alone in zip(together, (ids, ids[:, :5]), strict=True):
+        assert torch.equal(row, model.generate(alone, **options)[0, -8:])
+
+
+def test_a_prompt_in_pieces_gives_the_same_logits(tmp_path: Path) -> None:
+    save(tmp_path, FIRST_EMPTY)
+    model = load(tmp_path)
+    ids = some_ids(1, 20)
+    with torch.no_grad():
+        whole = model(ids).logits
+        first = model(ids[:, :11], use_cache=True)
+        rest = model(ids[:, 11:], past_key_values=first.past_key_values).logits
+    assert (torch.cat((first.logits, rest), 1) - whole).abs().max() <= 1e-5
+
+
+def test_it_trains_with_recomputed_activations(tmp_path: Path) -> None:
+    save(tmp_path, BLOCKS)
+    ids = some_ids(2, 16)
+    gradients = []
+    for recompute in (False, True):
+        model = load(tmp_path).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+        assert all(g is not None for g in gradients[-1].values())
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6)
+
+
+def test_hidden_states_and_attentions_come_out(tmp_path: Path) -> None:
+    save(tmp_path, BLOCKS)
+    model = load(tmp_path, attn_implementation="eager")
+    out = model(some_ids(1, 5), output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == len(BLOCKS) + 1
+    kinds = [weights is not None for weights in out.attentions]
+    assert kinds == [isinstance(b["attention"]["n_heads_in_group"], int) for b in BLOCKS]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_and_loaded_again_it_is_the_same(tied: bool, tmp_path: Path) -> None:
+    save(tmp_path / "a", BLOCKS)
+    model = load(tmp_path / "a")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    model.resize_token_embeddings(105)
+    model.save_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["intermediate_size"] is None
+    assert config["num_key_value_heads"] is None
+    assert config["block_configs"] == BLOCKS
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
+    assert config["rope_scaling"]["factor"] == 8.0
+    assert ("lm_head.weight" in load_file(tmp_path / "b" / "model.safetensors")) is not tied
+    again = load(tmp_path / "b")
+    ids = some_ids(1, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    assert by_name("llama_nemotron").spec(config).tie_word_embeddings is tied
+
+
+def test_heads_that_do_not_divide_the_hidden_size(tmp_path: Path) -> None:
+    """A model whose heads were pruned: 6 heads of 8 in a hidden size of 64."""
+    spec = by_name("llama_nemotron").spec(published_config(BLOCKS))
+    layers = (LayerSpec(Attention(6, 3, 8), MLP(300)), LayerSpec(Attention(6, 6, 8), MLP(256)))
+    config = by_name("llama_nemotron").config(
+        replace(spec, layers=(*layers[1:], *layers[1:])), "float32"
+    )
+    config["block_configs"][0]["ffn"] |= {"ffn_mult": None, "intermediate_size": 300}
+    model = hf.DeciLMForCausalLM(hf.DeciLMConfig(**config)).eval()
+    assert model.model.layers[0].mlp.gate_proj.weight.shape == (300, 64)
+    model.save_pretrained(tmp_path)
+    decoder, found = load_decoder(tmp_path)
+    assert found.layers == (LayerSpec(Attention(6, 6, 8), MLP(300)), layers[1])
+    ids = some_ids(2, 12)
+    with torch.no_grad():
+        assert (decoder.logits(ids) - model(ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("DeciLMForSequenceClassification", {"pad_token_id": 3, "id2label": {"0": "a", "1": "b"}}),
+        ("DeciLMForTokenClassification", {"id2label": {"0": "a", "1": "b", "2": "c"}}),
+        ("DeciLMForQuestionAnswering", {}),
+        ("DeciLMModel", {}),
+    ],
+)
+def test_heads_and_bare_models_agree_with_the_decoder(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = hf.DeciLMConfig(**published_config(BLOCKS, architectures=[name], **changes))
+    torch.manual_seed(0)
+    model = getattr(hf, name)(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "native")
+    export_checkpoint(tmp_path / "native", tmp_path / "out")
+    found = compare_logits(tmp_path / "native", tmp_path / "out")
+    assert (found["a"], found["b"]) == ("bevatron", "transformers")
+    assert found["max_abs_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_blocks_that_it_cannot_compute_are_refused(part: str) -> None:
+    config = published_config(json.loads(json.dumps(BLOCKS)))
+    config["block_configs"][0][part]["sparsify"] = ["2:4"]
+    with pytest.raises(ValueError, match=rf"block_configs\[0\]\.{part}\.sparsify"):
+        hf.DeciLMConfig(**config)
+
+
+def test_super_49b_has_as_many_parameters_as_published() -> None:
+    config = by_name("llama_nemotron").config(preset("llama-nemotron-super-49b"), "bfloat16")
+    with torch.device("meta"):
+        model = hf.DeciLMForCausalLM(hf.DeciLMConfig(**config))
+    assert sum(p.numel() for p in model.parameters()) == 49_867_145_216
+    assert len(model.state_dict()) == 568
+
+
+# --- as users meet it -----------------------------------------------------------------------------
+
+
+def add_tokenizer(path: Path) -> None:
+    """Words w0 to w96, and a chat template."""
+    words = {f"w{i}": i for i in range(97)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = "{% for m in messages %}w4 {{ m['content'] }} {% endfor %}w5"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_a_pipeline_takes_chat_messages(tmp_path: Path) -> None:
+    save(tmp_path, BLOCKS)
+    add_tokenizer(tmp_path)
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path), dtype=torch.float32)
+    messages = [{"role": "user", "content": "w7 w8"}]
+    out = pipe(messages, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    answer = out[0]["generated_text"][-1]
+    assert answer["role"] == "assistant"
+    assert set(answer["content"].split()) <= {f"w{i}" for i in range(97)}
+
+
+STRANGER = """
+import sys, torch, transformers
+assert "bevatron" not in sys.modules
+folder, kind = sys.argv[1:3]
+auto = getattr(transformers, kind)
+model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+ids = torch.arange(4, 24).view(2, 10)
+with torch.no_grad():
+    out = model(ids)
+torch.save(out.logits if "logits" in out else out.last_hidden_state, sys.argv[3])
+if kind == "AutoModelForCausalLM":
+    model.save_pretrained(folder + "-again")
+    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("w1 w2")
+"""
+
+
+def run_stranger(folder: Path, kind: str, home: Path, python: str = sys.executable) -> Tensor:
+    """A process that knows transformers and the folder, and nothing of us."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(home / "modules")}
+    out = home / "logits.pt"
+    done = subprocess.run(
+        [python, "-c", STRANGER, str(folder), kind, str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        cwd=home,
+        env={k: v for k, v in environment.items() if k != "PYTHONPATH"},
+    )
+    assert done.returncode == 0, done.stderr
+    found: Tensor = torch.load(out, weights_only=True)
+    return found
+
+
+def pruned(tmp_path: Path) -> Path:
+    """A native model that no published folder describes: an export of one that was changed."""
+    save(tmp_path / "hf", BLOCKS)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["auto_map"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    add_tokenizer(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "native")
+    spec_file = tmp_path / "native" / "spec.json"
+    spec = from_json(spec_file.read_text())
+    spec_file.write_text(to_json(replace(spec, max_position_embeddings=256)))
+    return tmp_path / "native"
+
+
+def test_an_export_without_code_of_its_own_brings_ours(tmp_path: Path) -> None:
+    report = export_checkpoint(
+        pruned(tmp_path), tmp_path / "out", dtype="fp32", max_shard_size="9KB"
+    )
+    code = (tmp_path / "out" / "modeling_decilm.py").read_bytes()
+    assert code == Path(hf.__file__).read_bytes()
+    assert any("vLLM will not read it" in note for note in report.notes)
+    logits = run_stranger(tmp_path / "out", "AutoModelForCausalLM", tmp_path)
+    decoder, _ = load_decoder(tmp_path / "native")
+    with torch.no_grad():
+        expected = decoder.logits(torch.arange(4, 24).view(2, 10))
+    assert (logits - expected).abs().max() <= 1e-5
+    again = tmp_path / "out-again"
+    assert (again / "modeling_decilm.py").read_bytes() == code
+    hidden = run_stranger(tmp_path / "out", "AutoModel", tmp_path)
+    assert hidden.shape == (2, 10, 64)
+
+
+def test_an_unchanged_import_gets_nothing_added(tmp_path: Path) -> None:
+    save(tmp_path / "hf", BLOCKS)
+    import_checkpoint(tmp_path / "hf", tmp_path / "native")
+    report = export_checkpoint(tmp_path / "native", tmp_path / "out")
+    assert report.identical
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_code_that_the_source_brought_stays(tmp_path: Path) -> None:
+    save(tmp_path / "hf", BLOCKS)
+    (tmp_path / "hf" / "modeling_decilm.py").write_text("# theirs")
+    import_checkpoint(tmp_path / "hf", tmp_path / "native")
+    export_checkpoint(tmp_path / "native", tmp_path / "out", dtype="bf16")
+    assert (tmp_path / "out" / "modeling_decilm.py").read_text() == "# theirs"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"] == published_config(BLOCKS)["auto_map"]
