@@ -63,6 +63,16 @@ class Job:
     def run(self, name: str, overwrite: bool) -> None:
         self.call(self.sources[name], self.target, overwrite=overwrite)
 
+    def expect_back(self) -> None:
+        """An old target that was moved aside is back before anything else happens."""
+        try:
+            self.run("b", False)
+        except BevatronError as error:
+            assert "already exists" in str(error) and not self.beside()
+            assert contents(self.target) == self.wanted["a"]
+        else:
+            raise AssertionError("the old target is lost")
+
     def beside(self) -> list[str]:
         """What lies in the target's folder, the target apart."""
         return sorted(p.name for p in self.target.parent.iterdir() if p != self.target)
@@ -141,6 +151,8 @@ def killed(verb: str, root: Path, option: str) -> tuple[int, list[str]]:
             failures.append(f"killed at {number}: the target is neither old nor new")
         if set(job.beside()) - {".target.lock", ".target.partial", ".target.old"}:
             failures.append(f"killed at {number}: left {job.beside()}")
+        if overwrite and found is None:
+            job.expect_back()
         try:
             job.run("b", overwrite or found is not None)
         except BevatronError as error:

@@ -189,25 +189,26 @@ def test_fault_22_unknown_architecture(model) -> None:
     refused(source, "architecture")
 
 
+CHANGES = [
+    {"vocab_size": 100},
+    {"intermediate_size": 64},
+    {"num_key_value_heads": 4},
+    {"num_attention_heads": 8},
+    {"num_hidden_layers": 2},
+    {"num_hidden_layers": 4},
+    {"hidden_size": 64},
+    {"head_dim": 16},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+]
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("vocab_size", 100),
-        ("intermediate_size", 64),
-        ("num_key_value_heads", 4),
-        ("num_attention_heads", 8),
-        ("num_hidden_layers", 2),
-        ("num_hidden_layers", 4),
-        ("hidden_size", 64),
-        ("head_dim", 16),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-    ],
-    ids=lambda v: f"fault-23-{v}",
+    "change", CHANGES, ids=lambda c: "fault-23-" + "-".join(f"{k}={v}" for k, v in c.items())
 )
-def test_config_that_disagrees_with_the_weights(model, field: str, value: object) -> None:
+def test_config_that_disagrees_with_the_weights(model, change: dict[str, object]) -> None:
     source = model()
-    edit_config(source, **{field: value})
+    edit_config(source, **change)
     refused(source, "config.json")
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from bevatron.bridge import exporter, importer
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
+from bevatron.checkpoint.new_folder import new_folder
 from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import assert_same_folder, make, rewrite
 from tests.faults.refusal import EMBED, NORM, WEIGHTS, contents, file_of, refused
@@ -103,6 +104,12 @@ def refused_with_limit(source: Path, verb: str) -> None:
     before = sorted(source.parent.iterdir())
     with pytest.raises(BevatronError, match=r"target.*File too large"):
         call(source, source.parent / "target")
+    assert sorted(source.parent.iterdir()) == before
+    (source.parent / "target" / "old").mkdir(parents=True)
+    with pytest.raises(BevatronError, match=r"target.*File too large"):
+        call(source, source.parent / "target", overwrite=True)
+    (source.parent / "target" / "old").rmdir()
+    (source.parent / "target").rmdir()
     assert sorted(source.parent.iterdir()) == before
 
 
@@ -280,6 +287,25 @@ def test_fault_37_without_locks_a_partial_folder_is_left_alone(model, monkeypatc
     shutil.rmtree(partial)
     import_checkpoint(source, source.parent / "target")
     assert sorted(p.name for p in source.parent.iterdir()) == ["hf", "target"]
+
+
+def test_fault_37_a_lock_that_was_just_removed_is_none(tmp_path: Path, monkeypatch) -> None:
+    """Between opening and locking, its holder may remove it and a third make it anew."""
+    real, path, times = fcntl.flock, tmp_path / ".target.lock", []
+
+    def flock(fd: int, operation: int) -> None:
+        times.append(fd)
+        if len(times) < 3:
+            path.unlink()
+            path.touch()
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with new_folder(tmp_path / "target", overwrite=False):
+        assert len(times) == 3
+        with path.open() as file, pytest.raises(BlockingIOError):
+            real(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
 def grow(path: Path) -> None:

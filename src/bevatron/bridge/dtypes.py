@@ -60,6 +60,8 @@ class Converter:
         import numpy as np
 
         if self.new != "BF16":
+            if self.old == "F64" and self.new == "F16":
+                values = values.astype("<f4")  # torch rounds by way of float32, so twice
             return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[self.new])
         bits = values.astype("<f4").view("<u4")
         even = (bits >> np.uint32(16)) & np.uint32(1)
