@@ -1,4 +1,5 @@
-"""Changing the dtype of tensors a buffer at a time, with numpy and without torch.
+"""Changing the dtype of tensors, and counting what is no number: a buffer at a time, with numpy
+and without torch.
 
 Rounding is to nearest, ties to even, as torch's `.to()` does. NaN stays NaN; what is too large for
 float16 becomes infinity and is counted.
