@@ -3,8 +3,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.processes import Pool
+
+settings.register_profile("short", max_examples=12, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=120, deadline=None)
+settings.load_profile("short")  # --hypothesis-profile=long overrides it
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Changing the dtype of tensors a buffer at a time, with numpy and without torch.
+"""Changing the dtype of tensors, and counting what is no number: a buffer at a time, with numpy
+and without torch.
 
 Rounding is to nearest, ties to even, as torch's `.to()` does. NaN stays NaN; what is too large for
 float16 becomes infinity and is counted.
@@ -60,6 +61,8 @@ class Converter:
         import numpy as np
 
         if self.new != "BF16":
+            if self.old == "F64" and self.new == "F16":
+                values = values.astype("<f4")  # torch rounds by way of float32, so twice
             return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[self.new])
         bits = values.astype("<f4").view("<u4")
         even = (bits >> np.uint32(16)) & np.uint32(1)

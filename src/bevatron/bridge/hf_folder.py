@@ -205,7 +205,9 @@ def _read_headers(path: Path) -> dict[str, Header]:
         headers[file] = read_header(confined(path, path / file))
         for name in headers[file].tensors:
             if name in place:
-                raise SourceError(f"{path}: tensor {name!r} is in both {place[name]} and {file}")
+                raise SourceError(
+                    f"{path}: tensor {name[:200]!r} is in both {place[name]} and {file}"
+                )
             place[name] = file
     absent = [name for name, file in wanted.items() if place.get(name) != file]
     unlisted = [name for name in place if name not in wanted]
@@ -227,13 +229,15 @@ def _read_index(path: Path, index: Path) -> dict[str, str]:
         raise SourceError(f"{index}: has no weight_map; expected tensor names and their files")
     for name, file in wanted.items():
         plain = isinstance(file, str) and file == Path(file).name and file not in ("", ".", "..")
-        if not plain or any(c in file for c in "\\/:\0"):
+        if not plain or any(c in file for c in "\\/:") or not file.isprintable() or len(file) > 200:
             raise SourceError(
-                f"{index}: places {name!r} in {file!r}; expected the plain name of a file in "
-                f"{path}, without folders"
+                f"{index}: places {name[:200]!r} in {file!r:.200}; expected the plain name of a "
+                f"file in {path}, without folders"
             )
         if not file.endswith(".safetensors"):
-            raise SourceError(f"{index}: places {name!r} in {file!r}, which is not safetensors")
+            raise SourceError(
+                f"{index}: places {name[:200]!r} in {file!r:.200}, which is not safetensors"
+            )
     return wanted
 
 

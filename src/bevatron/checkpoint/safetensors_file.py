@@ -22,6 +22,7 @@ from bevatron.checkpoint.strict_json import parse_object
 
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 SIZE_LIMIT = 1 << 62
+DIMENSION_LIMIT = 64  # that of torch and numpy
 
 # Bytes per element of every dtype that occupies whole bytes.
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
@@ -134,28 +135,45 @@ def write_header(
 def _tensor(value: Any, name: str, start: int, path: Path) -> Stored:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise SafetensorsError(
-            f"{path}: {name[:200]!r} must have exactly dtype, shape and data_offsets"
+            f"{path}: {_shown(name)} must have exactly dtype, shape and data_offsets"
         )
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise SafetensorsError(f"{path}: {_shown(name)} is no Unicode text; rename it") from error
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
+    if isinstance(shape, list) and len(shape) > DIMENSION_LIMIT:
         raise SafetensorsError(
-            f"{path}: {name!r} has dtype {dtype!r}, which is unknown or packed; known are "
-            f"{', '.join(DTYPES)}"
+            f"{path}: {_shown(name)} has {len(shape)} dimensions, expected at most "
+            f"{DIMENSION_LIMIT}; the file is damaged"
+        )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise SafetensorsError(
+            f"{path}: {_shown(name)} has dtype {dtype!r:.200}, which is unknown or "
+            f"packed; known are {', '.join(DTYPES)}"
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise SafetensorsError(
-            f"{path}: {name!r} has shape {shape!r} and data_offsets {offsets!r}; expected "
-            "non-negative integers, begin before end"
+            f"{path}: {_shown(name)} has shape {shape!r:.200} and data_offsets "
+            f"{offsets!r:.200}; expected non-negative integers, begin before end"
         )
-    nbytes = math.prod(shape) * DTYPES[dtype]
-    if max([nbytes, *shape]) > SIZE_LIMIT:
-        raise SafetensorsError(f"{path}: {name!r} of shape {shape} is larger than any file")
+    nbytes = DTYPES[dtype]
+    for n in shape:
+        nbytes *= n
+        if max(n, nbytes) > SIZE_LIMIT:
+            raise SafetensorsError(
+                f"{path}: {_shown(name)} of shape {shape} is larger than any file"
+            )
     if nbytes != offsets[1] - offsets[0]:
         raise SafetensorsError(
-            f"{path}: {name!r} of shape {shape} in {dtype} takes {nbytes} bytes, but the header "
-            f"gives it {offsets[1] - offsets[0]}; the file is damaged"
+            f"{path}: {_shown(name)} of shape {shape} in {dtype} takes {nbytes} bytes, but the "
+            f"header gives it {offsets[1] - offsets[0]}; the file is damaged"
         )
     return Stored(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _shown(name: str) -> str:
+    return repr(name[:200])
 
 
 def _sizes(value: Any) -> bool:
@@ -168,10 +186,10 @@ def _check_tiling(tensors: Mapping[str, Stored], start: int, size: int | None, p
         if tensor.begin != at:
             what = "overlaps" if tensor.begin < at else "leaves a gap after"
             raise SafetensorsError(
-                f"{path}: {name!r} begins at byte {tensor.begin} and {what} {before}, which ends "
-                f"at {at}; the file is damaged"
+                f"{path}: {_shown(name)} begins at byte {tensor.begin} and {what} {before}, "
+                f"which ends at {at}; the file is damaged"
             )
-        at, before = tensor.end, repr(name)
+        at, before = tensor.end, _shown(name)
     if size is not None and size != at:
         what = "is truncated" if size < at else "has trailing bytes"
         raise SafetensorsError(

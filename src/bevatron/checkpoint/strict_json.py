@@ -67,7 +67,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key!r} appears twice; keep one of them")
+                raise ValueError(f"the key {key[:200]!r} appears twice; keep one of them")
             seen.add(key)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -253,6 +254,8 @@ def _plain(value: Any) -> str:
 
 def main() -> None:
     """Run a verb; every failure is one message and a status, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
     except BevatronError as error:
