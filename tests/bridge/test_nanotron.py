@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.bridge.opened import open_weights
+from bevatron.bridge.preview import preview_export, preview_import
 from bevatron.bridge.verify import verify
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import stop_tokens
@@ -175,6 +176,36 @@ def test_what_is_left_out_is_listed(tmp_path):
     assert {p.name for p in (tmp_path / "native" / "source").iterdir()} == {"config.json"}
 
 
+def test_numbers_that_are_none_are_kept_and_counted(tmp_path):
+    model = llama()
+    model.model.layers[1].self_attn.k_proj.weight.data[3, 4:6] = float("nan")
+    model.model.layers[2].mlp.down_proj.weight.data[60, 47] = float("inf")
+    report = import_checkpoint(write(tmp_path / "nt", model, tp=4), tmp_path / "native")
+    assert report.non_finite == {
+        "model.layers.1.self_attn.k_proj.weight": 2,
+        "model.layers.2.mlp.down_proj.weight": 1,
+    }
+    assert report.verified["equal"] is True
+    export_checkpoint(tmp_path / "native", tmp_path / "out", target_format="nanotron")
+    got, wanted = read(tmp_path / "out"), assembled(model)
+    for name, tensor in wanted.items():
+        assert torch.equal(got[name].view(torch.int32), tensor.view(torch.int32)), name
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
+    root = write(tmp_path / "nt", llama(), tp=2)
+    from bevatron.bridge import import_foreign
+
+    late = root / QKV / "model_weight_pp-rank-0-of-1_tp-rank-1-of-2.safetensors"
+    copy = import_foreign.read_back
+    monkeypatch.setattr(
+        import_foreign,
+        "read_back",
+        lambda *args: late.write_bytes(late.read_bytes()) and copy(*args),
+    )
+    refused(root, "changed while it was being read", late.name)
+
+
 class Bomb:
     def __reduce__(self):
         return Path.touch, (Path(sys.argv[0]).parent / "never",)
@@ -197,6 +228,7 @@ def test_no_torch_and_no_model_in_either_direction(tmp_path):
 import sys
 from bevatron.bridge.convert import import_checkpoint, export_checkpoint
 from bevatron.bridge.inspect import inspect
+from bevatron.bridge.preview import preview_export, preview_import
 from bevatron.bridge.verify import verify
 nt, native, out = {str(root)!r}, {str(tmp_path / "native")!r}, {str(tmp_path / "out")!r}
 import_checkpoint(nt, native)
@@ -332,6 +364,28 @@ def test_shard_sizes_have_no_meaning_there(tmp_path):
         export_checkpoint(
             tmp_path / "native", tmp_path / "out", max_shard_size="1GB", target_format="nanotron"
         )
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_a_dry_run_shows_what_then_happens(tmp_path, dtype):
+    root = write(tmp_path / "nt", llama(torch.bfloat16), tp=2, pp=2)
+    seen = preview_import(root, tmp_path / "native", dtype=dtype)
+    assert [p.name for p in tmp_path.iterdir()] == ["nt"]
+    report = import_checkpoint(root, tmp_path / "native", dtype=dtype)
+    assert seen.shards == sizes(tmp_path / "native")
+    assert (seen.read, seen.parameters) == (report.nbytes, report.parameters)
+    assert "fuse_qkv" in seen.text() and "optimizer/: skipped" in seen.text()
+    seen = preview_export(tmp_path / "native", tmp_path / "out", target_format="nanotron")
+    assert not (tmp_path / "out").exists()
+    report = export_checkpoint(tmp_path / "native", tmp_path / "out", target_format="nanotron")
+    assert seen.shards == sizes(tmp_path / "out")
+    assert report.verified["equal"] is True
+    assert report.verified["tensors"] == 30, "of Hugging Face"
+
+
+def sizes(folder: Path) -> dict:
+    files = folder.rglob("*.safetensors")
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
 
 
 # --- bad input -----------------------------------------------------------------------------------
