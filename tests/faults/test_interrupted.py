@@ -349,7 +349,7 @@ def test_fault_38_source_that_changes_while_it_is_read(
     times = []
 
     @contextmanager
-    def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
         def advance(n: int) -> None:
             if not times:
                 change(path)

@@ -60,7 +60,7 @@ def plan_foreign(source: Foreign, dtype: str | None) -> ForeignPlan:
 
 
 def import_foreign(
-    source: Foreign, dst: Path, *, dtype: str | None, overwrite: bool
+    source: Foreign, dst: Path, *, dtype: str | None, overwrite: bool, show_progress: bool = True
 ) -> ConversionReport:
     """Write a native checkpoint at `dst`.
 
@@ -79,7 +79,10 @@ def import_foreign(
     ):
         for name in ("model", "source"):
             (folder / name).mkdir()
-        with shown_progress("importing", source.nbytes) as advance, Mover(advance) as mover:
+        with (
+            shown_progress("importing", source.nbytes, show_progress) as advance,
+            Mover(advance) as mover,
+        ):
             entries, found = _move_tensors(source, plan, mover, folder, advance)
         with Mover(lambda n: None) as mover:
             for path, kept in source.others.items():
@@ -88,7 +91,7 @@ def import_foreign(
         (folder / "source" / "config.json").write_text(config, encoding="utf-8")
         manifest = replace(source.manifest, tensors=entries)
         made = Native.made(folder, manifest, source.spec, family)
-        verified = read_back(made, found.tensors, dtype)
+        verified = read_back(made, found.tensors, dtype, show_progress)
         record = Provenance(
             bevatron=bevatron.__version__,
             source=source.name,

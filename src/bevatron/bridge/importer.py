@@ -61,7 +61,8 @@ def import_checkpoint(
     if foreign := open_foreign(src, source_format, revision):
         from bevatron.bridge.import_foreign import import_foreign  # it builds on this module
 
-        return import_foreign(foreign, dst, dtype=to, overwrite=overwrite)
+        options = {"overwrite": overwrite, "show_progress": show_progress}
+        return import_foreign(foreign, dst, dtype=to, **options)
     source = open_hf(src, revision)
     check_target(dst, overwrite=overwrite, apart_from=source.path)
     family, spec = read_spec(source)

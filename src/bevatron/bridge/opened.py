@@ -89,6 +89,8 @@ class Opened:
         if self.source is not None and self.others is None:
             copy_tree(self.source, target, _copy)
             return
+        if self.source is None and not self.made:
+            return
         target.mkdir()
         for name in self.provenance.folders if self.provenance else ():
             (target / name).mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,6 @@ class Opened:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.source / name, target / name)
         for name, text in self.made.items():
-            target.mkdir(exist_ok=True)
             (target / name).write_text(text, encoding="utf-8")
 
     def source_text(self, name: str) -> str | None:
