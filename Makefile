@@ -4,11 +4,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-compat lint bench clean
 
 help:
 	@echo "make demo   set up .venv, then convert, train in 3D, resume, export, verify, generate"
 	@echo "make test   set up .venv, then all tests"
+	@echo "make test-compat  set up .venv-compat with transformers 4.57, then read our exports in it"
 	@echo "make lint   format, lint and types"
 	@echo "make bench  the benchmarks (minutes; see benchmarks/RESULTS.md)"
 	@echo "make clean  remove .venv and demo"
@@ -27,6 +28,15 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
+.venv-compat/ready: Makefile
+	$(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install -q --upgrade pip
+	.venv-compat/bin/python -m pip install -q "$(TORCH)" "transformers==4.57.6"
+	touch $@
+
+test-compat: .venv/ready .venv-compat/ready
+	$(BIN)/python -m pytest tests/compat
+
 lint: .venv/ready
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
@@ -36,4 +46,4 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/conversion.py
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-compat demo

@@ -123,7 +123,7 @@ def export_checkpoint(
         files=files,
         seconds=round(time.perf_counter() - started, 3),
         verified=verified,
-        identical=plan.source_files and _unmodified(native),
+        identical=_identical(native, plan),
         skipped=left_out(native) if nanotron else dict(skipped),
         non_finite=non_finite,
         notes=non_finite_notes(non_finite) + notes,
@@ -349,7 +349,7 @@ def _write_own_files(
         _write_json(folder / CONFIG, config)
         if not (folder / "generation_config.json").exists():
             _write_generation_config(folder, config)
-    if plan.source_files and _unmodified(native):
+    if _identical(native, plan):
         return
     if native.family.name == "llama_nemotron":
         write_remote_code(folder)
@@ -371,6 +371,11 @@ def _config_holds(native: Native, plan: ExportPlan, dtype: str) -> bool:
         return native.family.spec(native.config) == native.spec
     except BevatronError:
         return False
+
+
+def _identical(native: Native, plan: ExportPlan) -> bool:
+    """Whether every file is as it was imported."""
+    return plan.source_files and _unmodified(native) and _config_holds(native, plan, _dtype(plan))
 
 
 def _unmodified(native: Native) -> bool:
