@@ -13,6 +13,7 @@ MLP it has. Every part that is there is transformers' own Llama part. Annotation
 
 import copy
 import inspect
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -492,17 +493,24 @@ class DeciLMForQuestionAnswering(GenericForQuestionAnswering, DeciLMPreTrainedMo
         self.post_init()
 
 
+_HEADS = {
+    transformers.AutoModelForCausalLM: DeciLMForCausalLM,
+    transformers.AutoModelForSequenceClassification: DeciLMForSequenceClassification,
+    transformers.AutoModelForTokenClassification: DeciLMForTokenClassification,
+    transformers.AutoModelForQuestionAnswering: DeciLMForQuestionAnswering,
+}
+
+
 def register() -> None:
     """Make transformers' Auto classes know these."""
     AutoConfig.register("nemotron-nas", DeciLMConfig, exist_ok=True)
     AutoModel.register(DeciLMConfig, DeciLMModel, exist_ok=True)
-    for auto, cls in (
-        (transformers.AutoModelForCausalLM, DeciLMForCausalLM),
-        (transformers.AutoModelForSequenceClassification, DeciLMForSequenceClassification),
-        (transformers.AutoModelForTokenClassification, DeciLMForTokenClassification),
-        (transformers.AutoModelForQuestionAnswering, DeciLMForQuestionAnswering),
-    ):
+    for auto, cls in _HEADS.items():
         auto.register(DeciLMConfig, cls, exist_ok=True)
+    # `transformers serve` looks for a class in the package, which replaces itself on import.
+    package = sys.modules["transformers"]
+    for cls in (DeciLMConfig, DeciLMModel, *_HEADS.values()):
+        setattr(package, cls.__name__, cls)
 
 
 if __name__ == "bevatron.hf":  # not where it is the remote code of a folder

@@ -249,6 +249,15 @@ def test_a_pipeline_takes_chat_messages(tmp_path: Path) -> None:
     assert set(answer["content"].split()) <= {f"w{i}" for i in range(97)}
 
 
+def test_the_transformers_command_line_knows_the_classes() -> None:
+    code = "import sys, bevatron.hf as hf; import transformers as t; "
+    code += "assert t.DeciLMForCausalLM is hf.DeciLMForCausalLM"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    line = [sys.executable, "-m", "bevatron", "transformers", "version"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == transformers.__version__
+
+
 STRANGER = """
 import sys, torch, transformers
 assert "bevatron" not in sys.modules

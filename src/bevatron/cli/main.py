@@ -181,6 +181,25 @@ def train(
     )
 
 
+@app.command(
+    "transformers",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)
+def transformers_(context: typer.Context) -> None:
+    """transformers' own command line, in which Llama-Nemotron models work: serve, chat, ..."""
+    from importlib.metadata import entry_points
+
+    commands = list(entry_points(group="console_scripts", name="transformers"))
+    if not commands:
+        raise BevatronError("transformers is not installed; install bevatron[hf]")
+    import bevatron.hf
+
+    bevatron.hf.register()
+    sys.argv = ["transformers", *context.args]
+    commands[0].load()()
+
+
 @app.command()
 def generate(
     ckpt: Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")],
