@@ -1,6 +1,6 @@
 """Conversion beside `cp` and beside transformers, on a random checkpoint.
 
-    python benchmarks/conversion.py --dir DIR [--model llama3.2-1b] [--rounds 3] [--no-transformers]
+    python benchmarks/conversion.py --dir DIR [--model llama3.2-1b] [--rounds 3] [--brief]
 
 Every measurement is a fresh process; the contenders take turns, so that a slow minute of the
 machine hits all of them. As users run it, Bevatron hashes everything, reads back what it wrote,
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama3.2-1b", help="a preset")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--brief", action="store_true", help="nothing switched off")
     options = parser.parse_args()
     work = options.dir / "bevatron-conversion"
     if work.exists():
@@ -131,6 +132,8 @@ def main() -> None:
     try:
         nbytes = make(work / "hf", options.model)
         todo = contenders(work, not options.no_transformers)
+        if options.brief:
+            todo = {name: found for name, found in todo.items() if ", no" not in name}
         results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in todo}
         for number in range(options.rounds):
             for name, (command, target) in todo.items():

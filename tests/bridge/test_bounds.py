@@ -45,7 +45,7 @@ print([m for m in ("torch", "transformers", "safetensors") if m in sys.modules])
 
 @pytest.mark.parametrize("dtype", [None, "fp32"])
 def test_memory_is_bounded_by_a_buffer_not_by_a_tensor(tmp_path, dtype):
-    """One tensor of 64 MiB passes through a process that may grow by 12 MiB."""
+    """One tensor of 64 MiB passes through a process that may grow by 28 MiB."""
     source = make(tmp_path / "hf", dtype="bfloat16", vocab_size=1 << 20)
     code = f"""
 import resource
@@ -57,7 +57,7 @@ import_checkpoint({str(source)!r}, {str(tmp_path / "native")!r}, dtype={dtype!r}
 export_checkpoint({str(tmp_path / "native")!r}, {str(tmp_path / "out")!r})
 print(peak() - before)
 """
-    assert int(python(code)) < 12 << 10
+    assert int(python(code)) < 28 << 10
 
 
 def test_inspect_tells_what_a_model_is(tmp_path):

@@ -164,17 +164,18 @@ def test_fault_35_sources_of_the_wrong_kind(model, tmp_path: Path) -> None:
 
 
 def test_fault_36_memory_of_two_shards(tmp_path: Path) -> None:
-    """Twenty shards pass through a process that may grow by the size of two."""
+    """Ten shards pass through a process that may grow by the size of two; of three if the dtype
+    changes."""
     source = make(
         tmp_path / "hf",
         dtype="bfloat16",
-        shard="3MB",
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=28,
+        shard="20MB",
+        hidden_size=1024,
+        intermediate_size=2560,
+        num_hidden_layers=8,
     )
     sizes = [p.stat().st_size for p in source.glob("*.safetensors")]
-    assert len(sizes) >= 20
+    assert len(sizes) >= 9
     code = f"""
 import resource
 from pathlib import Path
@@ -182,12 +183,14 @@ import numpy
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 hf, root = {str(source)!r}, {str(tmp_path)!r}
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 2 * {max(sizes)},) * 2)
+def limit(shards): resource.setrlimit(resource.RLIMIT_AS, (now + shards * {max(sizes)}, -1))
+limit(2)
 import_checkpoint(hf, root + "/native")
 export_checkpoint(root + "/native", root + "/out")
+limit(3)
 export_checkpoint(root + "/native", root + "/float", dtype="fp32")
 try:
-    bytearray(3 * {max(sizes)})
+    bytearray(4 * {max(sizes)})
 except MemoryError:
     print("limited")
 """

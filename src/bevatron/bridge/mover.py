@@ -1,8 +1,9 @@
-"""Moving byte ranges between files through one reused buffer.
+"""Moving byte ranges between files through a few reused buffers.
 
-A range is read once, hashed while it is in the core's cache, converted if asked, and written. This
-was measured against copy_file_range plus a second read for the hash: equal or faster, and what is
-hashed is exactly what is written, even if the source changes meanwhile (`unchanged.py` notices).
+A range is read once, hashed while it is in the core's cache, converted if asked, and written by a
+second thread while the next one is read. This was measured against copy_file_range plus a second
+read for the hash: faster, and what is hashed is exactly what is written, even if the source changes
+meanwhile (`unchanged.py` notices).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +22,7 @@ from bevatron.checkpoint.boxes import HASH_BUFFER, Hasher
 from bevatron.checkpoint.files import File, open_file
 
 OPEN_FILES = 64
+BUFFERS = 4  # of HASH_BUFFER bytes each
 
 
 class Watcher(Protocol):
@@ -56,16 +60,31 @@ class _Open(Generic[T]):
         self._files.clear()
 
 
+Places = tuple[tuple[Path, int], ...]
+
+
 class Mover:
-    """Copies ranges. `advance` is called with the number of source bytes done."""
+    """Copies ranges. `advance` is called with the number of source bytes done.
+
+    All is written when the `with` block ends; what failed to be is raised there, or earlier."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
-        self._buffer = memoryview(bytearray(HASH_BUFFER))
+        self._free: SimpleQueue[memoryview] = SimpleQueue()
+        self._work: SimpleQueue[tuple[memoryview, Places, memoryview] | None] = SimpleQueue()
         self._sources: _Open[File] = _Open(open_file)
         self._targets: _Open[_Target] = _Open(_Target)
+        self._failed: BaseException | None = None
+        self._writer: Thread | None = Thread(target=self._write_all, daemon=True)
         self._advance = advance
 
     def __enter__(self) -> Mover:
+        for _ in range(BUFFERS):
+            self._free.put(memoryview(bytearray(HASH_BUFFER)))
+        try:
+            assert self._writer is not None
+            self._writer.start()
+        except RuntimeError:  # a limit on memory or processes: then without a second thread
+            self._writer = None
         return self
 
     def __exit__(
@@ -74,14 +93,33 @@ class Mover:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._writer is not None:
+            self._work.put(None)
+            self._writer.join()
         self._sources.close()
         self._targets.close()
+        if error is None and self._failed is not None:
+            raise self._failed
+
+    def _write_all(self) -> None:
+        """The second thread."""
+        while (job := self._work.get()) is not None:
+            self._write(*job)
+
+    def _write(self, data: memoryview, places: Places, buffer: memoryview) -> None:
+        """Write, and give the buffer back; after a failure only that."""
+        try:
+            for path, at in places if self._failed is None else ():
+                self._targets(path).write(data, at)
+        except BaseException as error:
+            self._failed = error
+        self._free.put(buffer)
 
     def move(
         self,
         source: tuple[Path, int],
         nbytes: int,
-        targets: tuple[tuple[Path, int], ...],
+        targets: Places,
         *,
         read_hashers: tuple[Hasher, ...] = (),
         written_hashers: tuple[Hasher, ...] = (),
@@ -97,7 +135,10 @@ class Mover:
         file = self._sources(path)
         done = written = 0
         while done < nbytes:
-            data = self._buffer[: min(len(self._buffer), nbytes - done)]
+            buffer = self._free.get()
+            if self._failed is not None:
+                raise self._failed
+            data = buffer[: min(len(buffer), nbytes - done)]
             file.read(data, at + done)
             for hasher in read_hashers:
                 hasher.update(data)
@@ -106,13 +147,21 @@ class Mover:
             out = convert(data) if convert else data
             for hasher in written_hashers:
                 hasher.update(out)
-            for target, position in targets:
-                self._targets(target).write(out, position + written)
+            places = tuple((target, position + written) for target, position in targets)
             done, written = done + len(data), written + len(out)
+            if self._writer is None:
+                self._write(out, places, buffer)
+            else:
+                self._work.put((out, places, buffer))
             self._advance(len(data))
 
     def write(self, path: Path, at: int, data: bytes | memoryview) -> None:
-        """Write a header or the like."""
+        """Write a header or the like, here and now."""
+        buffers = [self._free.get() for _ in range(BUFFERS)]  # the second thread has nothing to do
+        for buffer in buffers:
+            self._free.put(buffer)
+        if self._failed is not None:
+            raise self._failed
         self._targets(path).write(memoryview(data), at)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BUFFER = 4 << 20
-HASH_BUFFER = 512 << 10  # small enough to stay in a core's cache between read and hash
+HASH_BUFFER = 2 << 20  # read at a time; stays in the shared cache until hashed and written
 DIRECT = 64 << 10  # a contiguous piece of at least so many bytes is worth its own read
 
 

@@ -23,6 +23,7 @@ from types import FrameType
 from bevatron.checkpoint.files import check_free, is_remote, uploaded
 from bevatron.errors import BevatronError
 
+SYNC_EVERY_S = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -53,7 +54,8 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
             check_target(target, overwrite=overwrite)  # it may have come back, or just been made
             _make_partial(partial, target)
             try:
-                yield partial
+                with _syncing(partial):
+                    yield partial
                 _sync_tree(partial)
                 _put(partial, target, overwrite)
             except BaseException:
@@ -128,6 +130,32 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+@contextmanager
+def _syncing(folder: Path) -> Iterator[None]:
+    """Send to the disk what is in `folder` while more is written, so that little is left to wait
+    for at the end. Errors are left to that end."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(SYNC_EVERY_S):
+            try:
+                _sync_tree(folder)
+            except OSError:
+                return
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # a limit on memory or processes: then all at the end
+        yield
+        return
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _sync_tree(folder: Path) -> None:
