@@ -160,6 +160,8 @@ def _block(block: Any, index: int, heads: int, hidden_size: int) -> BlockConfig:
                 f"{where}: n_heads_in_group {group} and num_key_value_heads {kv} do not share out "
                 f"num_attention_heads {heads}"
             )
+    else:
+        attention.n_heads_in_group = None
 
     values, where = _part(block, place, "ffn")
     ffn = FFNBlock(**values)
@@ -181,17 +183,14 @@ def _block(block: Any, index: int, heads: int, hidden_size: int) -> BlockConfig:
 
 def _finish(config: Any) -> None:
     """After Llama's own part: blocks as objects, and no sizes that all layers would share."""
-    o_bias = getattr(config, "o_proj_bias", None)
-    if o_bias is not None and o_bias != config.attention_bias:
-        raise ValueError(
-            f"o_proj_bias = {o_bias!r} is not supported unless attention_bias is equal"
-        )
-    if getattr(config, "position_embedding_type", None) not in (None, "rope"):
-        raise ValueError(
-            f"position_embedding_type = {config.position_embedding_type!r} is not supported"
-        )
-    for name in ("sliding_window", "attention_chunk_size"):
-        if getattr(config, name, None) is not None:
+    allowed = {
+        "o_proj_bias": (None, config.attention_bias),
+        "position_embedding_type": (None, "rope"),
+        "sliding_window": (None,),
+        "attention_chunk_size": (None,),
+    }
+    for name, values in allowed.items():
+        if getattr(config, name, None) not in values:
             raise ValueError(f"{name} = {getattr(config, name)!r} is not supported")
     blocks = config.block_configs or []
     if len(blocks) != config.num_hidden_layers:
