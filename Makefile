@@ -9,7 +9,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo   set up .venv, then convert, train in 3D, resume, export, verify, generate"
 	@echo "make test   set up .venv, then all tests"
-	@echo "make test-compat  set up .venv-compat with transformers 4.57, then read our exports in it"
+	@echo "make test-compat  set up .venv-compat with transformers 4.57, read our exports in it, run bevatron.hf in it"
 	@echo "make lint   format, lint and types"
 	@echo "make bench  the benchmarks (minutes; see benchmarks/RESULTS.md)"
 	@echo "make clean  remove .venv and demo"
@@ -28,14 +28,16 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-.venv-compat/ready: Makefile
+.venv-compat/ready: Makefile pyproject.toml
 	$(PYTHON) -m venv .venv-compat
 	.venv-compat/bin/python -m pip install -q --upgrade pip
-	.venv-compat/bin/python -m pip install -q "$(TORCH)" "transformers==4.57.6"
+	.venv-compat/bin/python -m pip install -q "$(TORCH)"
+	.venv-compat/bin/python -m pip install -q -e . "transformers==4.57.6" pytest hypothesis
 	touch $@
 
 test-compat: .venv/ready .venv-compat/ready
 	$(BIN)/python -m pytest tests/compat
+	.venv-compat/bin/python -m pytest tests/hf
 
 lint: .venv/ready
 	$(BIN)/ruff format --check src tests benchmarks

@@ -15,12 +15,13 @@ import copy
 import inspect
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
@@ -40,6 +41,7 @@ from transformers.utils.generic import can_return_tuple
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
 WIDTH_MULTIPLE = 256
+MODULE = "modeling_decilm"
 
 
 # --- blocks: objects, because vLLM, SGLang and TensorRT-LLM read attributes -----------------------
@@ -80,8 +82,7 @@ class FFNBlock:
 
     def width(self, hidden_size: int) -> int:
         if self.ffn_mult is None:
-            assert self.intermediate_size is not None
-            return self.intermediate_size
+            return self.intermediate_size or 0
         raw = int(2 * round(self.ffn_mult, 6) * hidden_size / 3)
         return -(-raw // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
@@ -103,46 +104,78 @@ class BlockConfig:
         return {"attention": asdict(self.attention), "ffn": self.ffn.to_dict()}
 
 
-_DROPPED = ("gated", "hidden_act", "mamba", "llama4", "moe")  # later tools write them, unused
+# Keys that must be off, as there is no code for them, and later tools' keys for the usual thing.
+_OFF = {
+    "attention": (
+        *("sparsify", "window_length", "num_sink_tokens", "unshifted_sink"),
+        *("use_prefill_window_in_sink_attention", "mamba", "llama4"),
+    ),
+    "ffn": ("sparsify", "moe"),
+}
+_KNOWN = {
+    "attention": ("no_op", "replace_with_linear", "n_heads_in_group", "num_key_value_heads"),
+    "ffn": ("no_op", "replace_with_linear", "ffn_mult", "intermediate_size", "gated", "hidden_act"),
+}
+_USUAL = {"gated": (None, True), "hidden_act": (None, "silu", "swish")}
+
+
+def _part(block: dict[str, Any], place: str, name: str) -> tuple[dict[str, Any], str]:
+    """A block's attention or ffn without what is off, and its name for errors."""
+    place, given = f"{place}.{name}", block.get(name)
+    if not isinstance(given, dict):
+        raise ValueError(f"{place} is {given!r}, expected an object")
+    for key, value in given.items():
+        off = value is None or value is False
+        if key in _OFF[name] and off:
+            continue
+        if key in _OFF[name] or value not in _USUAL.get(key, (value,)):
+            raise ValueError(f"{place}.{key} = {value!r} is not supported")
+        if key not in _KNOWN[name] and value is not None:
+            raise ValueError(f"{place}.{key} = {value!r} is not understood")
+    if given.get("no_op") and given.get("replace_with_linear"):
+        raise ValueError(f"{place} is both no_op and replace_with_linear")
+    return {k: v for k, v in given.items() if k in _KNOWN[name] and k not in _USUAL}, place
 
 
 def _block(block: Any, index: int, heads: int, hidden_size: int) -> BlockConfig:
-    """A block of config.json, in the published or the later spelling."""
+    """A block of config.json, in the published or the later spelling. Raises ValueError."""
     if isinstance(block, BlockConfig):
         return block
-    attention, ffn = dict(block["attention"]), dict(block["ffn"])
     place = f"block_configs[{index}]"
-    for part, values in (("attention", attention), ("ffn", ffn)):
-        for name in ("sparsify", "window_length", "num_sink_tokens", "unshifted_sink", *_DROPPED):
-            value = values.get(name)
-            harmless = (name == "gated" and value is True) or (name, value) == (
-                "hidden_act",
-                "silu",
+    if not isinstance(block, dict):
+        raise ValueError(f"{place} is {block!r}, expected an object")
+    for key, value in block.items():
+        if key not in ("attention", "ffn") and value is not None:
+            raise ValueError(f"{place}.{key} = {value!r} is not supported")
+
+    values, where = _part(block, place, "attention")
+    kv = values.pop("num_key_value_heads", None)
+    attention = AttentionBlock(**values)
+    group = attention.n_heads_in_group
+    if attention.is_attention:
+        if group is None and kv is not None and kv > 0:
+            group = attention.n_heads_in_group = heads // kv
+        if not group or group < 1 or heads % group or kv not in (None, heads // group):
+            raise ValueError(
+                f"{where}: n_heads_in_group {group} and num_key_value_heads {kv} do not share out "
+                f"num_attention_heads {heads}"
             )
-            if value and not harmless:
-                raise ValueError(f"{place}.{part}.{name} = {value!r} is not supported")
-    kv = attention.pop("num_key_value_heads", None)
-    if kv is not None and attention.get("n_heads_in_group") is None:
-        attention["n_heads_in_group"] = heads // kv
-    f = ffn.get("intermediate_size")
-    if f is not None and ffn.get("ffn_mult") is None and f % WIDTH_MULTIPLE == 0:
-        ffn["ffn_mult"] = round(1.5 * f / hidden_size, 6)
-    if ffn.get("ffn_mult") is not None:
-        ffn.pop("intermediate_size", None)
-    made = BlockConfig(
-        AttentionBlock(**{k: v for k, v in attention.items() if k not in _DROPPED}),
-        FFNBlock(**{k: v for k, v in ffn.items() if k not in _DROPPED}),
-    )
-    if made.attention.is_attention and (
-        not made.attention.n_heads_in_group or heads % made.attention.n_heads_in_group
-    ):
-        raise ValueError(
-            f"{place}.attention.n_heads_in_group = {made.attention.n_heads_in_group} does not "
-            f"share out {heads} heads"
-        )
-    if made.ffn.is_mlp and made.ffn.ffn_mult is None and made.ffn.intermediate_size is None:
-        raise ValueError(f"{place}.ffn has neither ffn_mult nor intermediate_size")
-    return made
+    else:
+        attention.n_heads_in_group = None
+
+    values, where = _part(block, place, "ffn")
+    ffn = FFNBlock(**values)
+    if ffn.is_mlp:
+        f = ffn.intermediate_size
+        if ffn.ffn_mult is None and f and f % WIDTH_MULTIPLE == 0:
+            ffn.ffn_mult = round(1.5 * f / hidden_size, 6)
+        if ffn.width(hidden_size) < 1 or f not in (None, ffn.width(hidden_size)):
+            raise ValueError(
+                f"{where}: ffn_mult {ffn.ffn_mult} and intermediate_size {f} mean no width, or two"
+            )
+        if ffn.ffn_mult is not None:
+            ffn.intermediate_size = None
+    return BlockConfig(attention, ffn)
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -150,6 +183,15 @@ def _block(block: Any, index: int, heads: int, hidden_size: int) -> BlockConfig:
 
 def _finish(config: Any) -> None:
     """After Llama's own part: blocks as objects, and no sizes that all layers would share."""
+    allowed = {
+        "o_proj_bias": (None, config.attention_bias),
+        "position_embedding_type": (None, "rope"),
+        "sliding_window": (None,),
+        "attention_chunk_size": (None,),
+    }
+    for name, values in allowed.items():
+        if getattr(config, name, None) not in values:
+            raise ValueError(f"{name} = {getattr(config, name)!r} is not supported")
     blocks = config.block_configs or []
     if len(blocks) != config.num_hidden_layers:
         raise ValueError(
@@ -177,11 +219,14 @@ class _Written:
             b.to_dict() if isinstance(b, BlockConfig) else b for b in config.block_configs or []
         ]
         values["intermediate_size"] = values["num_key_value_heads"] = None
-        rope = values.get("rope_parameters")
-        if V5 and rope:
-            values["rope_theta"] = rope["rope_theta"]
+        if V5:
+            rope = config.rope_parameters
             scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+            values["rope_theta"] = rope["rope_theta"]
             values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        else:
+            scaling = config.rope_scaling or {"rope_type": "default"}
+            values["rope_parameters"] = {**scaling, "rope_theta": config.rope_theta}
         return values
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,7 +246,7 @@ if V5:
         model_type = "nemotron-nas"
 
         intermediate_size: int | None = None
-        num_key_value_heads: int | None = None
+        num_key_value_heads: Any = None  # TensorRT-LLM puts a list here
         block_configs: Any = None
 
         def __post_init__(self, **kwargs: Any) -> None:
@@ -224,7 +269,7 @@ else:
         model_type = "nemotron-nas"
 
         def __init__(self, block_configs: Any = None, **kwargs: Any) -> None:
-            rope = kwargs.get("rope_parameters")
+            rope = kwargs.pop("rope_parameters", None)
             if rope and not kwargs.get("rope_scaling"):  # version 4 would ignore it, silently
                 kwargs["rope_theta"] = rope.get("rope_theta", kwargs.get("rope_theta", 10000.0))
                 if rope.get("rope_type", "default") != "default":
@@ -250,22 +295,18 @@ class DeciLMAttention(LlamaAttention):
         self.config = config
 
 
-class DeciLMLinearAttention(nn.Module):
-    def __init__(self, hidden_size: int) -> None:
+class DeciLMReplacement(nn.Module):
+    """One square matrix instead of a sublayer, under the name that it has in published files.
+
+    (transformers takes a class called "...Attention" for one that cannot change its kernel.)"""
+
+    def __init__(self, hidden_size: int, name: str) -> None:
         super().__init__()
-        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.name = name
+        self.add_module(name, nn.Linear(hidden_size, hidden_size, bias=False))
 
-    def forward(self, x: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return self.linear_attn(x), None
-
-
-class DeciLMLinearMLP(nn.Module):
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_mlp(x)
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.get_submodule(self.name)(x)
 
 
 class DeciLMDecoderLayer(GradientCheckpointingLayer):
@@ -283,14 +324,14 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
             object.__setattr__(own, "num_key_value_heads", kv)
             self.self_attn: nn.Module = DeciLMAttention(config, own, cache_index)
         elif block.attention.replace_with_linear:
-            self.self_attn = DeciLMLinearAttention(h)
+            self.self_attn = DeciLMReplacement(h, "linear_attn")
         if not block.attention.no_op:
             self.input_layernorm = LlamaRMSNorm(h, eps=eps)
         if block.ffn.is_mlp:
             object.__setattr__(own, "intermediate_size", block.ffn.width(h))
             self.mlp: nn.Module = LlamaMLP(own)
         elif block.ffn.replace_with_linear:
-            self.mlp = DeciLMLinearMLP(h)
+            self.mlp = DeciLMReplacement(h, "linear_mlp")
         if not block.ffn.no_op:
             self.post_attention_layernorm = LlamaRMSNorm(h, eps=eps)
         self.has_attention, self.has_mlp = not block.attention.no_op, not block.ffn.no_op
@@ -300,8 +341,9 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         weights = None
         if self.has_attention:
-            normed = self.input_layernorm(hidden_states)
-            out, weights = self.self_attn(normed, **kwargs)
+            out = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            if isinstance(out, tuple):
+                out, weights = out
             hidden_states = hidden_states + out
         if self.has_mlp:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -319,6 +361,17 @@ class DeciLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, and this file with it: the folder then needs nothing else."""
+        if is_main_process:
+            self.config.auto_map = auto_map()
+            folder, code = Path(save_directory), Path(__file__)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{MODULE}.py").write_bytes(code.read_bytes())
+        return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
@@ -385,7 +438,8 @@ class DeciLMModel(DeciLMPreTrainedModel):
         rotations = self.rotary_emb(x, position_ids)
         all_hidden, all_weights = [], []
         for layer in self.layers:
-            all_hidden.append(x)
+            if hidden:
+                all_hidden.append(x)
             x, weights = layer(
                 x,
                 attention_mask=mask,
@@ -394,13 +448,13 @@ class DeciLMModel(DeciLMPreTrainedModel):
                 position_embeddings=rotations,
                 **kwargs,
             )
-            all_weights.append(weights)
+            if attentions:
+                all_weights.append(weights)
         x = self.norm(x)
-        all_hidden.append(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            hidden_states=tuple(all_hidden) if hidden else None,
+            hidden_states=(*all_hidden, x) if hidden else None,
             attentions=tuple(all_weights) if attentions else None,
         )
 
@@ -446,9 +500,7 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             vocab_size = self.config.vocab_size
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=vocab_size, **_loss_arguments(kwargs)
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -456,10 +508,6 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
-
-
-def _loss_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
 
 
 class DeciLMForSequenceClassification(GenericForSequenceClassification, DeciLMPreTrainedModel):
@@ -493,23 +541,28 @@ class DeciLMForQuestionAnswering(GenericForQuestionAnswering, DeciLMPreTrainedMo
         self.post_init()
 
 
-_HEADS = {
-    transformers.AutoModelForCausalLM: DeciLMForCausalLM,
-    transformers.AutoModelForSequenceClassification: DeciLMForSequenceClassification,
-    transformers.AutoModelForTokenClassification: DeciLMForTokenClassification,
-    transformers.AutoModelForQuestionAnswering: DeciLMForQuestionAnswering,
+CLASSES: dict[str, Any] = {
+    "AutoConfig": DeciLMConfig,
+    "AutoModel": DeciLMModel,
+    "AutoModelForCausalLM": DeciLMForCausalLM,
+    "AutoModelForSequenceClassification": DeciLMForSequenceClassification,
+    "AutoModelForTokenClassification": DeciLMForTokenClassification,
+    "AutoModelForQuestionAnswering": DeciLMForQuestionAnswering,
 }
+
+
+def auto_map() -> dict[str, str]:
+    """What config.json says of a folder that holds this file as `modeling_decilm.py`."""
+    return {auto: f"{MODULE}.{cls.__name__}" for auto, cls in CLASSES.items()}
 
 
 def register() -> None:
     """Make transformers' Auto classes know these."""
-    AutoConfig.register("nemotron-nas", DeciLMConfig, exist_ok=True)
-    AutoModel.register(DeciLMConfig, DeciLMModel, exist_ok=True)
-    for auto, cls in _HEADS.items():
-        auto.register(DeciLMConfig, cls, exist_ok=True)
     # `transformers serve` looks for a class in the package, which replaces itself on import.
     package = sys.modules["transformers"]
-    for cls in (DeciLMConfig, DeciLMModel, *_HEADS.values()):
+    for auto, cls in CLASSES.items():
+        key = DeciLMConfig.model_type if cls is DeciLMConfig else DeciLMConfig
+        getattr(transformers, auto).register(key, cls, exist_ok=True)
         setattr(package, cls.__name__, cls)
 
 

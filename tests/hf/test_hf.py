@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ from torch import Tensor
 from bevatron import hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.logits import compare_logits
+from bevatron.bridge.remote_code import AUTO_MAP, wont_read
 from bevatron.families import by_name
 from bevatron.families.published import preset
 from bevatron.generate.load import load_decoder
-from bevatron.spec import MLP, Attention, LayerSpec
+from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
 from bevatron.spec.json import from_json, to_json
 from tests.nn.llama_nemotron_reference import (
     BLOCKS,
@@ -144,6 +147,34 @@ def test_hidden_states_and_attentions_come_out(tmp_path: Path) -> None:
     assert kinds == [isinstance(b["attention"]["n_heads_in_group"], int) for b in BLOCKS]
 
 
+def test_the_attention_kernel_can_be_changed_later(tmp_path: Path) -> None:
+    save(tmp_path, BLOCKS)
+    model = load(tmp_path)
+    ids = some_ids(1, 9)
+    before = model(ids, output_attentions=True)
+    assert not any(weights is not None for weights in before.attentions)
+    model.set_attn_implementation("eager")
+    after = model(ids, output_attentions=True)
+    assert any(weights is not None for weights in after.attentions)
+    assert (before.logits - after.logits).abs().max() <= 1e-5
+
+
+def test_a_layer_s_output_is_freed_unless_it_was_asked_for(tmp_path: Path) -> None:
+    save(tmp_path, BLOCKS)
+    model = load(tmp_path, attn_implementation="eager")
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _m, _i, out: made.append(weakref.ref(out[0])))
+    model.model.norm.register_forward_pre_hook(
+        lambda *_: alive.append(len({id(t) for r in made if (t := r()) is not None}))
+    )
+    with torch.no_grad():
+        model(some_ids(1, 5))
+        model(some_ids(1, 5), output_hidden_states=True)
+    assert alive[0] == 1 < alive[1]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_and_loaded_again_it_is_the_same(tied: bool, tmp_path: Path) -> None:
     save(tmp_path / "a", BLOCKS)
@@ -158,7 +189,10 @@ def test_saved_and_loaded_again_it_is_the_same(tied: bool, tmp_path: Path) -> No
     assert config["num_key_value_heads"] is None
     assert config["block_configs"] == BLOCKS
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
-    assert config["rope_scaling"]["factor"] == 8.0
+    assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8.0
+    code = (tmp_path / "b" / "modeling_decilm.py").read_bytes()
+    assert code == Path(hf.__file__).read_bytes()
+    assert config["auto_map"] == AUTO_MAP, "that of the source names files that are not here"
     assert ("lm_head.weight" in load_file(tmp_path / "b" / "model.safetensors")) is not tied
     again = load(tmp_path / "b")
     ids = some_ids(1, 9)
@@ -208,12 +242,59 @@ def test_heads_and_bare_models_agree_with_the_decoder(
     assert found["max_abs_difference"] <= 1e-5
 
 
-@pytest.mark.parametrize("part", ["attention", "ffn"])
-def test_blocks_that_it_cannot_compute_are_refused(part: str) -> None:
+REFUSED: list[tuple[str, str, Any]] = [
+    *(("attention", key, value) for key, value in {
+        "sparsify": ["2:4"], "window_length": 64, "num_sink_tokens": 4, "unshifted_sink": True,
+        "use_prefill_window_in_sink_attention": True, "mamba": {"state_dim": 8}, "llama4": {},
+        "num_key_value_heads": 3, "n_heads_in_group": 3, "replace_with_linear": True, "gate": 1,
+    }.items()),
+    *(("ffn", key, value) for key, value in {
+        "sparsify": ["2:4"], "moe": {"num_experts": 4}, "gated": False, "hidden_act": "relu2",
+        "intermediate_size": 300, "ffn_mult": -1.0, "replace_with_linear": True, "gate": 1,
+    }.items()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "key", "value"), REFUSED)
+def test_blocks_that_it_cannot_compute_are_refused(part: str, key: str, value: Any) -> None:
     config = published_config(json.loads(json.dumps(BLOCKS)))
-    config["block_configs"][0][part]["sparsify"] = ["2:4"]
-    with pytest.raises(ValueError, match=rf"block_configs\[0\]\.{part}\.sparsify"):
+    block = config["block_configs"][0][part]
+    block.update({"no_op": True} if key == "replace_with_linear" else {}, **{key: value})
+    with pytest.raises(ValueError, match=rf"block_configs\[0\]\.{part}.*{key}"):
         hf.DeciLMConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("position_embedding_type", "none"),
+        ("o_proj_bias", True),
+        ("sliding_window", 16),
+        ("block_configs", BLOCKS[1:]),
+        ("block_configs", [{**BLOCKS[0], "parallel_blocks": [BLOCKS[0]]}, *BLOCKS[1:]]),
+        ("block_configs", [{"attention": BLOCKS[0]["attention"]}, *BLOCKS[1:]]),
+    ],
+)
+def test_models_that_it_cannot_compute_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=key):
+        hf.DeciLMConfig(**{**published_config(BLOCKS), key: value})
+
+
+def test_the_later_spelling_means_the_same_and_is_written_as_published() -> None:
+    later = json.loads(json.dumps(BLOCKS))
+    for entry in later:
+        attention, ffn = entry["attention"], entry["ffn"]
+        group, mult = attention.pop("n_heads_in_group"), ffn.pop("ffn_mult")
+        attention |= {"num_key_value_heads": group and 8 // group, "mamba": None, "llama4": None}
+        width = mult and hf.FFNBlock(mult).width(64)
+        ffn |= {"intermediate_size": width, "gated": True, "hidden_act": "silu", "moe": None}
+    config = hf.DeciLMConfig(**published_config(later, o_proj_bias=False))
+    written = json.loads(config.to_json_string())["block_configs"]
+    widths = [hf.FFNBlock(**b["ffn"]).width(64) for b in written]
+    assert widths == [hf.FFNBlock(**b["ffn"]).width(64) for b in BLOCKS]
+    for entry, published in zip(written, BLOCKS, strict=True):
+        assert entry["attention"] == published["attention"]
+        assert entry["ffn"].keys() == published["ffn"].keys()
 
 
 def test_super_49b_has_as_many_parameters_as_published() -> None:
@@ -222,6 +303,27 @@ def test_super_49b_has_as_many_parameters_as_published() -> None:
         model = hf.DeciLMForCausalLM(hf.DeciLMConfig(**config))
     assert sum(p.numel() for p in model.parameters()) == 49_867_145_216
     assert len(model.state_dict()) == 568
+
+
+def readers(*layers: LayerSpec, hidden_size: int = 64) -> dict[str, str]:
+    spec = ModelSpec(vocab_size=97, hidden_size=hidden_size, layers=layers)
+    return {line.partition(" will not")[0]: line for line in wont_read(spec)}
+
+
+def test_an_export_says_which_programs_will_not_read_it() -> None:
+    usual = LayerSpec(Attention(8, 2, 8), MLP(256))
+    assert readers(usual, LayerSpec(None, MLP(512)), LayerSpec(None, None)) == {}
+    assert set(readers(usual, LayerSpec(Linear(), MLP(256)))) == {"vLLM", "SGLang", "llama.cpp"}
+    assert set(readers(usual, LayerSpec(Attention(8, 4, 8), None))) == {"SGLang"}
+    assert set(readers(LayerSpec(None, MLP(256)), usual)) == {"vLLM", "SGLang"}
+    assert readers(LayerSpec(None, None), usual) == {}
+    found = readers(LayerSpec(Attention(6, 2, 8), MLP(256)))
+    assert "head_dim" in found.pop("llama.cpp")
+    assert found == {}
+    biases = LayerSpec(Attention(8, 2, 8, qkv_bias=True, o_bias=True), MLP(256))
+    assert set(readers(biases)) == {"TensorRT-LLM"}
+    biases = LayerSpec(Attention(8, 2, 8), MLP(256, bias=True))
+    assert set(readers(biases)) == {"TensorRT-LLM", "SGLang"}
 
 
 # --- as users meet it -----------------------------------------------------------------------------
@@ -253,44 +355,46 @@ def test_the_transformers_command_line_knows_the_classes() -> None:
     code = "import sys, bevatron.hf as hf; import transformers as t; "
     code += "assert t.DeciLMForCausalLM is hf.DeciLMForCausalLM"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    line = [sys.executable, "-m", "bevatron", "transformers", "version"]
+    line = [sys.executable, "-m", "bevatron", "transformers", "env"]
     done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == transformers.__version__
+    assert f"`transformers` version: {transformers.__version__}" in done.stdout
 
 
 STRANGER = """
-import sys, torch, transformers
+import json, sys, torch, transformers
+for line in sys.stdin:
+    folder, kind, save = json.loads(line)
+    auto = getattr(transformers, kind)
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    ids = torch.arange(4, 24).view(2, 10)
+    with torch.no_grad():
+        out = model(ids)
+    torch.save([x for x in out.to_tuple() if isinstance(x, torch.Tensor)], folder + "/found.pt")
+    if save:
+        model.save_pretrained(save)
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("w1 w2")
 assert "bevatron" not in sys.modules
-folder, kind = sys.argv[1:3]
-auto = getattr(transformers, kind)
-model = auto.from_pretrained(folder, trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-ids = torch.arange(4, 24).view(2, 10)
-with torch.no_grad():
-    out = model(ids)
-torch.save(out.logits if "logits" in out else out.last_hidden_state, sys.argv[3])
-if kind == "AutoModelForCausalLM":
-    model.save_pretrained(folder + "-again")
-    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("w1 w2")
 """
 
 
-def run_stranger(folder: Path, kind: str, home: Path, python: str = sys.executable) -> Tensor:
-    """A process that knows transformers and the folder, and nothing of us."""
+def run_stranger(home: Path, *tasks: tuple[Path, str, Path | None]) -> list[list[Tensor]]:
+    """What a process that knows transformers and the folders, and nothing of us, computes.
+
+    A task is a folder, the Auto class to load it with, and where to save it again."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(home / "modules")}
-    out = home / "logits.pt"
     done = subprocess.run(
-        [python, "-c", STRANGER, str(folder), kind, str(out)],
+        [sys.executable, "-c", STRANGER],
+        input="".join(json.dumps([str(f), kind, to and str(to)]) + "\n" for f, kind, to in tasks),
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=300,
         cwd=home,
         env={k: v for k, v in environment.items() if k != "PYTHONPATH"},
     )
     assert done.returncode == 0, done.stderr
-    found: Tensor = torch.load(out, weights_only=True)
-    return found
+    return [torch.load(folder / "found.pt", weights_only=True) for folder, _, _ in tasks]
 
 
 def pruned(tmp_path: Path) -> Path:
@@ -300,6 +404,7 @@ def pruned(tmp_path: Path) -> Path:
     del config["auto_map"]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     add_tokenizer(tmp_path / "hf")
+    (tmp_path / "hf" / "modeling_x.py").write_text("# nobody names this file")
     import_checkpoint(tmp_path / "hf", tmp_path / "native")
     spec_file = tmp_path / "native" / "spec.json"
     spec = from_json(spec_file.read_text())
@@ -314,15 +419,36 @@ def test_an_export_without_code_of_its_own_brings_ours(tmp_path: Path) -> None:
     code = (tmp_path / "out" / "modeling_decilm.py").read_bytes()
     assert code == Path(hf.__file__).read_bytes()
     assert any("vLLM will not read it" in note for note in report.notes)
-    logits = run_stranger(tmp_path / "out", "AutoModelForCausalLM", tmp_path)
+    assert code == (tmp_path / "out" / "modeling_decilm.py").read_bytes()
+    assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
+    again = tmp_path / "again"
+    bare, labelled, answers, saved = (tmp_path / name for name in ("bare", "seq", "qa", "saved"))
+    shutil.copytree(tmp_path / "out", bare)
+    config = hf.DeciLMConfig(**published_config(BLOCKS, pad_token_id=3))
+    heads = [hf.DeciLMForSequenceClassification(config), hf.DeciLMForQuestionAnswering(config)]
+    for head, folder in zip(heads, (labelled, answers), strict=True):
+        head.eval().save_pretrained(folder)
+    model = load(tmp_path / "out")
+    model.save_pretrained(saved)
+    found = run_stranger(
+        tmp_path,
+        (tmp_path / "out", "AutoModelForCausalLM", again),
+        (bare, "AutoModel", None),
+        (labelled, "AutoModelForSequenceClassification", None),
+        (answers, "AutoModelForQuestionAnswering", None),
+        (saved, "AutoModelForCausalLM", None),
+    )
+    ids = torch.arange(4, 24).view(2, 10)
     decoder, _ = load_decoder(tmp_path / "native")
     with torch.no_grad():
-        expected = decoder.logits(torch.arange(4, 24).view(2, 10))
-    assert (logits - expected).abs().max() <= 1e-5
-    again = tmp_path / "out-again"
+        logits = decoder.logits(ids)
+        expected = [logits, model.model(ids).last_hidden_state, heads[0](ids).logits]
+        for one, two in zip(found, expected, strict=False):
+            assert (one[0] - two).abs().max() <= 1e-5
+        assert (found[3][1] - heads[1](ids).end_logits).abs().max() <= 1e-5
+        assert (found[4][0] - logits).abs().max() <= 1e-5
     assert (again / "modeling_decilm.py").read_bytes() == code
-    hidden = run_stranger(tmp_path / "out", "AutoModel", tmp_path)
-    assert hidden.shape == (2, 10, 64)
+    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP == hf.auto_map()
 
 
 def test_an_unchanged_import_gets_nothing_added(tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ AUTO: dict[HeadKind, tuple[str, str]] = {
     "none": ("AutoModel", "feature-extraction"),
 }
 
+_REGISTERED = """
+After `import bevatron.hf` neither needs the flag.
+"""
+
 
 def model_card(spec: ModelSpec, facts: Mapping[str, Any]) -> str:
     """A model card from the spec and the contents of bevatron.json."""
@@ -24,6 +28,8 @@ def model_card(spec: ModelSpec, facts: Mapping[str, Any]) -> str:
     base = f"\nbase_model: {name}" if facts["revision"] and name.count("/") == 1 else ""
     revision = f" at revision `{facts['revision']}`" if facts["revision"] else ""
     source = f"`{name}`{revision}" if name else "random weights"
+    remote = facts["family"] == "llama_nemotron"
+    trust = ", trust_remote_code=True" if remote else ""
     return f"""---
 library_name: transformers
 pipeline_tag: {task}
@@ -44,11 +50,12 @@ tags:
 | dtype | {facts["dtype"]} |
 
 ```python
-from transformers import {auto}
+from transformers import {auto}, AutoTokenizer
 
-model = {auto}.from_pretrained("path/to/this/folder", dtype="auto")
+model = {auto}.from_pretrained("path/to/this/folder", dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})
 ```
-
+{_REGISTERED if remote else ""}
 ## Provenance
 
 Written by Bevatron {facts["bevatron"]} from {source}: {", ".join(facts["done"])}.

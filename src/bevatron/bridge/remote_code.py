@@ -12,7 +12,7 @@ from pathlib import Path
 
 import bevatron
 from bevatron.checkpoint.strict_json import read_object
-from bevatron.spec.model import Attention, Linear, ModelSpec
+from bevatron.spec.model import MLP, Attention, Linear, ModelSpec
 
 MODULE = "modeling_decilm"
 AUTO_MAP = {
@@ -26,9 +26,11 @@ AUTO_MAP = {
 
 
 def write_remote_code(folder: Path) -> None:
-    """Make the HF folder load with trust_remote_code=True, unless it has code already."""
+    """Make the HF folder load with trust_remote_code=True, unless it has code already.
+
+    A .py file that no auto_map names is no code of the model: transformers never looks at it."""
     config = read_object(folder / "config.json")
-    if config.get("auto_map") or any(folder.glob("modeling_*.py")):
+    if config.get("auto_map") or (folder / f"{MODULE}.py").exists():
         return
     code = Path(bevatron.__file__).with_name("hf.py")
     (folder / f"{MODULE}.py").write_bytes(code.read_bytes())
@@ -37,7 +39,10 @@ def write_remote_code(folder: Path) -> None:
 
 
 def wont_read(spec: ModelSpec) -> list[str]:
-    """Which other programs will not read this model rightly as DeciLMForCausalLM, and why."""
+    """Which other programs will not read this model rightly as DeciLMForCausalLM, and why.
+
+    From their source (`nemotron_nas.py` of vLLM, SGLang and TensorRT-LLM; `convert_hf_to_gguf.py`),
+    not from running them."""
     layers = spec.layers
     attentions = [layer.attention for layer in layers if isinstance(layer.attention, Attention)]
     first = next((x for x in layers if x.attention is not None or x.mlp is not None), layers[0])
@@ -52,13 +57,15 @@ def wont_read(spec: ModelSpec) -> list[str]:
     if linear:
         refuses("sublayers are replaced by one matrix", "vLLM", "SGLang", "llama.cpp")
     if not isinstance(first.attention, Attention):
-        refuses("its first layer that is not empty has no attention", "vLLM")
+        refuses("its first layer that is not empty has no attention", "vLLM", "SGLang")
     if len(heads) > 1:
         refuses(f"layers have different numbers of KV heads ({sorted(heads)})", "SGLang")
     if any(a.head_dim * a.num_attention_heads != spec.hidden_size for a in attentions):
         refuses("head_dim is not hidden_size / num_attention_heads", "llama.cpp")
     if any(p.role == "bias" for p in spec.parameters()):
         refuses("it has biases", "TensorRT-LLM")
+    if any(isinstance(x.mlp, MLP) and x.mlp.bias for x in layers):
+        refuses("it has biases in the MLP, which would be left out silently", "SGLang")
     if spec.head.kind != "causal_lm":
         refuses(f"it has the head {spec.head.kind}", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
     return [f"{reader} will not read it: {'; '.join(reasons)}" for reader, reasons in why.items()]
