@@ -9,7 +9,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo   set up .venv, then convert, train in 3D, resume, export, verify, generate"
 	@echo "make test   set up .venv, then all tests"
-	@echo "make test-compat  set up .venv-compat with transformers 4.57, read our exports in it, run bevatron.hf in it"
+	@echo "make test-compat  the same with transformers 4.57 in .venv-compat: reading exports, bevatron.hf"
 	@echo "make lint   format, lint and types"
 	@echo "make bench  the benchmarks (minutes; see benchmarks/RESULTS.md)"
 	@echo "make clean  remove .venv and demo"

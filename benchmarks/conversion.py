@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bevatron.bridge.exporter import SHARD_SIZE, _new_shards
+from bevatron.bridge.shards import SHARD_SIZE, new_shards
 from bevatron.families import for_spec
 from bevatron.families.published import preset
 
@@ -57,7 +57,7 @@ def make(folder: Path, model: str) -> int:
     sources = [s for e in family.weight_map(spec) for s in e.sources]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(family.config(spec, "bfloat16"), indent=2))
-    places, headers, index = _new_shards({s.name: ("BF16", s.shape) for s in sources}, SHARD_SIZE)
+    places, headers, index = new_shards({s.name: ("BF16", s.shape) for s in sources}, SHARD_SIZE)
     if index is not None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     random = np.random.default_rng(0)

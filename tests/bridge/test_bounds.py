@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.exporter import parse_size
 from bevatron.bridge.inspect import inspect
+from bevatron.bridge.shards import parse_size
 from bevatron.bridge.verify import verify
 from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import assert_same_folder, edit_config, make

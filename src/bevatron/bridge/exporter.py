@@ -7,7 +7,6 @@ the headers and layout recorded at import, so an unmodified import comes back by
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,19 +27,16 @@ from bevatron.bridge.plan import Task, pieces
 from bevatron.bridge.provenance import fingerprint
 from bevatron.bridge.remote_code import wont_read, write_remote_code
 from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
+from bevatron.bridge.shards import SHARD_SIZE, new_shards, parse_size
 from bevatron.bridge.unchanged import stamps, unchanged
 from bevatron.checkpoint.boxes import damaged, new_hasher, spell
 from bevatron.checkpoint.files import copy_tree, is_url
 from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
-from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, read_header, write_header
+from bevatron.checkpoint.safetensors_file import DTYPES, Header, read_header
 from bevatron.errors import BevatronError
 from bevatron.families.family import FamilyError
-
-SHARD_SIZE = 5_000_000_000
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -140,17 +136,6 @@ def folder_on_disk(dst: str | Path) -> Path:
     return Path(dst)
 
 
-def parse_size(size: str | int) -> int:
-    """`5GB`, `500MB`, `2GiB` or a number of bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(size).upper())
-    unit = match[2] if match else None
-    unit = f"{unit}B" if unit and not unit.endswith("B") else unit
-    nbytes = int(float(match[1]) * _UNITS[unit]) if match and unit in _UNITS else 0
-    if nbytes < 1:
-        raise BevatronError(f"shard size {size!r} is not a size such as 5GB, 500MB or 2GiB")
-    return nbytes
-
-
 def plan_target(
     native: Native, dtype: str | None, max_shard_size: int | None, target_format: str
 ) -> ExportPlan:
@@ -188,7 +173,7 @@ def plan_export(native: Native, dtype: str | None, max_shard_size: int | None) -
         headers = {f: len(h.text).to_bytes(8, "little") + h.text for f, h in old.items()}
         index = None
     else:
-        places, headers, index = _new_shards(wanted, max_shard_size or SHARD_SIZE)
+        places, headers, index = new_shards(wanted, max_shard_size or SHARD_SIZE)
     tasks = []
     for name, entry, tensor, to in kept:
         targets = tuple(
@@ -220,44 +205,6 @@ def _old_headers(
     if not listed and not (native.folder / "source" / INDEX).is_file():
         return None
     return headers if found == dict(wanted) else None
-
-
-def _new_shards(
-    wanted: Mapping[str, tuple[str, tuple[int, ...]]], limit: int
-) -> tuple[dict[str, tuple[str, Stored]], dict[str, bytes], dict[str, Any] | None]:
-    """Lay tensors out in new files: their places, the files' headers, and the index if needed."""
-    groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
-    sizes = [0]
-    for name, (dtype, shape) in wanted.items():
-        nbytes = _nbytes(dtype, shape)
-        if groups[-1] and sizes[-1] + nbytes > limit:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append((name, dtype, shape))
-        sizes[-1] += nbytes
-    places: dict[str, tuple[str, Stored]] = {}
-    headers: dict[str, bytes] = {}
-    for i, group in enumerate(groups, 1):
-        file = SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        group.sort(key=lambda t: (-DTYPES[t[1]], t[0]))  # the order of the safetensors library
-        headers[file] = write_header(group, {"format": "pt"})
-        at = len(headers[file])
-        for name, dtype, shape in group:
-            end = at + _nbytes(dtype, shape)
-            places[name] = (file, Stored(dtype, shape, at, end))
-            at = end
-    if len(groups) == 1:
-        return places, headers, None
-    elements = sum(_nbytes(d, s) // DTYPES[d] for d, s in wanted.values())
-    index = {
-        "metadata": {"total_parameters": elements, "total_size": sum(sizes)},
-        "weight_map": {name: places[name][0] for name in sorted(places)},
-    }
-    return places, headers, index
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return TensorEntry(dtype, shape, ()).nbytes
 
 
 def _move_tensors(

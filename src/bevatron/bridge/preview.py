@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.dtypes import parse_dtype
-from bevatron.bridge.exporter import folder_on_disk, parse_size, plan_target
+from bevatron.bridge.exporter import folder_on_disk, plan_target
 from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hf_folder import open_hf
 from bevatron.bridge.import_foreign import plan_foreign
@@ -21,6 +21,7 @@ from bevatron.bridge.importer import check_space, open_foreign, read_spec, writt
 from bevatron.bridge.nanotron_writer import left_out, tokenizer_files
 from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import Task, plan_import
+from bevatron.bridge.shards import parse_size
 from bevatron.checkpoint.files import located
 from bevatron.checkpoint.new_folder import check_target
 from bevatron.checkpoint.safetensors_file import DTYPES

@@ -30,26 +30,17 @@ from bevatron.families.config_fields import (
 )
 from bevatron.families.family import Config, Family, FamilyError
 from bevatron.families.heads import ALL_HEADS, architectures, read_head, write_head
+from bevatron.families.llama import FIELDS as LLAMA
 from bevatron.families.rope_fields import ROPE_FIELDS, read_rope, write_rope
 from bevatron.families.weight_map import Entry, Names, weight_map
 from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, SpecError
 
 WIDTH_MULTIPLE = 256
 
-FIELDS = {
-    "vocab_size": size(32000),
-    "hidden_size": size(4096),
-    "num_hidden_layers": size(32),
-    "num_attention_heads": size(32),
-    "head_dim": size(lambda v: v["hidden_size"] // v["num_attention_heads"], null=True),
-    "hidden_act": Field("string", "silu"),
-    "max_position_embeddings": size(2048),
-    "initializer_range": Field("number", 0.02, low_allowed=True),
-    "rms_norm_eps": Field("number", 1e-6),
-    "tie_word_embeddings": flag(False),
-    "attention_bias": flag(False),
-    "mlp_bias": flag(False),
-}
+# Null in published files, and overruled by the blocks where they are not.
+GLOBAL_SIZES = ("intermediate_size", "num_key_value_heads")
+FIELDS = {name: field for name, field in LLAMA.items() if name not in GLOBAL_SIZES}
+
 # What the model must be like, as for any Llama.
 RMS_MODEL = {
     "norm.kind": "rms",
@@ -59,8 +50,6 @@ RMS_MODEL = {
     "embedding_norm": False,
     "logit_softcap": None,
 }
-# Null in published files, and overruled by the blocks where they are not.
-GLOBAL_SIZES = ("intermediate_size", "num_key_value_heads")
 
 # Keys of a block that must be off: the decoder has neither windows, sinks nor sparsity.
 _OFF = {
