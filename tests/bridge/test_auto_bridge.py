@@ -31,6 +31,7 @@ from tests.bridge.hf_folders import (
     make,
     rewrite,
 )
+from tests.bridge.test_heads import save
 from tests.processes import Pool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -159,6 +160,31 @@ def test_plain_torch_trains_it_alike_at_every_layout(
     assert (tmp_path / "two" / "bevatron.json").is_file(), "it is no longer the source"
     for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
         assert (tmp_path / "two" / name).read_bytes() == (folders["llama"] / name).read_bytes()
+
+
+HEADS = ["LlamaForSequenceClassification", "NemotronForTokenClassification"]
+HEADS += ["MistralForQuestionAnswering", "NanoChatModel"]
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-sp", "pp2", "fsdp2"])
+def test_other_heads_are_computed_and_saved_at_every_layout(
+    pool: Pool, tmp_path: Path, layout: str
+) -> None:
+    world, fields = LAYOUTS[layout]
+    for name in HEADS:
+        hf = save(name, tmp_path / name)
+        model = getattr(transformers, name).from_pretrained(hf, dtype=torch.bfloat16)
+        with torch.no_grad():
+            out = model(input_ids=ranks.IDS)
+        if "start_logits" in out:
+            expected = torch.stack((out.start_logits, out.end_logits), -1)
+        else:
+            expected = out.logits if "logits" in out else out.last_hidden_state
+        target = tmp_path / f"{name}-out"
+        for logits, weights in pool.run(world, ranks.round_trip, hf, target, fields):
+            assert np.abs(logits - expected.float().numpy()).max() < 3e-2  # bf16
+            assert weights.keys() == stored(hf).keys()
+        assert_same_folder(hf, target)
 
 
 def test_a_native_checkpoint_of_one_layout_loads_at_another(

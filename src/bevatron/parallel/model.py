@@ -17,7 +17,7 @@ from bevatron.bridge.opened import Opened
 from bevatron.checkpoint.shard import box, is_first_copy, local
 from bevatron.errors import BevatronError
 from bevatron.nn.comm import Comm
-from bevatron.nn.heads import Compute, softcap
+from bevatron.nn.heads import Compute, pool, softcap
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.pipeline import pass_down
 from bevatron.parallel.place import Placed, reshard
@@ -66,7 +66,8 @@ class DistributedModel(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] on every rank, for token ids [B, T].
+        """Logits [B, T, V] on every rank, for token ids [B, T]; with another head what
+        `Decoder.logits` gives: pooled scores [B, labels], scores [B, T, labels], hidden states.
 
         Ranks of one tensor- or pipeline-parallel group must pass the same ids, data-parallel ones
         may pass others of the same shape; all ranks call it together. Without a pipeline it carries
@@ -99,21 +100,31 @@ class DistributedModel(nn.Module):
                 "and train with `bevatron train` or at pipeline_model_parallel_size = 1"
             )
         if not piped:
-            logits: Tensor = self.stage(input_ids, **extra)
+            logits: Tensor = self._whole(self.stage(input_ids, **extra))
         else:
             out = pass_down(self.placed, input_ids, self.dtype, extra)
-            logits = self._from_last(out, input_ids)
+            logits = self._from_last(self._whole(out) if self.placed.is_last else out, input_ids)
+        if self.spec.head.kind == "sequence_classification":
+            logits = pool(logits, input_ids, self.spec.head.pad_token_id)
         if not torch.is_grad_enabled():
             reshard(self.stage)
         return logits
+
+    def _whole(self, out: Tensor) -> Tensor:
+        """All of T, of which a rank has its share behind a head that is not over the vocabulary."""
+        comm = self.placed.stage.decoder.comm
+        if self.spec.head.kind == "causal_lm" or not isinstance(comm, TensorParallel):
+            return out
+        part = DTensor.from_local(out, comm.mesh, [comm.between], run_check=False)
+        whole = part.redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Replicate()])
 
     def _from_last(self, out: Tensor, ids: Tensor) -> Tensor:
         """The last stage's logits, on all stages."""
         placed, group = self.placed, self.placed.mesh.get_group("pp")
         if not placed.is_last:
-            out = torch.empty(
-                *ids.shape, placed.spec.vocab_size, dtype=self.dtype, device=ids.device
-            )
+            width = placed.spec.head_rows or placed.spec.hidden_size
+            out = torch.empty(*ids.shape, width, dtype=self.dtype, device=ids.device)
         out = out.contiguous()
         dist.broadcast(out, dist.get_process_group_ranks(group)[-1], group=group)
         return out
