@@ -169,10 +169,10 @@ def test_fault_36_memory_of_two_shards(tmp_path: Path) -> None:
     source = make(
         tmp_path / "hf",
         dtype="bfloat16",
-        shard="20MB",
-        hidden_size=1024,
+        shard="12MB",
+        hidden_size=512,
         intermediate_size=2560,
-        num_hidden_layers=8,
+        num_hidden_layers=12,
     )
     sizes = [p.stat().st_size for p in source.glob("*.safetensors")]
     assert len(sizes) >= 9

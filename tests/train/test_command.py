@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.data.tokenize import tokenize
 from bevatron.generate.load import load_decoder
-from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
+from bevatron.spec import MLP, Attention, Head, LayerSpec, Linear, ModelSpec
 from bevatron.spec.json import to_json
 
 CONFIG = """\
@@ -170,6 +170,16 @@ def test_a_token_outside_of_the_vocabulary_is_refused(work: Path) -> None:
     ran = bevatron(work, "bevatron", "train", "tiny.yaml", "run.dir=refused")
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ") and "101" in ran.stderr
+
+
+def test_a_model_without_a_causal_lm_head_is_refused(work: Path) -> None:
+    head = Head("question_answering", bias=True)
+    spec = ModelSpec(512, 32, (LayerSpec(None, MLP(256)),), head=head)
+    (work / "answers.json").write_text(to_json(spec))
+    (work / "answers.yaml").write_text(CONFIG.replace("init: native", "spec: answers.json"))
+    ran = bevatron(work, "bevatron", "train", "answers.yaml", "run.dir=refused")
+    assert ran.returncode == 2
+    assert "causal_lm" in ran.stderr and "question_answering" in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 from bevatron.bridge.dtypes import Converter
 from bevatron.checkpoint.boxes import HASH_BUFFER, Hasher
-from bevatron.checkpoint.files import File, open_file
+from bevatron.checkpoint.files import File, open_file, threads_are_free
 
 OPEN_FILES = 64
 BUFFERS = 4  # of HASH_BUFFER bytes each
@@ -74,16 +74,18 @@ class Mover:
         self._sources: _Open[File] = _Open(open_file)
         self._targets: _Open[_Target] = _Open(_Target)
         self._failed: BaseException | None = None
-        self._writer: Thread | None = Thread(target=self._write_all, daemon=True)
+        self._writer: Thread | None = None
+        if threads_are_free():
+            self._writer = Thread(target=self._write_all, daemon=True)
         self._advance = advance
 
     def __enter__(self) -> Mover:
         for _ in range(BUFFERS):
             self._free.put(memoryview(bytearray(HASH_BUFFER)))
         try:
-            assert self._writer is not None
-            self._writer.start()
-        except RuntimeError:  # a limit on memory or processes: then without a second thread
+            if self._writer is not None:
+                self._writer.start()
+        except RuntimeError:  # a limit on the number of processes: then without a second one
             self._writer = None
         return self
 

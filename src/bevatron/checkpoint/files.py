@@ -48,6 +48,16 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
+def threads_are_free() -> bool:
+    """False under a limit on the address space (RLIMIT_AS), of which every thread's allocator
+    reserves up to 128 MiB."""
+    try:
+        import resource
+    except ImportError:  # not a Unix system
+        return True
+    return resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
 class File(Protocol):
     """An open file. `size` in bytes."""
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from bevatron.checkpoint.files import check_free, is_remote, uploaded
+from bevatron.checkpoint.files import check_free, is_remote, threads_are_free, uploaded
 from bevatron.errors import BevatronError
 
 SYNC_EVERY_S = 0.2
@@ -147,15 +147,16 @@ def _syncing(folder: Path) -> Iterator[None]:
 
     thread = threading.Thread(target=work, daemon=True)
     try:
-        thread.start()
-    except RuntimeError:  # a limit on memory or processes: then all at the end
-        yield
-        return
+        if threads_are_free():
+            thread.start()
+    except RuntimeError:  # a limit on the number of processes: then all at the end
+        pass
     try:
         yield
     finally:
         done.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _sync_tree(folder: Path) -> None:

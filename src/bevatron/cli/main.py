@@ -64,6 +64,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Convert a Hugging Face or Nanotron model into a native checkpoint."""
+    _no_blas()
     from bevatron.bridge.convert import import_checkpoint
 
     _known("--from", source_format, "auto", "hf", "nanotron")
@@ -93,6 +94,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Convert a native checkpoint or a run into a Hugging Face folder or a Nanotron checkpoint."""
+    _no_blas()
     from bevatron.bridge.convert import export_checkpoint
 
     _known("--to", target_format, "hf", "nanotron")
@@ -251,6 +253,11 @@ def _known(option: str, value: str, *known: str) -> None:
         raise BevatronError(f"{option} {value}: not supported yet; use {', '.join(known)}")
 
 
+def _no_blas() -> None:
+    """numpy's BLAS reserves memory for every core when loaded, and conversion multiplies nothing."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def _show(values: dict[str, Any], as_json: bool) -> None:
     """One JSON object, or a line per key."""
     if as_json:
@@ -301,7 +308,8 @@ def _described(error: Exception) -> tuple[str, int]:
         return f"{error.format_message()}{hint}", 2
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}:{frame.lineno}"
-    return f"unexpected {type(error).__name__} at {where}: {error}", 2
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__} at {where}: {first}", 2
 
 
 def _fail(message: str, status: int) -> NoReturn:
