@@ -254,7 +254,7 @@ def _known(option: str, value: str, *known: str) -> None:
 
 
 def _no_blas() -> None:
-    """numpy's BLAS reserves memory for every core when loaded, and conversion multiplies nothing."""
+    """numpy's BLAS reserves memory for every core when loaded; conversion multiplies nothing."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
