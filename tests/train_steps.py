@@ -9,7 +9,7 @@ import torch
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.world import mesh
 from bevatron.train.config import OptimizerConfig, TrainConfig
-from bevatron.train.objectives import Pretrain
+from bevatron.train.objectives import Pretrain, Samples
 from bevatron.train.trainer import Trainer
 from tests.specs import ALL
 
@@ -52,12 +52,12 @@ def make_trainer(case: Case) -> Trainer:
     return trainer
 
 
-def samples(trainer: Trainer, step: int) -> torch.Tensor:
+def samples(trainer: Trainer, step: int) -> Samples:
     """This rank's part of global batch `step`."""
     generator = torch.Generator().manual_seed(step)
     shape = (GLOBAL_BATCH, SEQ_LEN + 1)
     whole = torch.randint(trainer.spec.vocab_size, shape, generator=generator)
-    return whole.chunk(trainer.layout.dp)[trainer.dp_rank].contiguous()
+    return {"tokens": whole.chunk(trainer.layout.dp)[trainer.dp_rank].contiguous()}
 
 
 def train(case: Case) -> list[tuple[float, float]]:

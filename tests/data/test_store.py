@@ -33,6 +33,8 @@ def test_what_was_written_is_read(store: Path) -> None:
     assert opened.read(2, 3).tolist() == [3, 99, 4]
     assert opened.read(0, 1).dtype == np.int64
     assert opened.document_starts().tolist() == [0, 4]
+    assert opened.documents(2, 3).tolist() == [0, 0, 1]
+    assert opened.documents(4, 3).tolist() == [0, 0, 0]
     opened.verify()
 
 

@@ -39,7 +39,7 @@ def losses(spec: str, device: torch.device, precision: str, compiled: bool) -> l
         for step in range(4):
             generator = torch.Generator().manual_seed(step)
             ids = torch.randint(ALL[spec].vocab_size, (8, 33), generator=generator)
-            out += trainer.step(ids.to(device), 1e-2)
+            out += trainer.step({"tokens": ids.to(device)}, 1e-2)
     return out
 
 

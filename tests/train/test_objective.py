@@ -17,7 +17,7 @@ from tests.train_steps import GLOBAL_BATCH, SEQ_LEN, Case, make_trainer, samples
 def loss_and_logits_loss(case: Case) -> tuple[float, float | None]:
     """The first step's reported loss; in one process also that of the decoder's own logits."""
     trainer = make_trainer(case)
-    batch = samples(trainer, 0)
+    batch = samples(trainer, 0)["tokens"]
     plain = None
     if case.layout.world_size == 1:
         decoder = trainer.placed.stage.decoder
@@ -27,7 +27,7 @@ def loss_and_logits_loss(case: Case) -> tuple[float, float | None]:
             out = stage(batch[:, :-1], labels=batch[:, 1:])
             plain = float(F.cross_entropy(out.flatten(0, 1), batch[:, 1:].flatten()))
             stage.make_compute = trainer.objective.compute
-    return trainer.step(batch, 0.0)[0], plain
+    return trainer.step({"tokens": batch}, 0.0)[0], plain
 
 
 @pytest.mark.parametrize("spec", ["homogeneous", "nanochat"])

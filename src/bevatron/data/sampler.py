@@ -131,6 +131,11 @@ class Sampler:
         place = self.place(position)
         return self.stores[place.source].read(place.window * self.seq_len, self.seq_len + 1)
 
+    def documents(self, position: int) -> NDArray[np.int64]:
+        """[seq_len + 1]: the number of each token's document within the sample, from 0."""
+        place = self.place(position)
+        return self.stores[place.source].documents(place.window * self.seq_len, self.seq_len + 1)
+
     def place(self, position: int) -> Place:
         """Where the sample at `position` comes from."""
         if position < 0:

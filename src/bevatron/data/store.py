@@ -73,6 +73,7 @@ class TokenStore:
         self.path = path
         self.info = info
         self._tokens: NDArray[Any] = np.memmap(path / TOKENS, dtype=DTYPES[info.dtype], mode="r")
+        self._documents: NDArray[Any] = np.memmap(path / DOCUMENTS, dtype="<i8", mode="r")
 
     @classmethod
     def open(cls, path: Path) -> TokenStore:
@@ -99,6 +100,15 @@ class TokenStore:
                 f"{self.tokens}"
             )
         return self._tokens[start : start + length].astype(np.int64)
+
+    def documents(self, start: int, length: int) -> NDArray[np.int64]:
+        """For tokens `start` to `start + length`: which of the documents that meet this range each
+        belongs to, from 0."""
+        low, high = np.searchsorted(self._documents, (start, start + length), side="right")
+        begins = self._documents[low:high].astype(np.int64) - start
+        numbers = np.zeros(length, dtype=np.int64)
+        numbers[begins[begins < length]] = 1
+        return np.cumsum(numbers)
 
     def document_starts(self) -> NDArray[np.int64]:
         """[documents]: index of the first token of each."""

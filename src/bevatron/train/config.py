@@ -48,11 +48,12 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """`seq_len` is in tokens."""
+    """`seq_len` is in tokens. `document_mask`: tokens of a sample see their own document alone."""
 
     train: list[SourceConfig] = Field(min_length=1)
     validation: list[SourceConfig] = []
     seq_len: int = Field(gt=0)
+    document_mask: bool = False
 
 
 class ParallelConfig(Section):
@@ -266,7 +267,7 @@ def to_yaml(config: RunConfig) -> str:
 
 # Sections and keys whose change would change the numbers, or what a step is.
 FIXED: tuple[str, ...] = ("objective", "optimizer", "schedule", "data.train", "data.seq_len")
-FIXED += ("train.seed", "train.global_batch", "train.precision")
+FIXED += ("data.document_mask", "train.seed", "train.global_batch", "train.precision")
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

@@ -14,7 +14,7 @@ STATE_BYTES = 16
 
 def report(config: RunConfig, layout: Layout) -> None:
     """Print the layout, the stage split, and parameters and state bytes per rank."""
-    from bevatron.train.run import find_start
+    from bevatron.train.start import find_start
 
     start = find_start(config)
     spec = start.spec

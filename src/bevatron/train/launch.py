@@ -91,7 +91,7 @@ def layout_of(config: RunConfig, world: int) -> Layout:
 def _check(config: RunConfig, layout: Layout) -> None:
     """All that needs no process group: the start, the layout, the objective, the data."""
     from bevatron.data.store import TokenStore
-    from bevatron.train.run import find_start
+    from bevatron.train.start import find_start
 
     start = find_start(config)
     check(
@@ -127,7 +127,8 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     """One rank's whole run."""
     from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import default_device, world
-    from bevatron.train.run import Run, find_start
+    from bevatron.train.run import Run
+    from bevatron.train.start import find_start
 
     device = default_device()
     main = os.environ.get("RANK", "0") == "0"

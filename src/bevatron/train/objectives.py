@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from bevatron.nn.comm import Comm
@@ -17,12 +16,17 @@ from bevatron.nn.heads import Compute
 from bevatron.spec import ModelSpec
 from bevatron.train.cross_entropy import IGNORE, cross_entropy_sum
 
+# What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if
+# `data.document_mask` is set, `documents` [n, T + 1] int64, the number of each token's document
+# within its sample, from 0.
+Samples = dict[str, Tensor]
+
 
 class Objective(Protocol):
     name: str
 
-    def batch(self, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Samples [B, T + 1] -> token ids [B, T] and what `compute` will need, all [B, ...]."""
+    def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...]."""
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """How many units the sum over this batch has."""
@@ -36,8 +40,9 @@ class Pretrain:
 
     name = "pretrain"
 
-    def batch(self, samples: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return samples[:, :-1], {"labels": samples[:, 1:]}
+    def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = samples["tokens"]
+        return tokens[:, :-1], {"labels": tokens[:, 1:]}
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"] != IGNORE).sum())
@@ -48,8 +53,3 @@ class Pretrain:
             return cross_entropy_sum(hidden, weight, labels, comm, cap, spec.vocab_size)
 
         return loss
-
-
-def tensor(samples: object, device: torch.device) -> Tensor:
-    """numpy int64 [B, T + 1] -> tensor on the device."""
-    return torch.as_tensor(samples, dtype=torch.int64).to(device)

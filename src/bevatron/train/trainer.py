@@ -21,7 +21,7 @@ from bevatron.parallel.place import place
 from bevatron.parallel.weights import fill_random, load_weights
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
-from bevatron.train.objectives import Objective
+from bevatron.train.objectives import Objective, Samples
 from bevatron.train.optimizer import AdamW
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,8 +30,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Trainer:
     """A spec on a mesh with an optimizer.
 
-    `samples` arguments are [n, seq_len + 1] int64 on the device: this data-parallel rank's part of
-    the global batch, the same on its pipeline and tensor ranks.
+    `samples` arguments are this data-parallel rank's part of the global batch, the same on its
+    pipeline and tensor ranks.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Trainer:
                 out.append(Saved(f"optimizer/{kind}/{name}", p, state, torch.float32))
         return out
 
-    def step(self, samples: Tensor, lr: float) -> tuple[float, float]:
+    def step(self, samples: Samples, lr: float) -> tuple[float, float]:
         """One update; returns the loss and the gradient's norm before clipping."""
         ids, batch = self.objective.batch(samples)
         count = self._total(self.objective.count(batch))
@@ -128,7 +128,7 @@ class Trainer:
         self.optimizer.step(lr)
         return self._sum(value) / count, norm
 
-    def evaluate(self, samples: Tensor) -> tuple[float, float]:
+    def evaluate(self, samples: Samples) -> tuple[float, float]:
         """The objective's sum over all ranks' samples, and its count."""
         ids, batch = self.objective.batch(samples)
         value = self.runner.evaluate(ids, batch)
