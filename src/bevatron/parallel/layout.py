@@ -8,13 +8,31 @@ from bevatron.errors import BevatronError
 from bevatron.spec import MLP, Attention, ModelSpec
 
 
+# Pipeline schedules by name, and how many stages a rank has if nothing is said.
+SCHEDULES = {"1f1b": 1, "gpipe": 1, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "zbv": 2}
+INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
+# Those that split a stage's backward in two, with respect to its input and to its weights.
+ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv")
+SHARD_MODES = ("full", "gradients")
+
+
 class LayoutError(BevatronError):
     """A layout that this model or this number of processes cannot take."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh dimensions, outermost first. `tp` ranks are neighbours."""
+    """Sizes of the mesh dimensions, outermost first, and how they are used. `tp` ranks are
+    neighbours.
+
+    Attributes:
+        schedule: one of SCHEDULES; without meaning at pp 1.
+        virtual_stages: stages per rank of an interleaved schedule; None for its default.
+        split: layers per stage in stage order; None balances them.
+        shard: what ranks of dp_shard share out. `full`: parameters too, which are gathered for
+            every use. `gradients`: gradients and optimizer state; parameters are gathered once
+            per step. A pipeline keeps them gathered during a step in any case.
+    """
 
     pp: int = 1
     dp_replicate: int = 1
@@ -24,6 +42,8 @@ class Layout:
     sequence_parallel: bool = True
     schedule: str = "1f1b"
     split: tuple[int, ...] | None = None
+    virtual_stages: int | None = None
+    shard: str = "full"
 
     @property
     def world_size(self) -> int:
@@ -34,23 +54,62 @@ class Layout:
         """Ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages that every rank of `pp` runs."""
+        if self.pp == 1:
+            return 1
+        interleaved = self.schedule in INTERLEAVED and self.virtual_stages
+        return interleaved or SCHEDULES[self.schedule]
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * self.stages_per_rank
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The `pp` coordinate that runs a stage: round and round, with zbv down and up again."""
+        if self.schedule == "zbv" and stage >= self.pp:
+            return self.num_stages - 1 - stage
+        return stage % self.pp
+
+    def stages_of_rank(self, rank: int) -> list[int]:
+        """The stages of a `pp` coordinate, in model order."""
+        return [s for s in range(self.num_stages) if self.rank_of_stage(s) == rank]
+
     def __str__(self) -> str:
         sizes = {k: getattr(self, k) for k in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
-        shown = " x ".join(f"{k} {v}" for k, v in sizes.items() if v > 1)
-        return (shown or "one process") + (
-            " + SP" if self.tp > 1 and self.sequence_parallel else ""
-        )
+        shown = " x ".join(f"{k} {v}" for k, v in sizes.items() if v > 1) or "one process"
+        if self.pp > 1 and self.schedule != "1f1b":
+            shown += f" {self.schedule}"
+            shown += f" ({self.stages_per_rank} stages)" if self.schedule in INTERLEAVED else ""
+        if self.dp_shard > 1 and self.shard != "full":
+            shown += f" shard {self.shard}"
+        return shown + (" + SP" if self.tp > 1 and self.sequence_parallel else "")
 
 
-def check(layout: Layout, spec: ModelSpec, *, seq_len: int, global_batch: int, micro: int) -> None:
-    """Raise LayoutError if `spec` cannot run at `layout`; the message names the valid sizes."""
+def check(
+    layout: Layout,
+    spec: ModelSpec,
+    *,
+    seq_len: int,
+    global_batch: int,
+    micro: int,
+    compiled: bool = False,
+) -> None:
+    """Raise LayoutError if `spec` cannot run at `layout`; the message names the valid sizes.
+
+    Args:
+        compiled: whether the layers are to be compiled."""
     for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
         if getattr(layout, name) < 1:
             raise LayoutError(f"parallel.{name} is {getattr(layout, name)}, expected at least 1")
     if layout.cp > 1:
         raise LayoutError(f"parallel.cp={layout.cp} is not supported yet; use cp: 1")
-    if layout.schedule != "1f1b":
-        raise LayoutError(f"parallel.schedule {layout.schedule!r} is unknown; known are 1f1b")
+    if layout.shard not in SHARD_MODES:
+        raise LayoutError(
+            f"parallel.shard is {layout.shard!r}, expected {' or '.join(SHARD_MODES)}"
+        )
+    _check_schedule(layout, compiled)
     _check_tensor(layout, spec, seq_len)
     if global_batch % (layout.dp * micro):
         raise LayoutError(
@@ -58,12 +117,52 @@ def check(layout: Layout, spec: ModelSpec, *, seq_len: int, global_batch: int, m
             f"{layout.dp} times micro_batch {micro}; use a global batch that is a multiple of "
             f"{layout.dp * micro}, or another micro_batch"
         )
-    steps = global_batch // (layout.dp * micro)
-    if steps < layout.pp:
+    if layout.pp > 1:
+        _check_micro_batches(layout, global_batch // (layout.dp * micro))
+
+
+def _check_schedule(layout: Layout, compiled: bool) -> None:
+    name, virtual = layout.schedule, layout.virtual_stages
+    if name not in SCHEDULES:
+        raise LayoutError(f"parallel.schedule is {name!r}, expected one of {', '.join(SCHEDULES)}")
+    if virtual is not None and (
+        virtual < 1 or (name not in INTERLEAVED and virtual != SCHEDULES[name])
+    ):
+        fixed = f"always {SCHEDULES[name]}, or leave it out"
         raise LayoutError(
-            f"pp={layout.pp} needs at least {layout.pp} micro-batches per step, there are {steps}; "
-            "use a smaller micro_batch, fewer data-parallel ranks or a larger global_batch"
+            f"parallel.virtual_stages is {virtual}, expected "
+            f"{'at least 1' if name in INTERLEAVED else fixed}, with schedule {name}; only "
+            f"{' and '.join(INTERLEAVED)} have a choice"
         )
+    if compiled and layout.pp > 1 and name in ZERO_BUBBLE:
+        raise LayoutError(
+            f"train.compile cannot be used with parallel.schedule {name}, which splits the "
+            "backward of a layer in two; use compile: false, or schedule 1f1b or interleaved_1f1b"
+        )
+
+
+def _check_micro_batches(layout: Layout, count: int) -> None:
+    """What a schedule asks of the number of micro-batches per step and data-parallel rank."""
+    if layout.schedule == "1f1b" and count < layout.pp:
+        raise LayoutError(
+            f"pp={layout.pp} needs at least {layout.pp} micro-batches per step with schedule 1f1b, "
+            f"there are {count}; use a smaller micro_batch, fewer data-parallel ranks or a larger "
+            "global_batch"
+        )
+    if layout.schedule in INTERLEAVED and not in_rounds(count, layout.pp):
+        fewer = next(n for n in range(count, 0, -1) if in_rounds(n, layout.pp))
+        more = next(n for n in range(count, 2 * count + layout.pp) if in_rounds(n, layout.pp))
+        raise LayoutError(
+            f"schedule {layout.schedule} at pp={layout.pp} runs its micro-batches in "
+            f"{count // layout.pp} rounds, which {count} micro-batches do not fill; use {fewer} or "
+            f"{more} per step (any multiple of {layout.pp}) through global_batch or micro_batch"
+        )
+
+
+def in_rounds(count: int, pp: int) -> bool:
+    """Whether an interleaved schedule can run `count` micro-batches: in equal rounds of at least
+    `pp`, or all in one."""
+    return count % max(1, count // pp) == 0
 
 
 def _check_tensor(layout: Layout, spec: ModelSpec, seq_len: int) -> None:
