@@ -53,7 +53,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec, model: ModelSpec, comm: Comm) -> None:
         super().__init__()
-        self.spec, self.recompute = spec, False
+        self.spec, self.recompute = spec, "none"
         h = model.hidden_size
         if spec.attention is not None:
             self.attention_norm = Norm(model.norm, h, comm)
@@ -67,7 +67,7 @@ class Layer(nn.Module):
             self.mlp = MLP(spec.mlp, h, comm) if isinstance(spec.mlp, MLPSpec) else Linear(h, comm)
 
     def forward(self, x: Tensor, rotations: Rotations, cache: Cache | None = None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute != "none" and torch.is_grad_enabled():
             return checkpoint(self.run, x, rotations, None, use_reentrant=False)  # type: ignore[no-any-return]
         return self.run(x, rotations, cache)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from bevatron.errors import BevatronError
 from bevatron.spec import MLP, Attention, ModelSpec
 
-
 # Pipeline schedules by name, and how many stages a rank has if nothing is said.
 SCHEDULES = {"1f1b": 1, "gpipe": 1, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "zbv": 2}
 INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
@@ -65,6 +64,15 @@ class Layout:
     @property
     def num_stages(self) -> int:
         return self.pp * self.stages_per_rank
+
+    @property
+    def regathers(self) -> bool:
+        """Whether parameters are dropped after their use in a forward and gathered again.
+
+        Not under a pipeline, which would gather them once per micro-batch and stage (and whose
+        zero-bubble schedules would silently lose gradients), nor over one rank, where nothing
+        would be saved."""
+        return self.pp == 1 and self.dp_shard > 1 and self.shard == "full"
 
     def rank_of_stage(self, stage: int) -> int:
         """The `pp` coordinate that runs a stage: round and round, with zbv down and up again."""

@@ -102,12 +102,14 @@ class DistributedModel(nn.Module):
         if not piped:
             logits: Tensor = self._whole(self.stage(input_ids, **extra))
         else:
+            if self.placed.tied is not None:
+                self.placed.tied.fill_head()
             out = pass_down(self.placed, input_ids, self.dtype, extra)
-            logits = self._from_last(self._whole(out) if self.placed.is_last else out, input_ids)
+            logits = self._from_last(None if out is None else self._whole(out), input_ids)
         if self.spec.head.kind == "sequence_classification":
             logits = pool(logits, input_ids, self.spec.head.pad_token_id)
         if not torch.is_grad_enabled():
-            reshard(self.stage)
+            reshard(self.placed)
         return logits
 
     def _whole(self, out: Tensor) -> Tensor:
@@ -119,10 +121,10 @@ class DistributedModel(nn.Module):
         whole = part.redistribute(placements=[Replicate()])
         return whole.to_local(grad_placements=[Replicate()])
 
-    def _from_last(self, out: Tensor, ids: Tensor) -> Tensor:
+    def _from_last(self, out: Tensor | None, ids: Tensor) -> Tensor:
         """The last stage's logits, on all stages."""
         placed, group = self.placed, self.placed.mesh.get_group("pp")
-        if not placed.is_last:
+        if out is None:
             width = placed.spec.head_rows or placed.spec.hidden_size
             out = torch.empty(*ids.shape, width, dtype=self.dtype, device=ids.device)
         out = out.contiguous()

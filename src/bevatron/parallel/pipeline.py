@@ -7,29 +7,47 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.place import Placed, reshard, sum_tied_gradients
+from bevatron.parallel.place import Placed, reshard
 
 Batch = dict[str, Tensor]
 
 
-def pass_down(placed: Placed, ids: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor:
-    """One micro-batch through the stages, without gradients: hidden states come from the stage
-    before and go to the next. Returns what this rank's stage computed."""
-    group = placed.mesh.get_group("pp")
+SCHEDULES = {
+    "1f1b": Schedule1F1B,
+    "gpipe": ScheduleGPipe,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+
+
+def pass_down(placed: Placed, ids: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor | None:
+    """One micro-batch through all stages, without gradients: hidden states come from the stage
+    before and go to the next. Returns what the last stage computed, on the rank that has it."""
+    layout, group = placed.layout, placed.mesh.get_group("pp")
     ranks = dist.get_process_group_ranks(group)
-    x = ids
-    if not placed.is_first:
-        length = ids.shape[1] // placed.stage.decoder.comm.sequence_shares
-        shape = (ids.shape[0], length, placed.spec.hidden_size)
-        x = torch.empty(shape, dtype=dtype, device=ids.device)
-        dist.recv(x, ranks[placed.pp_rank - 1], group=group)
-    out: Tensor = placed.stage(x, **batch)
-    if not placed.is_last:
-        dist.send(out.contiguous(), ranks[placed.pp_rank + 1], group=group)
-    return out
+    out = ids
+    for number, stage in placed.mine.items():
+        if number > 0 and number - 1 not in placed.mine:
+            length = ids.shape[1] // stage.decoder.comm.sequence_shares
+            shape = (ids.shape[0], length, placed.spec.hidden_size)
+            out = torch.empty(shape, dtype=dtype, device=ids.device)
+            dist.recv(out, ranks[layout.rank_of_stage(number - 1)], group=group)
+        out = stage(out, **batch)
+        if number + 1 < len(placed.stages) and number + 1 not in placed.mine:
+            dist.send(out.contiguous(), ranks[layout.rank_of_stage(number + 1)], group=group)
+    return out if placed.is_last else None
 
 
 class Runner:
@@ -52,32 +70,33 @@ class Runner:
         device: torch.device,
     ) -> None:
         self.placed, self.micro_batch, self.count = placed, micro_batch, count
-        self.scale, self.dtype = 1.0, dtype
-        shares = placed.stage.decoder.comm.sequence_shares
-        self.hidden_shape = (micro_batch, seq_len // shares, placed.spec.hidden_size)
-        self.schedule: Schedule1F1B | None = None
+        self.seq_len, self.scale, self.dtype, self.device = seq_len, 1.0, dtype, device
+        self.schedule: Any = None
         if placed.layout.pp > 1:
-            stage = self._pipeline_stage(device, seq_len)
-            self.schedule = Schedule1F1B(stage, count, self._scaled, scale_grads=False)
+            made = SCHEDULES[placed.layout.schedule]
+            stages = [self._pipeline_stage(number) for number in placed.mine]
+            single = issubclass(made, PipelineScheduleSingle)
+            of: Any = stages[0] if single else stages
+            self.schedule = made(of, count, self._scaled, scale_grads=False)
 
-    def _pipeline_stage(self, device: torch.device, seq_len: int) -> PipelineStage:
+    def _pipeline_stage(self, number: int) -> PipelineStage:
         """Static shapes: examples of what comes in and goes out, so that ranks need not ask."""
-        placed = self.placed
+        placed, stages = self.placed, len(self.placed.stages)
+        shares = placed.mine[number].decoder.comm.sequence_shares
+        shape = (self.micro_batch, self.seq_len // shares, placed.spec.hidden_size)
 
         def hidden() -> Tensor:
-            return torch.empty(
-                self.hidden_shape, dtype=self.dtype, device=device, requires_grad=True
-            )
+            return torch.empty(shape, dtype=self.dtype, device=self.device, requires_grad=True)
 
-        ids = torch.zeros(self.micro_batch, seq_len, dtype=torch.int64, device=device)
-        total = torch.zeros((), device=device, requires_grad=True)
+        ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64, device=self.device)
+        total = torch.zeros((), device=self.device, requires_grad=True)
         return PipelineStage(
-            placed.stage,
-            placed.pp_rank,
-            placed.layout.pp,
-            device,
-            input_args=ids if placed.is_first else hidden(),
-            output_args=total if placed.is_last else hidden(),
+            placed.mine[number],
+            number,
+            stages,
+            self.device,
+            input_args=ids if number == 0 else hidden(),
+            output_args=total if number == stages - 1 else hidden(),
             group=placed.mesh.get_group("pp"),
         )
 
@@ -87,52 +106,70 @@ class Runner:
     def step(self, ids: Tensor, batch: Batch, scale: float) -> Tensor:
         """Accumulate gradients of scale * sum over all micro-batches; returns that sum.
 
-        ids and every tensor of batch are [count * B, ...]. The value is zero on all stages but the
-        last. Afterwards every parameter of this rank has its whole gradient."""
+        ids and every tensor of batch are [count * B, ...]. The value is zero on all ranks but those
+        with the last stage. Afterwards every parameter of this rank has its whole gradient."""
         self.scale = scale
+        self._fill_tied_head()
         if self.schedule is None:
             value = self._accumulate(ids, batch)
         else:
             losses = self._run_schedule(ids, batch)
             value = torch.stack(losses).sum() if losses else torch.zeros((), device=ids.device)
             value /= scale  # the schedule reports what it differentiates
-        missing = [n for n, p in self.placed.parameters.items() if p.grad is None]
-        if missing:
-            raise BevatronError(f"no gradient arrived at {', '.join(missing[:5])}; please report")
-        sum_tied_gradients(self.placed)
+        self._finish_gradients()
         return value
 
+    def _fill_tied_head(self) -> None:
+        if self.placed.tied is not None:
+            self.placed.tied.fill_head()
+
+    def _finish_gradients(self) -> None:
+        expected = dict(self.placed.parameters)
+        tied = self.placed.tied
+        if tied is not None and tied.head is not None:
+            expected["head.weight"] = tied.head
+        missing = [n for n, p in expected.items() if p.requires_grad and p.grad is None]
+        if missing:
+            raise BevatronError(f"no gradient arrived at {', '.join(missing[:5])}; please report")
+        if tied is not None:
+            tied.sum_gradients()
+
     def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
-        """The objective's sum without gradients; zero on all stages but the last.
+        """The objective's sum without gradients; zero on all ranks but those with the last stage.
 
         Micro-batches pass down the stages one behind the other. (torch's `Schedule.eval` waits
         for ever on a 1F1B schedule with two stages, torch 2.13.)"""
         total = torch.zeros((), device=ids.device)
+        self._fill_tied_head()
         with torch.no_grad():
             for part, extra in self._chunks(ids, batch):
                 out = pass_down(self.placed, part, self.dtype, extra)
-                if self.placed.is_last:
+                if out is not None:
                     total += out
-        reshard(self.placed.stage)
+        reshard(self.placed)
         return total
 
     def _run_schedule(self, ids: Tensor, batch: Batch) -> list[Tensor]:
-        assert self.schedule is not None
         losses: list[Tensor] = []
         args = (ids,) if self.placed.is_first else ()
         target = ids if self.placed.is_last else None
-        run: Any = self.schedule.step
-        run(*args, target=target, losses=losses, return_outputs=False, **batch)
+        self.schedule.step(*args, target=target, losses=losses, return_outputs=False, **batch)
         return [loss.detach() for loss in losses]
 
     def _accumulate(self, ids: Tensor, batch: Batch) -> Tensor:
-        stage = self.placed.stage
+        """Without a pipeline. Over several ranks of dp_shard, gradients are reduced after every
+        micro-batch, so that no rank ever holds all of them; replicas sum theirs once, at the end.
+        """
+        stage: Any = self.placed.stage
+        layout = self.placed.layout
         total = torch.zeros((), device=ids.device)
         parts = self._chunks(ids, batch)
         for i, (part, extra) in enumerate(parts):
             last = i == len(parts) - 1
-            stage.set_requires_gradient_sync(last)  # type: ignore[operator]
-            stage.set_is_last_backward(last)  # type: ignore[operator]
+            stage.set_requires_gradient_sync(last or layout.dp_shard > 1)
+            stage.set_requires_all_reduce(last)
+            stage.set_reshard_after_backward(last or layout.regathers)
+            stage.set_is_last_backward(last)
             value = stage(part, **extra)
             (value * self.scale).backward()
             total += value.detach()

@@ -21,6 +21,7 @@ from bevatron.bridge.opened import Opened
 from bevatron.checkpoint.sharded import DTYPES
 from bevatron.errors import BevatronError
 from bevatron.parallel.agree import on_all
+from bevatron.parallel.blocks import Recompute
 from bevatron.parallel.layout import Layout, LayoutError, check
 from bevatron.parallel.model import DistributedModel, Origin, to_logits
 from bevatron.parallel.place import place
@@ -100,7 +101,7 @@ class Provider:
             the dtype of most weights; setting one converts all of them.
         bf16, fp16: the same, as flags.
         seq_length: in tokens; what the split into pipeline stages is balanced for.
-        recompute_granularity: None, or "full" (also for "selective") to recompute activations.
+        recompute_granularity: None, "selective" or "full", to recompute activations.
     """
 
     def __init__(
@@ -302,13 +303,22 @@ class Provider:
             device=device,
             precision=PRECISION[dtype],
             seq_len=self.seq_length,
-            recompute=self.recompute_granularity is not None,
+            recompute=self._recompute(),
         )
         if weights is None:
             fill_random(placed, self._seed)
         else:
             stream(placed, weights)
         return DistributedModel(placed, dtypes, dtype, origin)
+
+    def _recompute(self) -> Recompute:
+        wanted = self.recompute_granularity
+        if wanted not in (None, "selective", "full"):
+            raise BevatronError(
+                f"provider.recompute_granularity is {wanted!r}, expected None, 'selective' or "
+                "'full'"
+            )
+        return wanted or "none"  # type: ignore[return-value]
 
     def _open(self, spec: ModelSpec) -> tuple[Origin, Opened | None]:
         weights = self._weights() if self._weights else None

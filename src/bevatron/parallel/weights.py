@@ -27,13 +27,13 @@ from bevatron.parallel.place import Placed
 def fill_random(placed: Placed, seed: int) -> None:
     """Initialise all parameters; the values depend on the seed and the spec alone."""
     known = {p.name: p for p in placed.spec.parameters()}
-    for name, parameter in placed.by_checkpoint_name().items():
+    for name, parameter in placed.parameters.items():
         fill(parameter, known[name], placed.spec, seed)
 
 
 def load_weights(placed: Placed, shapes: Mapping[str, tuple[int, ...]], read: ReadBox) -> None:
     """Fill this rank's parameters from boxes of tensors of the given shapes."""
-    parameters = placed.by_checkpoint_name().items()
+    parameters = placed.parameters.items()
     load({n: (p, local(p.detach())) for n, p in parameters}, shapes, read)
 
 

@@ -57,8 +57,13 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Sizes of the mesh. `dp_shard` defaults to what is left of the processes; `split` is layers
-    per pipeline stage, balanced by cost if absent."""
+    """Sizes of the mesh. `dp_shard` defaults to what is left of the processes.
+
+    `schedule` is of the pipeline: 1f1b, gpipe, interleaved_1f1b, interleaved_zero_bubble or zbv.
+    Interleaved ones run `virtual_stages` stages on every rank (2 if absent), zbv always 2. `split`
+    is layers per stage, in the order of the model; balanced in time and memory if absent.
+    `shard` is what dp_shard ranks share out: full (parameters too, gathered for every use) or
+    gradients (gradients and optimizer state; parameters are gathered once per step)."""
 
     tp: int = Field(1, ge=1)
     pp: int = Field(1, ge=1)
@@ -67,7 +72,9 @@ class ParallelConfig(Section):
     cp: int = Field(1, ge=1)
     sequence_parallel: bool = True
     schedule: str = "1f1b"
+    virtual_stages: int | None = Field(None, ge=1)
     split: list[int] | None = None
+    shard: Literal["full", "gradients"] = "full"
 
 
 class TrainConfig(Section):
@@ -77,7 +84,7 @@ class TrainConfig(Section):
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(1, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     seed: int = Field(0, ge=0)
     val_every: int = Field(0, ge=0)

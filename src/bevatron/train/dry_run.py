@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.place import stage_ranges
-from bevatron.parallel.split import layer_cost
+from bevatron.parallel.split import layer_cost, stage_ranges
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
 
@@ -32,9 +31,15 @@ def report(config: RunConfig, layout: Layout) -> None:
     print("stage  layers       parameters/rank  state GiB/rank  share of FLOPs")
     costs = [layer_cost(spec, i, config.data.seq_len) for i in range(len(spec.layers))]
     head = 2.0 * spec.head_rows * spec.hidden_size
-    stages = stage_ranges(spec, layout, config.data.seq_len)
+    stages = stage_ranges(
+        spec,
+        layout,
+        config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        recompute=config.train.recompute,
+    )
     for number, stage in enumerate(stages):
-        last = number == layout.pp - 1
+        last = number == len(stages) - 1
         own = stage_parameters(spec, stage, first=number == 0, last=last)
         per_rank = own / (layout.tp * layout.dp_shard)
         flops = sum(costs[i] for i in stage) + (head if last else 0.0)

@@ -79,6 +79,8 @@ def layout_of(config: RunConfig, world: int) -> Layout:
         sequence_parallel=p.sequence_parallel,
         schedule=p.schedule,
         split=tuple(p.split) if p.split is not None else None,
+        virtual_stages=p.virtual_stages,
+        shard=p.shard,
     )
     if layout.world_size != world:
         raise LayoutError(
@@ -100,10 +102,17 @@ def _check(config: RunConfig, layout: Layout) -> None:
         seq_len=config.data.seq_len,
         global_batch=config.train.global_batch,
         micro=config.train.micro_batch,
+        compiled=config.train.compile,
     )
-    from bevatron.parallel.place import stage_ranges
+    from bevatron.parallel.split import stage_ranges
 
-    stage_ranges(start.spec, layout, config.data.seq_len)
+    stage_ranges(
+        start.spec,
+        layout,
+        config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        recompute=config.train.recompute,
+    )
     _objective(config)
     if start.spec.head.kind != "causal_lm":
         raise BevatronError(

@@ -23,8 +23,6 @@ class AdamW:
         self.placed = placed
         roles = {p.name: p.role for p in placed.spec.parameters()}
         names = list(placed.parameters)
-        if placed.has_tied_copy:
-            names.append("embed.weight")
         self.shards: dict[str, nn.Parameter] = {}
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         self.sources = dict(zip(names, placed.trainable(), strict=True))

@@ -57,7 +57,8 @@ class Trainer:
             device=device,
             precision=train.precision,
             seq_len=seq_len,
-            recompute=train.recompute == "full",
+            micro_batch=train.micro_batch,
+            recompute=train.recompute,
             compile_layers=train.compile,
         )
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
@@ -99,7 +100,7 @@ class Trainer:
         """Fill the moments, and the fp32 masters if the checkpoint's weights are rounded."""
         into = dict(self.optimizer.states())
         if self.dtype != torch.float32:
-            parameters = self.placed.by_checkpoint_name().items()
+            parameters = self.placed.parameters.items()
             into |= {f"master/{n}": (p, local(p.detach())) for n, p in parameters}
         load(into, shapes, read)
         self.optimizer.set_step(step)
