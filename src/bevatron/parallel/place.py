@@ -22,10 +22,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from bevatron.checkpoint.shard import local
-from bevatron.nn.comm import LOCAL, Comm
+from bevatron.nn.comm import Comm
 from bevatron.nn.decoder import Decoder
 from bevatron.nn.heads import Compute
 from bevatron.parallel import tensor as tensor_parallel
+from bevatron.parallel.context import ContextParallel, sharding_mesh
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.split import given, layer_cost, split
 from bevatron.spec import ModelSpec, ParameterSpec
@@ -43,12 +44,17 @@ class Stage(nn.Module):
         super().__init__()
         self.decoder, self.make_compute = decoder, make_compute
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, **batch: Tensor) -> Tensor:
-        decoder = self.decoder
-        if decoder.final_norm is None or decoder.spec.head.kind != "causal_lm":
-            return decoder(x, positions=positions)  # type: ignore[no-any-return]
-        compute = self.make_compute(decoder.comm, decoder.spec, batch)
-        return decoder(x, compute, positions=positions)  # type: ignore[no-any-return]
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        **batch: Tensor,
+    ) -> Tensor:
+        decoder, compute = self.decoder, None
+        if decoder.final_norm is not None and decoder.spec.head.kind == "causal_lm":
+            compute = self.make_compute(decoder.comm, decoder.spec, batch)
+        return decoder(x, compute, positions=positions, documents=documents)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -121,23 +127,26 @@ def place(
     stages = stage_ranges(spec, layout, seq_len)
     rank = mesh.get_local_rank("pp")
     first, last = rank == 0, rank == layout.pp - 1
-    comm: Comm = LOCAL
+    grid = sharding_mesh(mesh, layout)  # where parameters lie
+    comm = Comm()
     if layout.tp > 1:
-        comm = tensor_parallel.TensorParallel(mesh["tp"], layout.sequence_parallel)
+        comm = tensor_parallel.TensorParallel(grid["tp"], layout.sequence_parallel)
+    if layout.cp > 1:
+        comm.context = ContextParallel(mesh["cp"])
     with torch.device("meta"):
         decoder = Decoder(spec, layers=stages[rank], embed=first, head=last, comm=comm)
     known = {p.name: p for p in spec.parameters()}
     if spec.tied:
         known["head.weight"] = _tied_head(spec)
     if layout.tp > 1:
-        tensor_parallel.distribute(decoder, known, spec, mesh["tp"])
+        tensor_parallel.distribute(decoder, known, spec, grid["tp"])
         decoder.tie()
     for layer in decoder.layers.values():
         layer.recompute = recompute  # type: ignore[assignment]
         if compile_layers:
             layer.run = torch.compile(layer.run, dynamic=False)  # type: ignore[assignment, arg-type]
     stage = Stage(decoder, make_compute)
-    shard(stage, layout, mesh, precision)
+    shard(stage, layout, grid, precision)
     stage.to_empty(device=device)
     decoder.tie()
     parameters: dict[str, Tensor] = dict(decoder.named_parameters())
@@ -165,9 +174,9 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     for name, parameter in stage.named_parameters():
         if name.endswith("gate_up.weight"):
             _, f, h = parameter.shape
-            if f % (layout.tp * layout.dp_shard) == 0:
+            if f % (layout.tp * layout.shards) == 0:
                 cut[id(parameter)] = Shard(1)
-            elif h % layout.dp_shard == 0:
+            elif h % layout.shards == 0:
                 cut[id(parameter)] = Shard(2)
 
     def dimension(parameter: nn.Parameter) -> Shard:
