@@ -26,6 +26,7 @@ class Case:
     precision: str = "fp32"
     recompute: str = "none"
     compile: bool = False
+    documents: bool = False
 
 
 def make_trainer(case: Case) -> Trainer:
@@ -52,15 +53,18 @@ def make_trainer(case: Case) -> Trainer:
     return trainer
 
 
-def samples(trainer: Trainer, step: int) -> Samples:
+def samples(trainer: Trainer, step: int, documents: bool = False) -> Samples:
     """This rank's part of global batch `step`."""
     generator = torch.Generator().manual_seed(step)
     shape = (GLOBAL_BATCH, SEQ_LEN + 1)
-    whole = torch.randint(trainer.spec.vocab_size, shape, generator=generator)
-    return {"tokens": whole.chunk(trainer.layout.dp)[trainer.dp_rank].contiguous()}
+    whole = {"tokens": torch.randint(trainer.spec.vocab_size, shape, generator=generator)}
+    if documents:
+        whole["documents"] = torch.rand(shape, generator=generator).lt(0.2).cumsum(1)
+    dp, rank = trainer.layout.dp, trainer.dp_rank
+    return {name: rows.chunk(dp)[rank].contiguous() for name, rows in whole.items()}
 
 
 def train(case: Case) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step."""
     trainer = make_trainer(case)
-    return [trainer.step(samples(trainer, s), 1e-2) for s in range(STEPS)]
+    return [trainer.step(samples(trainer, s, case.documents), 1e-2) for s in range(STEPS)]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bevatron.nn.attend import Mask, attend
 from bevatron.nn.comm import Comm, empty
 from bevatron.nn.norm import rms
 from bevatron.nn.rope import rotate
@@ -49,7 +50,13 @@ class Attention(nn.Module):
         """Whether the ranks do not divide the KV groups (see above)."""
         return self.spec.num_key_value_heads % self.comm.size != 0
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Mask | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         x = self.comm.enter(x)  # [B, T, h]
         q, k, v = self._cut(x) if self.groups_are_cut else self._grouped(x)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -57,22 +64,14 @@ class Attention(nn.Module):
             q, k = rms(q, self.eps), rms(k, self.eps)
         if cache is not None:
             k, v = cache.append(k, v)  # [B, G, S, D], S >= T
+        k, v = self.comm.context.gather(k, v)  # [B, G, S, D]
         if self.groups_are_cut:
             groups = self._group_of_head(x.device)
             k, v = k[:, groups], v[:, groups]  # [B, H, S, D]
-        y = self._attend(q, k, v)  # [B, H, T, D]
+        y = attend(q, k, v, mask)  # [B, H, T, D]
         y = y.transpose(1, 2).flatten(2)  # [B, T, H*D]
         y = self.comm.leave(F.linear(y, self.comm.view(self.o.weight)))  # [B, T, h]
         return y if self.o.bias is None else y + self.comm.shared(self.o.bias)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        new, held = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < new < held:  # a piece of a prompt: each token sees what came before it
-            mask = torch.ones(new, held, dtype=torch.bool, device=q.device).tril(held - new)
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=new == held, enable_gqa=q.shape[1] != k.shape[1]
-        )
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, D], key and value [B, G, T, D] of this rank's whole groups."""

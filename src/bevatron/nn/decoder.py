@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bevatron.nn.attend import Mask, make_mask
 from bevatron.nn.attention import Attention, Cache
 from bevatron.nn.comm import LOCAL, Comm, empty
 from bevatron.nn.heads import Compute, Scores, Vocabulary, pool, softcap
@@ -66,16 +67,24 @@ class Layer(nn.Module):
             self.mlp_norm = Norm(model.norm, h, comm)
             self.mlp = MLP(spec.mlp, h, comm) if isinstance(spec.mlp, MLPSpec) else Linear(h, comm)
 
-    def forward(self, x: Tensor, rotations: Rotations, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        mask: Mask | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         if self.recompute != "none" and torch.is_grad_enabled():
-            return checkpoint(self.run, x, rotations, None, use_reentrant=False)  # type: ignore[no-any-return]
-        return self.run(x, rotations, cache)
+            return checkpoint(self.run, x, rotations, mask, None, use_reentrant=False)  # type: ignore[no-any-return]
+        return self.run(x, rotations, mask, cache)
 
-    def run(self, x: Tensor, rotations: Rotations, cache: Cache | None) -> Tensor:
+    def run(
+        self, x: Tensor, rotations: Rotations, mask: Mask | None, cache: Cache | None
+    ) -> Tensor:
         attention, mlp = self.spec.attention, self.spec.mlp
         if isinstance(attention, AttentionSpec):
             normed = self.attention_norm(x)
-            x = x + self.attention(normed, rotations[attention.head_dim], cache)
+            x = x + self.attention(normed, rotations[attention.head_dim], mask, cache)
         elif attention is not None:
             x = x + self.attention(self.attention_norm(x))
         if mlp is not None:
@@ -125,12 +134,20 @@ class Decoder(nn.Module):
         compute: Compute | None = None,
         *,
         positions: Tensor | None = None,
+        documents: Tensor | None = None,
         caches: dict[int, Cache] | None = None,
     ) -> Tensor:
         """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
         final norm; `compute(hidden, head weight)` if given to a causal_lm head; the scores
-        [B, T, labels] of another head. `positions` [B or 1, T] default to
-        0..T-1, T being the whole sequence also where x holds a part of it."""
+        [B, T, labels] of another head.
+
+        Args:
+            documents: [B, T] numbers of the documents that a sequence is packed of: a token sees
+                its own one alone. Not with caches.
+            positions: [B or 1, T]; those in the document, or else in the sequence, if absent.
+
+        T is this rank's part of the sequence under context parallel, and all of that also where x
+        holds the share of a sequence-parallel rank."""
         if self.embed is not None:
             ids, x = x, self.embed(x)
             length = ids.shape[1]
@@ -138,11 +155,16 @@ class Decoder(nn.Module):
                 x = rms(x, self.spec.norm.eps)
         else:
             length = self.sequence_length(x)
+        mask = make_mask(self.comm.context, x, length, documents)
+        whole = None if positions is not None else length * self.comm.context.size
         if positions is None:
-            positions = torch.arange(length, device=x.device)[None]
-        rotations = self.rotations(positions, x.dtype)
+            runs = self.comm.context.runs(length)
+            positions = torch.cat([torch.arange(*run, device=x.device) for run in runs])[None]
+            if mask is not None and mask.starts is not None:
+                positions = positions - mask.starts
+        rotations = self.rotations(positions, x.dtype, whole)
         for index, layer in self.layers.items():
-            x = layer(x, rotations, caches.get(int(index)) if caches else None)
+            x = layer(x, rotations, mask, caches.get(int(index)) if caches else None)
         if self.final_norm is None:
             return x
         x = self.final_norm(x)
@@ -154,14 +176,15 @@ class Decoder(nn.Module):
         """Length of the whole sequence, of which hidden states x may hold this rank's share."""
         return x.shape[1] * self.comm.sequence_shares
 
-    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
-        """cos and sin for every head_dim that occurs in these layers."""
+    def rotations(self, positions: Tensor, dtype: torch.dtype, length: int | None) -> Rotations:
+        """cos and sin for every head_dim that occurs in these layers; `length` of the whole
+        sequence, None if `positions` say it."""
         sizes = {
             a.head_dim
             for layer in self.layers.values()
             if isinstance(a := layer.spec.attention, AttentionSpec)  # type: ignore[union-attr]
         }
-        return {d: rotation(self.spec.rope, d, positions, dtype) for d in sizes}
+        return {d: rotation(self.spec.rope, d, positions, dtype, length) for d in sizes}
 
     def logits(self, ids: Tensor, **kwargs: object) -> Tensor:
         """What the model is for, of a whole model in one process: logits [B, T, V]; the pooled

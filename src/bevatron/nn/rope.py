@@ -79,10 +79,12 @@ def _llama3(inverse: Tensor, rope: Rope) -> Tensor:
 
 
 def rotation(
-    rope: Rope, head_dim: int, positions: Tensor, dtype: torch.dtype
+    rope: Rope, head_dim: int, positions: Tensor, dtype: torch.dtype, length: int | None = None
 ) -> tuple[Tensor, ...]:
-    """cos and sin [B or 1, 1, T, R/2] for `positions` [B or 1, T]; computed in fp32."""
-    length = positions.max() + 1 if rope.kind == "dynamic" else 0
+    """cos and sin [B or 1, 1, T, R/2] for `positions` [B or 1, T]; computed in fp32.
+    `length` of the sequence, if `positions` are but a part of it."""
+    if length is None:
+        length = positions.max() + 1 if rope.kind == "dynamic" else 0
     inverse = inverse_frequencies(rope, head_dim, length, positions.device)
     angles = positions.float()[:, None, :, None] * inverse  # [B, 1, T, R/2]
     cos, sin = angles.cos(), angles.sin()

@@ -54,6 +54,11 @@ class Layout:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def shards(self) -> int:
+        """Ranks that FSDP cuts a parameter (a tensor-parallel rank's part of it) over."""
+        return self.dp_shard * self.cp
+
+    @property
     def stages_per_rank(self) -> int:
         """Pipeline stages that every rank of `pp` runs."""
         if self.pp == 1:
@@ -72,7 +77,7 @@ class Layout:
         Not under a pipeline, which would gather them once per micro-batch and stage (and whose
         zero-bubble schedules would silently lose gradients), nor over one rank, where nothing
         would be saved."""
-        return self.pp == 1 and self.dp_shard > 1 and self.shard == "full"
+        return self.pp == 1 and self.shards > 1 and self.shard == "full"
 
     def rank_of_stage(self, stage: int) -> int:
         """The `pp` coordinate that runs a stage: round and round, with zbv down and up again."""
@@ -111,14 +116,18 @@ def check(
     for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
         if getattr(layout, name) < 1:
             raise LayoutError(f"parallel.{name} is {getattr(layout, name)}, expected at least 1")
-    if layout.cp > 1:
-        raise LayoutError(f"parallel.cp={layout.cp} is not supported yet; use cp: 1")
+    if layout.cp > 1 and spec.head.kind != "causal_lm":
+        raise LayoutError(
+            f"parallel.cp={layout.cp} needs a model with a causal_lm head, whose loss is a sum over "
+            f"tokens; this one has the head {spec.head.kind}; use cp: 1"
+        )
     if layout.shard not in SHARD_MODES:
         raise LayoutError(
             f"parallel.shard is {layout.shard!r}, expected {' or '.join(SHARD_MODES)}"
         )
     _check_schedule(layout, compiled)
-    _check_tensor(layout, spec, seq_len)
+    _check_tensor(layout, spec)
+    _check_sequence(layout, seq_len)
     if global_batch % (layout.dp * micro):
         raise LayoutError(
             f"train.global_batch={global_batch} is not a multiple of data-parallel ranks "
@@ -173,7 +182,7 @@ def in_rounds(count: int, pp: int) -> bool:
     return count % max(1, count // pp) == 0
 
 
-def _check_tensor(layout: Layout, spec: ModelSpec, seq_len: int) -> None:
+def _check_tensor(layout: Layout, spec: ModelSpec) -> None:
     tp = layout.tp
     if tp == 1:
         return
@@ -189,7 +198,20 @@ def _check_tensor(layout: Layout, spec: ModelSpec, seq_len: int) -> None:
             _check_cut(f"layers.{i}.mlp: intermediate_size", layer.mlp.intermediate_size, tp)
     _check_cut("hidden_size", spec.hidden_size, tp)
     _check_cut("vocab_size", spec.vocab_size, tp)
-    if layout.sequence_parallel and seq_len % tp:
+
+
+def _check_sequence(layout: Layout, seq_len: int) -> None:
+    """Context parallel cuts a sequence into two chunks per rank, sequence parallel those of a rank
+    by tp."""
+    tp = layout.tp if layout.sequence_parallel else 1
+    if layout.cp > 1 and seq_len % (unit := 2 * layout.cp * tp):
+        wanted = f"2 x cp {layout.cp}" + (f" x tp {tp}" if tp > 1 else "")
+        raise LayoutError(
+            f"data.seq_len={seq_len} is not a multiple of {unit} ({wanted}), which context "
+            f"parallelism needs; use {seq_len // unit * unit or unit} or {-(-seq_len // unit) * unit}, "
+            "or another cp"
+        )
+    if seq_len % tp:
         raise LayoutError(
             f"data.seq_len={seq_len} is not a multiple of tp={tp}, which sequence parallelism "
             "needs; change seq_len or set parallel.sequence_parallel: false"

@@ -19,11 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from bevatron.nn.comm import LOCAL, Comm
+from bevatron.nn.comm import Comm
 from bevatron.nn.decoder import Decoder
 from bevatron.nn.heads import Compute
 from bevatron.parallel import tensor as tensor_parallel
 from bevatron.parallel.blocks import Recompute, compile_each
+from bevatron.parallel.context import ContextParallel, sharding_mesh
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.split import stage_ranges
 from bevatron.parallel.tied import Tied, tie
@@ -42,12 +43,17 @@ class Stage(nn.Module):
         super().__init__()
         self.decoder, self.make_compute = decoder, make_compute
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, **batch: Tensor) -> Tensor:
-        decoder = self.decoder
-        if decoder.final_norm is None or decoder.spec.head.kind != "causal_lm":
-            return decoder(x, positions=positions)  # type: ignore[no-any-return]
-        compute = self.make_compute(decoder.comm, decoder.spec, batch)
-        return decoder(x, compute, positions=positions)  # type: ignore[no-any-return]
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        **batch: Tensor,
+    ) -> Tensor:
+        decoder, compute = self.decoder, None
+        if decoder.final_norm is not None and decoder.spec.head.kind == "causal_lm":
+            compute = self.make_compute(decoder.comm, decoder.spec, batch)
+        return decoder(x, compute, positions=positions, documents=documents)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -107,9 +113,12 @@ def place(
     Args:
         seq_len, micro_batch: of a micro-batch, for the balance of the stages."""
     stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
-    comm: Comm = LOCAL
+    grid = sharding_mesh(mesh, layout)  # where parameters lie
+    comm = Comm()
     if layout.tp > 1:
-        comm = tensor_parallel.TensorParallel(mesh["tp"], layout.sequence_parallel)
+        comm = tensor_parallel.TensorParallel(grid["tp"], layout.sequence_parallel)
+    if layout.cp > 1:
+        comm.context = ContextParallel(mesh["cp"])
     known = {p.name: p for p in spec.parameters()}
     if spec.tied:
         known["head.weight"] = _tied_head(spec)
@@ -120,14 +129,14 @@ def place(
         with torch.device("meta"):
             decoder = Decoder(spec, layers=stages[number], embed=first, head=last, comm=comm)
         if layout.tp > 1:
-            tensor_parallel.distribute(decoder, known, spec, mesh["tp"])
+            tensor_parallel.distribute(decoder, known, spec, grid["tp"])
             decoder.tie()
         for layer in decoder.layers.values():
             layer.recompute = recompute  # type: ignore[assignment]
         if compile_layers:
             compile_each(decoder)
         stage = Stage(decoder, make_compute)
-        shard(stage, layout, mesh, precision)
+        shard(stage, layout, grid, precision)
         stage.to_empty(device=device)
         decoder.tie()
         mine[number] = stage
@@ -153,9 +162,9 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     for name, parameter in stage.named_parameters():
         if name.endswith("gate_up.weight"):
             _, f, h = parameter.shape
-            if f % (layout.tp * layout.dp_shard) == 0:
+            if f % (layout.tp * layout.shards) == 0:
                 cut[id(parameter)] = Shard(1)
-            elif h % layout.dp_shard == 0:
+            elif h % layout.shards == 0:
                 cut[id(parameter)] = Shard(2)
 
     def dimension(parameter: nn.Parameter) -> Shard:

@@ -41,7 +41,7 @@ def report(config: RunConfig, layout: Layout) -> None:
     for number, stage in enumerate(stages):
         last = number == len(stages) - 1
         own = stage_parameters(spec, stage, first=number == 0, last=last)
-        per_rank = own / (layout.tp * layout.dp_shard)
+        per_rank = own / (layout.tp * layout.shards)
         flops = sum(costs[i] for i in stage) + (head if last else 0.0)
         share = flops / (sum(costs) + head)
         shown = f"{stage.start}-{stage.stop - 1}" if len(stage) else "none"

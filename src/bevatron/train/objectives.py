@@ -26,7 +26,10 @@ class Objective(Protocol):
     name: str
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...]."""
+        """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...].
+
+        `positions` and `documents` [B, T] among them go to the decoder. Of all that is [B, T], a
+        context-parallel rank gets its own tokens."""
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """How many units the sum over this batch has."""
@@ -41,8 +44,13 @@ class Pretrain:
     name = "pretrain"
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = samples["tokens"]
-        return tokens[:, :-1], {"labels": tokens[:, 1:]}
+        tokens, documents = samples["tokens"], samples.get("documents")
+        ids, labels = tokens[:, :-1], tokens[:, 1:]
+        if documents is None:
+            return ids, {"labels": labels}
+        # The first token of a document is not for the one before it to predict.
+        labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
+        return ids, {"labels": labels, "documents": documents[:, :-1]}
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"] != IGNORE).sum())

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bevatron.checkpoint.shard import local
 from bevatron.checkpoint.sharded import ReadBox, Saved, load
+from bevatron.parallel.context import ContextParallel
 from bevatron.parallel.gradients import clip, global_norm
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Runner
@@ -31,7 +32,7 @@ class Trainer:
     """A spec on a mesh with an optimizer.
 
     `samples` arguments are this data-parallel rank's part of the global batch, the same on its
-    pipeline and tensor ranks.
+    pipeline, context- and tensor-parallel ranks.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Trainer:
         self.runner = Runner(
             self.placed,
             micro_batch=train.micro_batch,
-            seq_len=seq_len,
+            seq_len=seq_len // layout.cp,
             count=train.global_batch // (layout.dp * train.micro_batch),
             dtype=self.dtype,
             device=device,
@@ -85,7 +86,7 @@ class Trainer:
 
     @property
     def _reports(self) -> bool:
-        """Whether this rank's objective value counts: one rank per part of the batch."""
+        """Whether this rank's objective value counts: one rank per part of the tokens."""
         return self.placed.is_last and self.mesh.get_local_rank("tp") == 0
 
     def fill_random(self, seed: int) -> None:
@@ -121,8 +122,7 @@ class Trainer:
 
     def step(self, samples: Samples, lr: float) -> tuple[float, float]:
         """One update; returns the loss and the gradient's norm before clipping."""
-        ids, batch = self.objective.batch(samples)
-        count = self._total(self.objective.count(batch))
+        ids, batch, count = self._batch(samples)
         value = self.runner.step(ids, batch, 1.0 / count)
         norm = global_norm(self.placed)
         clip(self.placed, norm, self.optimizer_config.clip_grad)
@@ -131,13 +131,20 @@ class Trainer:
 
     def evaluate(self, samples: Samples) -> tuple[float, float]:
         """The objective's sum over all ranks' samples, and its count."""
+        ids, batch, count = self._batch(samples)
+        return self._sum(self.runner.evaluate(ids, batch)), count
+
+    def _batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor], float]:
+        """What this rank's stages get, and the objective's count over all ranks."""
         ids, batch = self.objective.batch(samples)
-        value = self.runner.evaluate(ids, batch)
-        return self._sum(value), self._total(self.objective.count(batch))
+        count = self._total(self.objective.count(batch))
+        if self.layout.cp > 1:
+            ids, batch = ContextParallel(self.mesh["cp"]).take(ids, batch)
+        return ids, batch, count
 
     def _total(self, count: int) -> float:
         """Sum over the data-parallel ranks of a number that each part's other ranks share."""
-        first = self.mesh.get_local_rank("pp") == 0 and self.mesh.get_local_rank("tp") == 0
+        first = all(self.mesh.get_local_rank(dim) == 0 for dim in ("pp", "cp", "tp"))
         total = torch.tensor(float(count) if first else 0.0, dtype=torch.float64)
         total = total.to(self.device)
         dist.all_reduce(total)
