@@ -128,8 +128,8 @@ class Decoder(nn.Module):
         caches: dict[int, Cache] | None = None,
     ) -> Tensor:
         """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
-        final norm; `compute(hidden, head weight)` if given to a causal_lm head; the scores
-        [B, T, labels] of another head. `positions` [B or 1, T] default to
+        final norm; the scores [B, T, labels] of a head that is not causal_lm; `compute` of them and
+        the head's weight if given. `positions` [B or 1, T] default to
         0..T-1, T being the whole sequence also where x holds a part of it."""
         if self.embed is not None:
             ids, x = x, self.embed(x)
@@ -147,7 +147,8 @@ class Decoder(nn.Module):
             return x
         x = self.final_norm(x)
         if isinstance(self.head, Scores):
-            return self.head(x)  # type: ignore[no-any-return]
+            scores: Tensor = self.head(x)
+            return scores if compute is None else compute(scores, self.head.weight)
         return x if compute is None or self.head is None else self.head(x, compute)
 
     def sequence_length(self, x: Tensor) -> int:

@@ -39,6 +39,7 @@ class Runner:
         micro_batch, seq_len: shape [B, T] of a micro-batch.
         count: micro-batches per step on this data-parallel rank.
         dtype: of the hidden states that travel between stages.
+        entries: how many sums the last stage computes of a micro-batch.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Runner:
         count: int,
         dtype: torch.dtype,
         device: torch.device,
+        entries: int = 1,
     ) -> None:
         self.placed, self.micro_batch, self.count = placed, micro_batch, count
-        self.scale, self.dtype = 1.0, dtype
+        self.entries, self.dtype = entries, dtype
+        self.scale = self.sums = torch.zeros(entries, device=device)
         shares = placed.stage.decoder.comm.sequence_shares
         self.hidden_shape = (micro_batch, seq_len // shares, placed.spec.hidden_size)
         self.schedule: Schedule1F1B | None = None
@@ -70,7 +73,7 @@ class Runner:
             )
 
         ids = torch.zeros(self.micro_batch, seq_len, dtype=torch.int64, device=device)
-        total = torch.zeros((), device=device, requires_grad=True)
+        total = torch.zeros(self.entries, device=device, requires_grad=True)
         return PipelineStage(
             placed.stage,
             placed.pp_rank,
@@ -82,32 +85,33 @@ class Runner:
         )
 
     def _scaled(self, out: Tensor, target: Tensor) -> Tensor:
-        return out * self.scale
+        """What is differentiated of a micro-batch's sums, which are added up on the way."""
+        self.sums += out.detach()
+        return (out[: len(self.scale)] * self.scale).sum()
 
-    def step(self, ids: Tensor, batch: Batch, scale: float) -> Tensor:
-        """Accumulate gradients of scale * sum over all micro-batches; returns that sum.
+    def step(self, ids: Tensor, batch: Batch, scale: Tensor) -> Tensor:
+        """Accumulate gradients of scale @ sums over all micro-batches; returns the sums [entries].
 
-        ids and every tensor of batch are [count * B, ...]. The value is zero on all stages but the
-        last. Afterwards every parameter of this rank has its whole gradient."""
-        self.scale = scale
+        ids and every tensor of batch are [count * B, ...]. `scale` is that of the first sums; the
+        others are only reported. All are zero on all stages but the last. Afterwards every
+        parameter of this rank has its whole gradient."""
+        self.scale, self.sums = scale, torch.zeros(self.entries, device=ids.device)
         if self.schedule is None:
-            value = self._accumulate(ids, batch)
+            self._accumulate(ids, batch)
         else:
-            losses = self._run_schedule(ids, batch)
-            value = torch.stack(losses).sum() if losses else torch.zeros((), device=ids.device)
-            value /= scale  # the schedule reports what it differentiates
+            self._run_schedule(ids, batch)
         missing = [n for n, p in self.placed.parameters.items() if p.grad is None]
         if missing:
             raise BevatronError(f"no gradient arrived at {', '.join(missing[:5])}; please report")
         sum_tied_gradients(self.placed)
-        return value
+        return self.sums
 
     def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
-        """The objective's sum without gradients; zero on all stages but the last.
+        """The objective's sums without gradients; zero on all stages but the last.
 
         Micro-batches pass down the stages one behind the other. (torch's `Schedule.eval` waits
         for ever on a 1F1B schedule with two stages, torch 2.13.)"""
-        total = torch.zeros((), device=ids.device)
+        total = torch.zeros(self.entries, device=ids.device)
         with torch.no_grad():
             for part, extra in self._chunks(ids, batch):
                 out = pass_down(self.placed, part, self.dtype, extra)
@@ -116,27 +120,21 @@ class Runner:
         reshard(self.placed.stage)
         return total
 
-    def _run_schedule(self, ids: Tensor, batch: Batch) -> list[Tensor]:
+    def _run_schedule(self, ids: Tensor, batch: Batch) -> None:
         assert self.schedule is not None
-        losses: list[Tensor] = []
         args = (ids,) if self.placed.is_first else ()
         target = ids if self.placed.is_last else None
         run: Any = self.schedule.step
-        run(*args, target=target, losses=losses, return_outputs=False, **batch)
-        return [loss.detach() for loss in losses]
+        run(*args, target=target, return_outputs=False, **batch)
 
-    def _accumulate(self, ids: Tensor, batch: Batch) -> Tensor:
+    def _accumulate(self, ids: Tensor, batch: Batch) -> None:
         stage = self.placed.stage
-        total = torch.zeros((), device=ids.device)
         parts = self._chunks(ids, batch)
         for i, (part, extra) in enumerate(parts):
             last = i == len(parts) - 1
             stage.set_requires_gradient_sync(last)  # type: ignore[operator]
             stage.set_is_last_backward(last)  # type: ignore[operator]
-            value = stage(part, **extra)
-            (value * self.scale).backward()
-            total += value.detach()
-        return total
+            self._scaled(stage(part, **extra), part).backward()
 
     def _chunks(self, ids: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
         n = ids.shape[0] // self.micro_batch
