@@ -1,4 +1,4 @@
-"""Questions with their answer in a context, as SQuAD has them, labelled as in transformers' run_qa."""
+"""Questions with their answer in a context, as SQuAD has them, labelled as run_qa does it."""
 
 from __future__ import annotations
 

@@ -43,10 +43,12 @@ def cross_entropy_and_z(
     a gradient, to report it apart (Chowdhery et al., arXiv 2204.02311, section 5). Arguments as of
     `cross_entropy_sum`."""
     first, _ = comm.bounds(rows)
+    # By the largest share of an uneven vocabulary, so that all ranks have as many chunks.
+    tokens = max(1, CHUNK_LOGITS // -(-rows // comm.size))
     keep = torch.is_grad_enabled()
     flat, targets = hidden.flatten(0, 1), labels.flatten()
     both: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets, first, comm, softcap, z_loss, keep
+        flat, weight, targets, first, tokens, comm, softcap, z_loss, keep
     )
     return both
 
@@ -59,6 +61,7 @@ class _Chunked(torch.autograd.Function):
         weight: Tensor,  # [V, h]
         labels: Tensor,  # [N]
         first: int,
+        tokens: int,
         comm: Comm,
         cap: float | None,
         z_loss: float,
@@ -68,10 +71,8 @@ class _Chunked(torch.autograd.Function):
         z_total = torch.zeros_like(total)
         dx = torch.empty_like(x) if keep else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if keep else None
-        for part in torch.arange(len(x), device=x.device).split(
-            max(1, CHUNK_LOGITS // max(1, len(weight)))
-        ):
-            piece = slice(int(part[0]), int(part[-1]) + 1)
+        for begin in range(0, len(x), tokens):
+            piece = slice(begin, begin + tokens)
             loss, z, dlogits = _chunk(
                 x[piece], weight, labels[piece], first, comm, cap, z_loss, keep
             )
@@ -88,7 +89,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 6
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 7
 
 
 def _chunk(

@@ -122,8 +122,8 @@ class QuestionAnswering(_OnScores):
     Metrics compare the best span with the labelled one, token by token: its start and end within
     the context in that order, or both at `null`, which means that there is no answer.
 
-    Samples: `tokens` [n, T]; `starts`, `ends` and `null` [n] int64; `lengths` [n] int64, at least 1,
-    without padding; `context` [n, T] bool."""
+    Samples: `tokens` [n, T]; `starts`, `ends` and `null` [n] int64; `lengths` [n] int64, without
+    padding and at least 1; `context` [n, T] bool."""
 
     name = "question_answering"
     entries = 5  # loss of starts, loss of ends, exact matches, F1s, samples
