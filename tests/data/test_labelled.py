@@ -154,8 +154,9 @@ def run_qa(
 ) -> list[tuple[list[int], int, int]]:
     """As in transformers' examples/pytorch/question-answering/run_qa.py: prepare_train_features."""
     out = theirs(row["question"].lstrip(), row["context"], truncation="only_second",
-                 max_length=length, stride=stride or 0, return_overflowing_tokens=stride is not None,
-                 return_offsets_mapping=True, padding="max_length")  # fmt: skip
+                 max_length=length, stride=stride or 0, padding="max_length",
+                 return_overflowing_tokens=stride is not None,
+                 return_offsets_mapping=True)  # fmt: skip
     windows = [0] if stride is None else range(len(out.input_ids))
     found = []
     for i in windows:
