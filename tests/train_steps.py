@@ -9,7 +9,7 @@ import torch
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.world import mesh
 from bevatron.train.config import OptimizerConfig, TrainConfig
-from bevatron.train.objectives import Pretrain, Samples
+from bevatron.train.objectives import Objective, Pretrain, Samples
 from bevatron.train.trainer import Trainer
 from tests.specs import ALL
 
@@ -29,7 +29,7 @@ class Case:
     documents: bool = False
 
 
-def make_trainer(case: Case) -> Trainer:
+def make_trainer(case: Case, objective: Objective | None = None) -> Trainer:
     device = torch.device("cpu")
     train = TrainConfig(
         steps=STEPS,
@@ -43,7 +43,7 @@ def make_trainer(case: Case) -> Trainer:
         ALL[case.spec],
         case.layout,
         mesh(case.layout, device),
-        Pretrain(),
+        objective or Pretrain(),
         seq_len=SEQ_LEN,
         train=train,
         optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0, weight_decay=0.1),

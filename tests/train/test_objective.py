@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bevatron.nn.comm import LOCAL
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.tensor import TensorParallel
 from bevatron.train import cross_entropy
-from bevatron.train.cross_entropy import IGNORE, cross_entropy_sum
+from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z, cross_entropy_sum
+from bevatron.train.objectives import Pretrain
 from tests.processes import Pool
 from tests.train_steps import GLOBAL_BATCH, SEQ_LEN, Case, make_trainer, samples, train
 
@@ -65,11 +74,11 @@ def test_chunked_cross_entropy_equals_the_plain_one(
 def evaluate_between_steps(case: Case) -> list[float]:
     """Validation before, between and after updates, and the losses of the updates."""
     trainer = make_trainer(case)
-    out = [trainer.evaluate(samples(trainer, 9))]
+    out = [*trainer.evaluate(samples(trainer, 9))]
     for step in range(3):
-        out.append(trainer.step(samples(trainer, step), 1e-2))
-        out.append(trainer.evaluate(samples(trainer, 9)))
-    return [x for pair in out for x in pair]
+        out += trainer.step(samples(trainer, step), 1e-2)
+        out += trainer.evaluate(samples(trainer, 9))
+    return [float(np.sum(x)) for x in out]
 
 
 def test_validation_is_the_same_at_every_layout_and_disturbs_nothing(pool: Pool) -> None:
@@ -83,3 +92,117 @@ def test_validation_is_the_same_at_every_layout_and_disturbs_nothing(pool: Pool)
         case = Case("heterogeneous", layout, micro_batch=micro)
         for got in pool.run(layout.world_size, evaluate_between_steps, case):
             assert got == pytest.approx(expected, rel=1e-5)
+
+
+def naive(
+    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, cap: float | None, z: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the loss and of the z-loss, from all logits at once."""
+    logits = x @ weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    squares = logits.logsumexp(-1).square()[labels != IGNORE]
+    return loss, z * squares.sum()
+
+
+def inputs(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(GLOBAL_BATCH, SEQ_LEN, 24, generator=generator, requires_grad=True)
+    weight = torch.randn(vocabulary, 24, generator=generator, requires_grad=True)
+    labels = torch.randint(vocabulary, (GLOBAL_BATCH, SEQ_LEN), generator=generator)
+    labels[0, :5] = IGNORE
+    return x, weight, labels
+
+
+def z_loss_on_ranks(cap: float | None, chunk: int) -> tuple[float, float, float, float]:
+    """Distances of loss and z-loss, relative, and of both gradients, relative to their norms."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
+    size = dist.get_world_size()
+    comm = TensorParallel(init_device_mesh("cpu", (size,)), False) if size > 1 else LOCAL
+    x, weight, labels = inputs(51)
+    want, want_z = naive(x, weight, labels, cap, 1e-2)
+    want_dx, want_dw = torch.autograd.grad((want + want_z) / 7, (x, weight))
+    first, last = comm.bounds(51)
+    part = weight[first:last].detach().requires_grad_()
+    got, got_z = cross_entropy_and_z(x, part, labels, comm, cap, 51, 1e-2)
+    dx, dw = torch.autograd.grad(got / 7, (x, part))
+    if size > 1:
+        dist.all_reduce(dx)
+    monkeypatch.undo()
+    return (
+        float(got / (want + want_z)) - 1,
+        float(got_z / want_z) - 1,
+        float((dx - want_dx).norm() / want_dx.norm()),
+        float((dw - want_dw[first:last]).norm() / want_dw.norm()),
+    )
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_z_loss_equals_the_plain_one_over_shared_vocabularies(
+    pool: Pool, ranks: int, cap: float | None
+) -> None:
+    for found in pool.run(ranks, z_loss_on_ranks, cap, 7 * 51):
+        assert max(map(abs, found)) < 1e-5
+
+
+def steps_with_z_loss(z_loss: float, layout: Layout) -> list[float]:
+    """Loss, z-loss and gradient norm of two updates, and of a validation between them."""
+    trainer = make_trainer(Case("nanochat", layout), Pretrain(z_loss))
+    out = []
+    for step in range(2):
+        out += [*trainer.step(samples(trainer, step), 1e-2), *trainer.reported.values()]
+        found = trainer.objective.report(*trainer.evaluate(samples(trainer, 9)))
+        out += found.values()
+    return [float(np.sum(x)) for x in out]
+
+
+def test_z_loss_is_reported_apart_and_changes_the_gradient(pool: Pool) -> None:
+    without = pool.run(1, steps_with_z_loss, 0.0, Layout())[0]
+    one = pool.run(1, steps_with_z_loss, 0.1, Layout())[0]
+    loss, norm, _, z_loss, *_ = one
+    assert loss == pytest.approx(without[0], rel=1e-6), "the loss alone, as without"
+    assert z_loss > 0.1
+    assert norm != pytest.approx(without[1], rel=1e-3)
+    layout = Layout(tp=2, pp=2)
+    for got in pool.run(layout.world_size, steps_with_z_loss, 0.1, layout):
+        assert got == pytest.approx(one, rel=1e-5)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors made under it that live at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.live:
+                    self.live[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the z-loss: a few chunks of logits and the two gradients, while the plain one holds all
+    logits several times over."""
+    tokens, vocabulary, width = 1024, 4096, 16
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 32 * vocabulary)
+    x = torch.randn(1, tokens, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    labels = torch.randint(vocabulary, (1, tokens))
+    with Peak() as ours:
+        cross_entropy_and_z(x, weight, labels, LOCAL, 5.0, vocabulary, 1e-4)[0].backward()
+    with Peak() as plain:
+        sum(naive(x, weight, labels, 5.0, 1e-4)).backward()
+    logits, chunk = 4 * tokens * vocabulary, 4 * 32 * vocabulary
+    gradients = 4 * 2 * 2 * width * (tokens + vocabulary)
+    assert plain.peak >= 2 * logits, "or this instrument sees nothing"
+    assert ours.peak <= 6 * chunk + gradients < logits / 3

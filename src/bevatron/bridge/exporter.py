@@ -355,6 +355,9 @@ def _facts(
         done.append(f"trained for {native.manifest.step} steps")
     elif record and not _unmodified(native):
         done.append("weights changed")
+    replaced = native.replaced_head()
+    if replaced is not None:
+        done.append(f"given a new {native.spec.head.kind} head")
     if native.moved_from:
         done.append(f"written as {native.family.name}, no longer a {native.moved_from}")
     if any(t.dtype != t.to for t in plan.tasks):
@@ -370,7 +373,7 @@ def _facts(
         "done": done,
         "source_tensors": len(record.tensors) if record else None,
         "carried": dict(record.carried) if record else {},
-        "skipped": dict(record.skipped) if record else {},
+        "skipped": (dict(record.skipped) if record else {}) | (replaced or {}),
         "weights": fingerprint(native.manifest),
         "verified": dict(verified),
         "tensors": {n: {"file": places[n], "xxh3": h[5:]} for n, h in hashes.items()},

@@ -62,6 +62,23 @@ class Native:
         known = self.provenance.duplicates if self.provenance and not self.moved_from else {}
         return {name: other for name, other in known.items() if name == head}
 
+    def replaced_head(self) -> dict[str, str] | None:
+        """HF tensors of the source's head, with the reason why they are gone, if the model has got
+        another head since; None if it has not."""
+        if self.config is None or self.provenance is None or self.moved_from:
+            return None
+        try:
+            old = self.family.spec(self.config)
+        except FamilyError:
+            return None
+        head = self.spec.head
+        if (old.head.kind, old.head.labels) == (head.kind, head.labels):
+            return None
+        kept = {s.name for e in self.family.weight_map(self.spec) for s in e.sources}
+        entries = self.family.weight_map(old)
+        heads = [s.name for e in entries if e.native.name.startswith("head.") for s in e.sources]
+        return {name: "its head was replaced" for name in heads if name not in kept}
+
 
 def open_native(path: str | Path) -> Native:
     """Open a native checkpoint or a run's latest step, and check that it holds its whole model.

@@ -34,7 +34,8 @@ class OpenTokenizer:
         name: the path or Hub id as the user gave it; `file`: its tokenizer.json.
         fingerprint: `xxh3:...` of the bytes of tokenizer.json.
         vocab_size: one more than the largest id, added tokens included.
-        eos_id, bos_id: of the first of CONFIGS beside tokenizer.json that names one, or None.
+        eos_id, bos_id, pad_id: of the first of CONFIGS beside tokenizer.json that names one, or
+            None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class OpenTokenizer:
     vocab_size: int
     eos_id: int | None
     bos_id: int | None
+    pad_id: int | None = None
 
 
 def open_tokenizer(source: str | Path) -> OpenTokenizer:
@@ -73,8 +75,8 @@ def open_tokenizer(source: str | Path) -> OpenTokenizer:
     hasher = new_hasher()
     hasher.update(memoryview(data))
     size = max(ids) + 1
-    eos, bos = (_special(file, encoder, size, kind) for kind in ("eos", "bos"))
-    return OpenTokenizer(str(source), file, encoder, spell(hasher), size, eos, bos)
+    eos, bos, pad = (_special(file, encoder, size, kind) for kind in ("eos", "bos", "pad"))
+    return OpenTokenizer(str(source), file, encoder, spell(hasher), size, eos, bos, pad)
 
 
 def _locate(source: str | Path) -> Path:

@@ -138,8 +138,8 @@ class Decoder(nn.Module):
         caches: dict[int, Cache] | None = None,
     ) -> Tensor:
         """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
-        final norm; `compute(hidden, head weight)` if given to a causal_lm head; the scores
-        [B, T, labels] of another head.
+        final norm; the scores [B, T, labels] of a head that is not causal_lm; `compute` of them and
+        the head's weight if given.
 
         Args:
             documents: [B, T] numbers of the documents that a sequence is packed of: a token sees
@@ -169,7 +169,8 @@ class Decoder(nn.Module):
             return x
         x = self.final_norm(x)
         if isinstance(self.head, Scores):
-            return self.head(x)  # type: ignore[no-any-return]
+            scores: Tensor = self.head(x)
+            return scores if compute is None else compute(scores, self.head.weight)
         return x if compute is None or self.head is None else self.head(x, compute)
 
     def sequence_length(self, x: Tensor) -> int:

@@ -12,7 +12,8 @@ from bevatron.nn.comm import Comm, empty
 from bevatron.nn.mlp import RowParallel
 from bevatron.spec import Head as HeadSpec
 
-# What an objective does with the last hidden states: (hidden [B, T, h], weight [V, h]) -> anything.
+# What an objective does at the end: (hidden [B, T, h], weight [V, h]) -> anything; of another head
+# than causal_lm, (this rank's share [B, T, labels] of the scores, head weight) -> anything.
 Compute = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -53,9 +54,18 @@ def pool(scores: Tensor, ids: Tensor, pad_token_id: int | None) -> Tensor:
                 "told; set it in config.json, or pass one sequence at a time"
             )
         return scores[:, -1]
+    return at(scores, last_token(ids, pad_token_id))
+
+
+def last_token(ids: Tensor, pad_token_id: int) -> Tensor:
+    """The position [B] of the rightmost token of ids [B, T] that is not padding, or 0."""
     positions = torch.arange(ids.shape[1], device=ids.device)
-    last = (positions * (ids != pad_token_id)).argmax(-1)  # [B]
-    return scores[torch.arange(len(ids), device=ids.device), last]
+    return (positions * (ids != pad_token_id)).argmax(-1)
+
+
+def at(scores: Tensor, positions: Tensor) -> Tensor:
+    """Of each sequence of scores [B, T, ...] those at its position [B]."""
+    return scores[torch.arange(len(scores), device=scores.device), positions]
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:

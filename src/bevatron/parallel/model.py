@@ -133,9 +133,12 @@ class DistributedModel(nn.Module):
 
 
 def to_logits(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
-    """What the head of a `DistributedModel` computes: logits over the whole vocabulary."""
+    """What the head of a `DistributedModel` computes: logits over the whole vocabulary, or this
+    rank's share of another head's scores."""
 
     def compute(hidden: Tensor, weight: Tensor) -> Tensor:
+        if spec.head.kind != "causal_lm":
+            return hidden
         part = softcap(F.linear(hidden, weight), spec.logit_softcap)  # [B, T, V of this rank]
         if not isinstance(comm, TensorParallel):
             return part

@@ -57,6 +57,7 @@ class Runner:
         micro_batch, seq_len: shape [B, T] of a micro-batch.
         count: micro-batches per step on this data-parallel rank.
         dtype: of the hidden states that travel between stages.
+        entries: how many sums the last stage computes of a micro-batch.
     """
 
     def __init__(
@@ -68,9 +69,12 @@ class Runner:
         count: int,
         dtype: torch.dtype,
         device: torch.device,
+        entries: int = 1,
     ) -> None:
         self.placed, self.micro_batch, self.count = placed, micro_batch, count
-        self.seq_len, self.scale, self.dtype, self.device = seq_len, 1.0, dtype, device
+        self.seq_len, self.dtype, self.device = seq_len, dtype, device
+        self.entries = entries
+        self.scale = self.sums = torch.zeros(entries, device=device)
         self.schedule: Any = None
         if placed.layout.pp > 1:
             made = SCHEDULES[placed.layout.schedule]
@@ -89,7 +93,7 @@ class Runner:
             return torch.empty(shape, dtype=self.dtype, device=self.device, requires_grad=True)
 
         ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64, device=self.device)
-        total = torch.zeros((), device=self.device, requires_grad=True)
+        total = torch.zeros(self.entries, device=self.device, requires_grad=True)
         return PipelineStage(
             placed.mine[number],
             number,
@@ -101,23 +105,24 @@ class Runner:
         )
 
     def _scaled(self, out: Tensor, target: Tensor) -> Tensor:
-        return out * self.scale
+        """What is differentiated of a micro-batch's sums, which are added up on the way."""
+        self.sums += out.detach()
+        return (out[: len(self.scale)] * self.scale).sum()
 
-    def step(self, ids: Tensor, batch: Batch, scale: float) -> Tensor:
-        """Accumulate gradients of scale * sum over all micro-batches; returns that sum.
+    def step(self, ids: Tensor, batch: Batch, scale: Tensor) -> Tensor:
+        """Accumulate gradients of scale @ sums over all micro-batches; returns the sums [entries].
 
-        ids and every tensor of batch are [count * B, ...]. The value is zero on all ranks but those
-        with the last stage. Afterwards every parameter of this rank has its whole gradient."""
-        self.scale = scale
+        ids and every tensor of batch are [count * B, ...]. `scale` is that of the first sums; the
+        others are only reported. All are zero on all ranks but those with the last stage.
+        Afterwards every parameter of this rank has its whole gradient."""
+        self.scale, self.sums = scale, torch.zeros(self.entries, device=ids.device)
         self._fill_tied_head()
         if self.schedule is None:
-            value = self._accumulate(ids, batch)
+            self._accumulate(ids, batch)
         else:
-            losses = self._run_schedule(ids, batch)
-            value = torch.stack(losses).sum() if losses else torch.zeros((), device=ids.device)
-            value /= scale  # the schedule reports what it differentiates
+            self._run_schedule(ids, batch)
         self._finish_gradients()
-        return value
+        return self.sums
 
     def _fill_tied_head(self) -> None:
         if self.placed.tied is not None:
@@ -135,11 +140,11 @@ class Runner:
             tied.sum_gradients()
 
     def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
-        """The objective's sum without gradients; zero on all ranks but those with the last stage.
+        """The objective's sums without gradients; zero on all ranks but those with the last stage.
 
         Micro-batches pass down the stages one behind the other. (torch's `Schedule.eval` waits
         for ever on a 1F1B schedule with two stages, torch 2.13.)"""
-        total = torch.zeros((), device=ids.device)
+        total = torch.zeros(self.entries, device=ids.device)
         self._fill_tied_head()
         with torch.no_grad():
             for part, extra in self._chunks(ids, batch):
@@ -149,31 +154,24 @@ class Runner:
         reshard(self.placed)
         return total
 
-    def _run_schedule(self, ids: Tensor, batch: Batch) -> list[Tensor]:
-        losses: list[Tensor] = []
+    def _run_schedule(self, ids: Tensor, batch: Batch) -> None:
         args = (ids,) if self.placed.is_first else ()
         target = ids if self.placed.is_last else None
-        self.schedule.step(*args, target=target, losses=losses, return_outputs=False, **batch)
-        return [loss.detach() for loss in losses]
+        self.schedule.step(*args, target=target, return_outputs=False, **batch)
 
-    def _accumulate(self, ids: Tensor, batch: Batch) -> Tensor:
-        """Without a pipeline. Over several ranks of dp_shard, gradients are reduced after every
-        micro-batch, so that no rank ever holds all of them; replicas sum theirs once, at the end.
-        """
+    def _accumulate(self, ids: Tensor, batch: Batch) -> None:
+        """Without a pipeline. Over several shards, gradients are reduced after every micro-batch,
+        so that no rank ever holds all of them; replicas sum theirs once, at the end."""
         stage: Any = self.placed.stage
         layout = self.placed.layout
-        total = torch.zeros((), device=ids.device)
         parts = self._chunks(ids, batch)
         for i, (part, extra) in enumerate(parts):
             last = i == len(parts) - 1
-            stage.set_requires_gradient_sync(last or layout.dp_shard > 1)
+            stage.set_requires_gradient_sync(last or layout.shards > 1)
             stage.set_requires_all_reduce(last)
             stage.set_reshard_after_backward(last or layout.regathers)
             stage.set_is_last_backward(last)
-            value = stage(part, **extra)
-            (value * self.scale).backward()
-            total += value.detach()
-        return total
+            self._scaled(stage(part, **extra), part).backward()
 
     def _chunks(self, ids: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
         n = ids.shape[0] // self.micro_batch

@@ -37,7 +37,7 @@ MakeCompute = Callable[[Comm, ModelSpec, dict[str, Tensor]], Compute]
 class Stage(nn.Module):
     """A decoder slice together with what is computed at the end: one FSDP root, one pipeline stage.
 
-    forward(ids or hidden, **batch) -> hidden states, or on the last stage the objective's sum."""
+    forward(ids or hidden, **batch) -> hidden states, or on the last stage the objective's sums."""
 
     def __init__(self, decoder: Decoder, make_compute: MakeCompute) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Stage(nn.Module):
         **batch: Tensor,
     ) -> Tensor:
         decoder, compute = self.decoder, None
-        if decoder.final_norm is not None and decoder.spec.head.kind == "causal_lm":
+        if decoder.head is not None:
             compute = self.make_compute(decoder.comm, decoder.spec, batch)
         return decoder(x, compute, positions=positions, documents=documents)  # type: ignore[no-any-return]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,30 +24,36 @@ from bevatron.parallel.init import fill
 from bevatron.parallel.place import Placed
 
 
-def fill_random(placed: Placed, seed: int) -> None:
-    """Initialise all parameters; the values depend on the seed and the spec alone."""
+def fill_random(placed: Placed, seed: int, only: Collection[str] | None = None) -> None:
+    """Initialise the named parameters, or all; values depend on the seed and the spec alone."""
     known = {p.name: p for p in placed.spec.parameters()}
     for name, parameter in placed.parameters.items():
-        fill(parameter, known[name], placed.spec, seed)
+        if only is None or name in only:
+            fill(parameter, known[name], placed.spec, seed)
 
 
-def load_weights(placed: Placed, shapes: Mapping[str, tuple[int, ...]], read: ReadBox) -> None:
-    """Fill this rank's parameters from boxes of tensors of the given shapes."""
+def load_weights(
+    placed: Placed,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: ReadBox,
+    leave: Collection[str] = (),
+) -> None:
+    """Fill this rank's parameters, but those to `leave`, from boxes of tensors of these shapes."""
     parameters = placed.parameters.items()
-    load({n: (p, local(p.detach())) for n, p in parameters}, shapes, read)
+    load({n: (p, local(p.detach())) for n, p in parameters if n not in leave}, shapes, read)
 
 
-def stream(placed: Placed, weights: Opened) -> None:
-    """Fill all ranks' parameters from where they lie, after checking what can be checked: a native
-    checkpoint's hashes, an HF folder's second copies. Collective; if it fails on one rank, all
-    raise its message."""
+def stream(placed: Placed, weights: Opened, leave: Collection[str] = ()) -> None:
+    """Fill all ranks' parameters, but those to `leave`, from where they lie, after checking what
+    can be checked: a native checkpoint's hashes, an HF folder's second copies. Collective; if it
+    fails on one rank, all raise its message."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if weights.native:
         on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
     else:
         on_all(lambda: weights.check_copies() if rank == 0 else None)
     read = box_reader(weights.folder, weights.manifest, "model/")
-    on_all(lambda: load_weights(placed, weights.shapes, read))
+    on_all(lambda: load_weights(placed, weights.shapes, read, leave))
 
 
 def write_boxes(folder: Path, saved: Sequence[Saved], origin: Opened | None) -> Boxes:

@@ -36,8 +36,56 @@ class ModelConfig(Section):
         return self
 
 
+# Every objective, and the settings that mean something to it.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "pretrain": ("z_loss",),
+    "sequence_classification": ("labels", "problem_type", "new_head"),
+    "token_classification": ("labels", "new_head", "label_all_tokens", "join_words"),
+    "question_answering": ("new_head", "stride"),
+}
+
+
 class ObjectiveConfig(Section):
+    """What is minimised. `name` is one of OBJECTIVES.
+
+    Attributes:
+        z_loss: weight of the mean of logsumexp(logits)^2 (PaLM: 1e-4), reported apart.
+        labels: names, in order; of the new head that a language model gets.
+        problem_type: of that head; by default regression for one label, else single_label.
+        new_head: replace the head that the model has by a freshly initialised one.
+        label_all_tokens: a word's label for all of its tokens (B-X continued as I-X), not only for
+            the first.
+        join_words: tokenize words joined by spaces, as text has them at inference, rather than one
+            by one, as transformers' scripts do.
+        stride: tokens that neighbouring windows of a long context share; without it a context is
+            cut off where the sequence is full.
+    """
+
     name: str = "pretrain"
+    z_loss: float = Field(0.0, ge=0)
+    labels: list[str] = []
+    problem_type: (
+        Literal["regression", "single_label_classification", "multi_label_classification"] | None
+    ) = None
+    new_head: bool = False
+    label_all_tokens: bool = False
+    join_words: bool = False
+    stride: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> ObjectiveConfig:
+        if self.name not in OBJECTIVES:
+            known = ", ".join(OBJECTIVES)
+            raise ValueError(f"name {self.name!r} is unknown; known are {known}")
+        for key, field in type(self).model_fields.items():
+            if key == "name" or key in OBJECTIVES[self.name]:
+                continue
+            if getattr(self, key) != field.default:
+                takers = " or ".join(name for name, keys in OBJECTIVES.items() if key in keys)
+                raise ValueError(f"{key} means nothing to {self.name}, only to {takers}; drop it")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels has a name twice; name every label once")
+        return self
 
 
 class SourceConfig(Section):

@@ -27,13 +27,30 @@ def cross_entropy_sum(
         weight: [V/size, h], this rank's rows of a vocabulary of `rows`.
         labels: [B, T] int64.
     """
+    return cross_entropy_and_z(hidden, weight, labels, comm, softcap, rows, 0.0)[0]
+
+
+def cross_entropy_and_z(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    comm: Comm,
+    softcap: float | None,
+    rows: int,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum of -log p(label) + z_loss * logsumexp(logits)^2, and its second term's share without
+    a gradient, to report it apart (Chowdhery et al., arXiv 2204.02311, section 5). Arguments as of
+    `cross_entropy_sum`."""
     first, _ = comm.bounds(rows)
+    # By the largest share of an uneven vocabulary, so that all ranks have as many chunks.
+    tokens = max(1, CHUNK_LOGITS // -(-rows // comm.size))
     keep = torch.is_grad_enabled()
     flat, targets = hidden.flatten(0, 1), labels.flatten()
-    total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets, first, comm, softcap, keep
+    both: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
+        flat, weight, targets, first, tokens, comm, softcap, z_loss, keep
     )
-    return total
+    return both
 
 
 class _Chunked(torch.autograd.Function):
@@ -44,30 +61,35 @@ class _Chunked(torch.autograd.Function):
         weight: Tensor,  # [V, h]
         labels: Tensor,  # [N]
         first: int,
+        tokens: int,
         comm: Comm,
         cap: float | None,
+        z_loss: float,
         keep: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=x.device)
+        z_total = torch.zeros_like(total)
         dx = torch.empty_like(x) if keep else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if keep else None
-        for part in torch.arange(len(x), device=x.device).split(
-            max(1, CHUNK_LOGITS // max(1, len(weight)))
-        ):
-            piece = slice(int(part[0]), int(part[-1]) + 1)
-            loss, dlogits = _chunk(x[piece], weight, labels[piece], first, comm, cap, keep)
-            total += loss
+        for begin in range(0, len(x), tokens):
+            piece = slice(begin, begin + tokens)
+            loss, z, dlogits = _chunk(
+                x[piece], weight, labels[piece], first, comm, cap, z_loss, keep
+            )
+            total += loss + z
+            z_total += z
             if dlogits is not None and dx is not None and dweight is not None:
                 dx[piece] = dlogits @ weight
                 dweight += dlogits.T @ x[piece]
         if dx is not None and dweight is not None:
             ctx.save_for_backward(dx, dweight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(z_total)
+        return total, z_total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 5
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 7
 
 
 def _chunk(
@@ -77,27 +99,35 @@ def _chunk(
     first: int,
     comm: Comm,
     cap: float | None,
+    z_loss: float,
     keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of one chunk and its gradient with respect to the uncapped logits [n, V]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of one chunk, its z-loss, and the gradient of their sum with respect to the uncapped
+    logits [n, V]."""
     logits = (x @ weight.T).float()  # [n, V]
     slope = None
     if cap is not None:
         squashed = torch.tanh(logits / cap)
         slope, logits = 1 - squashed.square(), cap * squashed
-    logits -= comm.max_(logits.amax(-1))[:, None]
+    highest = comm.max_(logits.amax(-1))  # [n]
+    logits -= highest[:, None]
     valid = labels != IGNORE
     mine = valid & (labels >= first) & (labels < first + len(weight))
     column = torch.where(mine, labels - first, 0)[:, None]
     target = logits.gather(1, column)[:, 0] * mine
     probabilities = logits.exp_()
     denominator, target = comm.sum_(torch.stack((probabilities.sum(-1), target)))
-    loss = ((denominator.log() - target) * valid).sum()
+    relative = denominator.log()
+    loss = ((relative - target) * valid).sum()
+    normaliser = relative + highest  # log sum exp of the capped logits
+    z = (z_loss * normaliser.square() * valid).sum()
     if not keep:
-        return loss, None
+        return loss, z, None
     dlogits = probabilities.div_(denominator[:, None])
+    if z_loss:
+        dlogits *= (1 + 2 * z_loss * normaliser)[:, None]
     dlogits.scatter_add_(1, column, -mine[:, None].float())
     dlogits *= valid[:, None]
     if slope is not None:
         dlogits *= slope
-    return loss, dlogits.to(x.dtype)
+    return loss, z, dlogits.to(x.dtype)

@@ -13,7 +13,6 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
 
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check
@@ -92,7 +91,7 @@ def layout_of(config: RunConfig, world: int) -> Layout:
 
 def _check(config: RunConfig, layout: Layout) -> None:
     """All that needs no process group: the start, the layout, the objective, the data."""
-    from bevatron.data.store import TokenStore
+    from bevatron.train.labelled_feed import check_data
     from bevatron.train.start import find_start
 
     start = find_start(config)
@@ -113,29 +112,14 @@ def _check(config: RunConfig, layout: Layout) -> None:
         micro_batch=config.train.micro_batch,
         recompute=config.train.recompute,
     )
-    _objective(config)
-    if start.spec.head.kind != "causal_lm":
-        raise BevatronError(
-            f"objective.name pretrain needs a model with a causal_lm head; this one has the head "
-            f"{start.spec.head.kind}"
-        )
-    for source in [*config.data.train, *config.data.validation]:
-        TokenStore.open(Path(source.path)).check_vocab(start.spec.vocab_size)
-
-
-def _objective(config: RunConfig) -> Any:
-    """The objective by its name."""
-    from bevatron.train.objectives import Pretrain
-
-    if config.objective.name != "pretrain":
-        raise BevatronError(f"objective.name {config.objective.name!r} is unknown; known: pretrain")
-    return Pretrain()
+    check_data(config, start)
 
 
 def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     """One rank's whole run."""
     from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import default_device, world
+    from bevatron.train.objectives import objective_of
     from bevatron.train.run import Run
     from bevatron.train.start import find_start
 
@@ -150,7 +134,8 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     with world(device):
         start = find_start(config)
-        run = Run(config, start, layout, _objective(config), device, allow_changed)
+        objective = objective_of(config.objective, start.spec)
+        run = Run(config, start, layout, objective, device, allow_changed)
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
         say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
         run.go(say)

@@ -1,29 +1,42 @@
 """What a run minimises. The trainer knows nothing of losses; an objective knows nothing of layouts.
 
-An objective says what a batch holds, what the last stage computes from its hidden states (a sum),
-and how many units that sum has, known before the forward, so that micro-batches, ranks and packing
-never change a gradient.
+An objective says what a batch holds, which sums the last stage computes from its hidden states, and
+how many units the differentiated ones have, known before the forward, so that micro-batches, ranks
+and packing never change a gradient.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bevatron.nn.comm import Comm
 from bevatron.nn.heads import Compute
 from bevatron.spec import ModelSpec
-from bevatron.train.cross_entropy import IGNORE, cross_entropy_sum
+from bevatron.train.config import ObjectiveConfig
+from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z
 
 # What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if
 # `data.document_mask` is set, `documents` [n, T + 1] int64, the number of each token's document
-# within its sample, from 0.
+# within its sample, from 0. Of labelled examples `tokens` [n, T] and what `head_objectives` names.
 Samples = dict[str, Tensor]
+Vector = NDArray[np.float64]
 
 
 class Objective(Protocol):
+    """Attributes:
+    entries: how many sums `compute` gives. The first ones, as many as `count` has numbers, are
+        divided by these and added up: that is the loss that is differentiated. The others are
+        metrics' sums without a gradient.
+    """
+
     name: str
+    entries: int
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...].
@@ -31,17 +44,30 @@ class Objective(Protocol):
         `positions` and `documents` [B, T] among them go to the decoder. Of all that is [B, T], a
         context-parallel rank gets its own tokens."""
 
-    def count(self, batch: dict[str, Tensor]) -> int:
-        """How many units the sum over this batch has."""
+    def count(self, batch: dict[str, Tensor]) -> Sequence[int]:
+        """How many units each of the differentiated sums over this batch has."""
 
     def compute(self, comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
-        """What the head computes for one micro-batch: the sum, a scalar."""
+        """What the head computes for one micro-batch: the sums, [entries]."""
+
+    def report(self, sums: Vector, counts: Vector) -> dict[str, float]:
+        """What is reported of the sums and counts of a whole batch, or of several added up: `loss`,
+        and metrics by their names."""
 
 
 class Pretrain:
-    """Next-token prediction: mean of -log p over all tokens of the global batch, in nats."""
+    """Next-token prediction: mean of -log p over all tokens of the global batch, in nats.
+
+    Args:
+        z_loss: the weight of the mean of logsumexp(logits)^2, which is minimised along with the
+            loss and reported apart, weight included.
+    """
 
     name = "pretrain"
+
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self.z_loss = z_loss
+        self.entries = 2 if z_loss else 1
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, documents = samples["tokens"], samples.get("documents")
@@ -52,12 +78,40 @@ class Pretrain:
         labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
         return ids, {"labels": labels, "documents": documents[:, :-1]}
 
-    def count(self, batch: dict[str, Tensor]) -> int:
-        return int((batch["labels"] != IGNORE).sum())
+    def count(self, batch: dict[str, Tensor]) -> Sequence[int]:
+        return (int((batch["labels"] != IGNORE).sum()),)
 
     def compute(self, comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
         def loss(hidden: Tensor, weight: Tensor) -> Tensor:
             labels, cap = batch["labels"], spec.logit_softcap
-            return cross_entropy_sum(hidden, weight, labels, comm, cap, spec.vocab_size)
+            both = cross_entropy_and_z(
+                hidden, weight, labels, comm, cap, spec.vocab_size, self.z_loss
+            )
+            return torch.stack(both[: self.entries])
 
         return loss
+
+    def report(self, sums: Vector, counts: Vector) -> dict[str, float]:
+        n = mean_over(counts[0])
+        if not self.z_loss:
+            return {"loss": sums[0] / n}
+        return {"loss": (sums[0] - sums[1]) / n, "z_loss": sums[1] / n}
+
+
+def mean_over(count: Any) -> float:
+    """A count to divide by: where there is nothing to count, sums are zero and so is their mean."""
+    return max(1.0, float(count))
+
+
+def objective_of(config: ObjectiveConfig, spec: ModelSpec) -> Objective:
+    """The configured objective for a model with the head that it needs (`new_head.py` sees to
+    that)."""
+    from bevatron.train import head_objectives
+
+    if config.name == "pretrain":
+        return Pretrain(config.z_loss)
+    if config.name == "sequence_classification":
+        return head_objectives.SequenceClassification(spec.head)
+    if config.name == "token_classification":
+        return head_objectives.TokenClassification()
+    return head_objectives.QuestionAnswering()

@@ -16,11 +16,11 @@ from bevatron.checkpoint.sharded import box_reader
 from bevatron.errors import BevatronError
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.weights import stream
+from bevatron.parallel.weights import fill_random, stream
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance
 from bevatron.train.config import RunConfig, changed_keys, load_config
-from bevatron.train.feed import Feed
+from bevatron.train.labelled_feed import open_feed
 from bevatron.train.meter import Meter
 from bevatron.train.objectives import Objective
 from bevatron.train.saving import Saver
@@ -75,9 +75,9 @@ class Run:
 
     def _open_feed(self) -> None:
         config, layout = self.config, self.layout
-        self.feed = Feed(
-            config.data,
-            self.start.spec,
+        self.feed = open_feed(
+            config,
+            self.start,
             global_batch=config.train.global_batch,
             seed=config.train.seed,
             dp_rank=self.trainer.dp_rank,
@@ -102,7 +102,8 @@ class Run:
         if weights is None:
             trainer.fill_random(self.config.train.seed)
             return
-        stream(trainer.placed, weights)
+        stream(trainer.placed, weights, leave=self.start.fresh)
+        fill_random(trainer.placed, self.config.train.seed, only=self.start.fresh)
         if self.start.resumed is not None:
             self._continue(weights)
 
@@ -167,16 +168,18 @@ class Run:
             self.step,
             tokens=self.tokens,
             seconds=time.perf_counter() - began,
-            values={"loss": loss, "grad_norm": norm, "lr": lr},
+            values={"loss": loss, "grad_norm": norm, "lr": lr} | self.trainer.reported,
             advance=advance,
         )
 
     def _validate(self) -> None:
-        total = count = 0.0
-        for i in range(self.config.train.val_batches):
-            part = self.trainer.evaluate(self.feed.validation_batch(i))
-            total, count = total + part[0], count + part[1]
-        self.meter.write({"step": self.step, "val_loss": total / count})
+        parts = [
+            self.trainer.evaluate(self.feed.validation_batch(i))
+            for i in range(self.config.train.val_batches)
+        ]
+        sums, counts = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
+        found = self.trainer.objective.report(sums, counts)
+        self.meter.write({"step": self.step} | {f"val_{k}": v for k, v in found.items()})
 
 
 class _Quiet:

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.run_folder import RunFolder
+from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.families import for_spec
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
+from bevatron.train.new_head import with_head
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: a step of its own folder, other weights, or nothing (random)."""
+    """What a run starts from: a step of its own folder, other weights, or nothing (random).
+    `fresh`: parameters of a new head, which the weights do not have."""
 
     spec: ModelSpec
     weights: Opened | None
     resumed: Path | None
     family: str
+    fresh: tuple[str, ...] = ()
 
 
 def find_start(config: RunConfig) -> Start:
-    """Decide where to start. A complete step in the run folder wins over `model.init`."""
+    """Decide where to start. A complete step in the run folder wins over `model.init`. The model
+    gets the head that the objective needs."""
     newest = RunFolder(Path(config.run.dir)).newest()
+    objective = config.objective
     if newest is not None:
         opened = open_weights(newest)
-        return Start(opened.spec, opened, newest, opened.manifest.family)
-    if config.model.init is not None:
+        start = Start(opened.spec, opened, newest, opened.manifest.family)
+        objective = objective.model_copy(update={"new_head": False})  # it has been replaced
+    elif config.model.init is not None:
         opened = open_weights(config.model.init)
-        return Start(opened.spec, opened, None, opened.manifest.family)
-    spec = spec_named(str(config.model.spec))
-    return Start(spec, None, None, for_spec(spec).name)
+        start = Start(opened.spec, opened, None, opened.manifest.family)
+    else:
+        spec = spec_named(str(config.model.spec))
+        start = Start(spec, None, None, for_spec(spec).name)
+
+    def pad() -> int | None:
+        tokenizer = open_tokenizer(tokenizer_of(config, start))
+        return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+
+    spec, fresh = with_head(start.spec, objective, start.family, pad)
+    return replace(start, spec=spec, fresh=fresh)
+
+
+def tokenizer_of(config: RunConfig, start: Start) -> str | Path:
+    """The configured tokenizer, or the one that lies with the weights."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if start.weights is None or start.weights.source is None:
+        raise BevatronError("tokenizer: missing; the model comes without one, so name its folder")
+    return start.weights.source
 
 
 def spec_named(name: str) -> ModelSpec:

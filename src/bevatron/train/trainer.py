@@ -5,7 +5,7 @@ No files and no loop here; `run.py` has those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from bevatron.parallel.place import place
 from bevatron.parallel.weights import fill_random, load_weights
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
-from bevatron.train.objectives import Objective, Samples
+from bevatron.train.objectives import Objective, Samples, Vector
 from bevatron.train.optimizer import AdamW
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,6 +30,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 class Trainer:
     """A spec on a mesh with an optimizer.
+
+    `reported`: what the objective says of the last step, its loss and metrics over the whole batch.
 
     `samples` arguments are this data-parallel rank's part of the global batch, the same on its
     pipeline, context- and tensor-parallel ranks.
@@ -70,7 +72,9 @@ class Trainer:
             count=train.global_batch // (layout.dp * train.micro_batch),
             dtype=self.dtype,
             device=device,
+            entries=objective.entries,
         )
+        self.reported: dict[str, float] = {}
         self.optimizer = AdamW(
             self.placed,
             betas=optimizer.betas,
@@ -122,35 +126,40 @@ class Trainer:
 
     def step(self, samples: Samples, lr: float) -> tuple[float, float]:
         """One update; returns the loss and the gradient's norm before clipping."""
-        ids, batch, count = self._batch(samples)
-        value = self.runner.step(ids, batch, 1.0 / count)
+        ids, batch, counts = self._batch(samples)
+        scale = torch.tensor(1 / counts.clip(1), dtype=torch.float32, device=self.device)
+        sums = self.runner.step(ids, batch, scale)
         norm = global_norm(self.placed)
         clip(self.placed, norm, self.optimizer_config.clip_grad)
         self.optimizer.step(lr)
-        return self._sum(value) / count, norm
+        self.reported = self.objective.report(self._sum(sums), counts)
+        return self.reported["loss"], norm
 
-    def evaluate(self, samples: Samples) -> tuple[float, float]:
-        """The objective's sum over all ranks' samples, and its count."""
-        ids, batch, count = self._batch(samples)
-        return self._sum(self.runner.evaluate(ids, batch)), count
+    def evaluate(self, samples: Samples) -> tuple[Vector, Vector]:
+        """The objective's sums over all ranks' samples, and their counts; both add up over batches
+        to what `objective.report` takes."""
+        ids, batch, counts = self._batch(samples)
+        return self._sum(self.runner.evaluate(ids, batch)), counts
 
-    def _batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor], float]:
-        """What this rank's stages get, and the objective's count over all ranks."""
+    def _batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor], Vector]:
+        """What this rank's stages get, and the objective's counts over all ranks."""
         ids, batch = self.objective.batch(samples)
-        count = self._total(self.objective.count(batch))
+        counts = self._total(self.objective.count(batch))
         if self.layout.cp > 1:
             ids, batch = ContextParallel(self.mesh["cp"]).take(ids, batch)
-        return ids, batch, count
+        return ids, batch, counts
 
-    def _total(self, count: int) -> float:
-        """Sum over the data-parallel ranks of a number that each part's other ranks share."""
+    def _total(self, counts: Sequence[int]) -> Vector:
+        """Sum over the data-parallel ranks of numbers that each part's other ranks share."""
         first = all(self.mesh.get_local_rank(dim) == 0 for dim in ("pp", "cp", "tp"))
-        total = torch.tensor(float(count) if first else 0.0, dtype=torch.float64)
-        total = total.to(self.device)
-        dist.all_reduce(total)
-        return float(total)
+        total = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        return self._reduced(total if first else torch.zeros_like(total))
 
-    def _sum(self, value: Tensor) -> float:
-        total = value.double() if self._reports else torch.zeros_like(value, dtype=torch.float64)
+    def _sum(self, sums: Tensor) -> Vector:
+        total = sums.double()
+        return self._reduced(total if self._reports else torch.zeros_like(total))
+
+    def _reduced(self, total: Tensor) -> Vector:
         dist.all_reduce(total)
-        return float(total)
+        out: Vector = total.cpu().numpy()
+        return out

@@ -1,0 +1,156 @@
+"""The batches of a run on labelled examples, each of which comes once an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bevatron.data.answers import Answers
+from bevatron.data.labelled import Arrays, Labelled, Padded, SequenceLabels, TokenLabels
+from bevatron.data.rows import Rows
+from bevatron.data.sampler import Permutation, derive
+from bevatron.data.store import TokenStore
+from bevatron.data.tokenizer import open_tokenizer
+from bevatron.errors import BevatronError
+from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.feed import Feed
+from bevatron.train.head_objectives import problem_type
+from bevatron.train.objectives import Samples
+from bevatron.train.start import Start, tokenizer_of
+
+ROWS = 1024  # that are tokenized at once where windows are counted
+SHUFFLE = 3  # tells these permutations from the sampler's
+
+
+def open_feed(config: RunConfig, start: Start, **options: Any) -> Feed | LabelledFeed:
+    """What the objective reads: token stores, or labelled examples. Options as of `Feed`."""
+    if config.objective.name == "pretrain":
+        return Feed(config.data, start.spec, **options)
+    return LabelledFeed(config, start, **options)
+
+
+def check_data(config: RunConfig, start: Start) -> None:
+    """Open all data once, before any process starts. Raises BevatronError if they do not fit."""
+    sources = [*config.data.train, *config.data.validation]
+    if config.objective.name != "pretrain":
+        Rows([Path(source.path) for source in sources], _labelled(config, start).check)
+        return
+    for source in sources:
+        TokenStore.open(Path(source.path)).check_vocab(start.spec.vocab_size)
+
+
+class Examples:
+    """All examples of some .jsonl files, tokenized when asked for."""
+
+    def __init__(self, sources: Sequence[SourceConfig], labelled: Labelled) -> None:
+        for source in sources:
+            if source.weight != sources[0].weight:
+                raise BevatronError(
+                    f"{source.path}: its weight is {source.weight}, but every labelled example "
+                    "comes once an epoch, so weights mean nothing; drop them"
+                )
+        self.labelled = labelled
+        self.rows = Rows([Path(source.path) for source in sources], labelled.check)
+        self.windows = self._count() if labelled.windows else None  # [examples, (row, window)]
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.windows is None else len(self.windows)
+
+    def __getitem__(self, numbers: Sequence[int]) -> list[Arrays]:
+        """The examples of these numbers; those behind the last are blank."""
+        found = [n for n in numbers if n < len(self)]
+        places = [(n, 0) for n in found] if self.windows is None else self.windows[found].tolist()
+        encoded = self.labelled.encode([self.rows[row] for row, _ in places])
+        made = [one[window] for one, (_, window) in zip(encoded, places, strict=True)]
+        return made + [self.labelled.blank()] * (len(numbers) - len(found))
+
+    def _count(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        counts: list[int] = []
+        for first in range(0, len(self.rows), ROWS):
+            rows = [self.rows[i] for i in range(first, min(first + ROWS, len(self.rows)))]
+            counts += map(len, self.labelled.encode(rows))
+        row = np.repeat(np.arange(len(counts)), counts)
+        return np.stack((row, np.concatenate([np.arange(n) for n in counts])), 1)
+
+
+class LabelledFeed:
+    """Samples as a function of the step, like `Feed`. Training goes through all examples in another
+    order every epoch; validation goes through them once, in order, and then has blank ones.
+
+    Raises BevatronError for a row that does not fit the model's head, naming its line."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        start: Start,
+        *,
+        global_batch: int,
+        seed: int,
+        dp_rank: int,
+        dp: int,
+        device: torch.device,
+    ) -> None:
+        self.seed, self.device, self.vocab_size = seed, device, start.spec.vocab_size
+        self.global_batch, self.dp_rank, self.dp = global_batch, dp_rank, dp
+        labelled = _labelled(config, start)
+        self.training = Examples(config.data.train, labelled)
+        validation = config.data.validation
+        self.validation = Examples(validation, labelled) if validation else None
+
+    def batch(self, step: int) -> Samples:
+        """This rank's samples of update number `step` (from 0)."""
+        first = step * self.global_batch
+        return self._samples(self.training, [self._shuffled(p) for p in self._mine(first)])
+
+    def validation_batch(self, number: int) -> Samples:
+        """The same of validation batch `number`, in order."""
+        assert self.validation is not None
+        return self._samples(self.validation, list(self._mine(number * self.global_batch)))
+
+    def _mine(self, first: int) -> range:
+        n = self.global_batch // self.dp
+        return range(first + self.dp_rank * n, first + (self.dp_rank + 1) * n)
+
+    def _shuffled(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.training))
+        return Permutation(len(self.training), derive(self.seed, SHUFFLE, epoch))(index)
+
+    def _samples(self, examples: Examples, numbers: Sequence[int]) -> Samples:
+        made = examples[numbers]
+        samples = {
+            name: torch.from_numpy(np.stack([one[name] for one in made])) for name in made[0]
+        }
+        highest = int(samples["tokens"].max())
+        if highest >= self.vocab_size:
+            raise BevatronError(
+                f"the tokenizer gave the token id {highest}, the model knows ids below "
+                f"{self.vocab_size}; use the tokenizer that belongs to the model"
+            )
+        return {name: values.to(self.device) for name, values in samples.items()}
+
+
+def _labelled(config: RunConfig, start: Start) -> Labelled:
+    """How the objective's rows become arrays, for the head of the model that starts."""
+    if config.parallel.cp > 1:
+        raise BevatronError(
+            f"objective.name {config.objective.name} scores whole sequences, which "
+            f"parallel.cp={config.parallel.cp} cuts; use cp: 1"
+        )
+    if config.data.document_mask:
+        raise BevatronError(
+            f"data.document_mask is for packed pretraining data; objective.name "
+            f"{config.objective.name} has one example a sequence, so drop it"
+        )
+    opened = open_tokenizer(tokenizer_of(config, start))
+    spec, objective = start.spec, config.objective
+    padded = Padded.of(opened, config.data.seq_len, spec.head.pad_token_id)
+    if objective.name == "sequence_classification":
+        return SequenceLabels(padded, spec.head.labels, problem_type(spec.head))
+    if objective.name == "question_answering":
+        return Answers(padded, objective.stride)
+    all_tokens, join = objective.label_all_tokens, objective.join_words
+    return TokenLabels(padded, spec.head.labels, all_tokens=all_tokens, join=join)
