@@ -49,8 +49,9 @@ class Muon:
         self.names = list(sources)
         self.shards = [local(p.detach()) for p in sources.values()]
         self.momentum = [torch.zeros_like(shard) for shard in self.shards]
-        shapes = [[m.shape for m in self._split(i, p)] for i, p in enumerate(sources.values())]
-        self.owners = Owners(list(sources.values()), [sum(map(_cost, s)) for s in shapes])
+        whole = [torch.empty(p.shape, device="meta") for p in sources.values()]
+        costs = [sum(_cost(m.shape) for m in self._split(i, w)) for i, w in enumerate(whole)]
+        self.owners = Owners(list(sources.values()), costs)
         self.count = 0
 
     def step(self, lr: float) -> None:

@@ -30,7 +30,7 @@ def decay_steps(schedule: ScheduleConfig, steps: int) -> int:
     """How many updates at the end of a `wsd` run decay."""
     if schedule.decay_steps is not None:
         return schedule.decay_steps
-    return round(schedule.decay_fraction * steps)
+    return max(1, round(schedule.decay_fraction * steps))
 
 
 def _remaining(shape: str, progress: float) -> float:
