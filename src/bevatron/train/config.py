@@ -25,15 +25,20 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What to start from: weights (`init`), or random ones of a preset or spec file (`spec`)."""
+    """What to start from: weights (`init`), or random ones of a preset or spec file (`spec`).
+    `init_std` and `depth_scaled` of random weights are the spec's own if absent."""
 
     init: str | None = None
     spec: str | None = None
+    init_std: float | None = Field(None, ge=0)
+    depth_scaled: bool | None = None
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
         if (self.init is None) == (self.spec is None):
             raise ValueError("give exactly one of init (weights) and spec (random weights)")
+        if self.spec is None and (self.init_std is not None or self.depth_scaled is not None):
+            raise ValueError("init_std and depth_scaled are for random weights, but init is given")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bevatron.bridge.opened import Opened, open_weights
@@ -33,6 +33,9 @@ def find_start(config: RunConfig) -> Start:
         opened = open_weights(config.model.init)
         return Start(opened.spec, opened, None, opened.manifest.family)
     spec = spec_named(str(config.model.spec))
+    changes = {"std": config.model.init_std, "depth_scaled": config.model.depth_scaled}
+    given = {name: value for name, value in changes.items() if value is not None}
+    spec = replace(spec, init=replace(spec.init, **given))  # type: ignore[arg-type]
     return Start(spec, None, None, for_spec(spec).name)
 
 
