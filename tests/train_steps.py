@@ -8,12 +8,18 @@ import torch
 
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.world import mesh
-from bevatron.train.config import OptimizerConfig, TrainConfig
+from bevatron.train.config import MuonConfig, OptimizerConfig, TrainConfig
 from bevatron.train.objectives import Objective, Pretrain, Samples
 from bevatron.train.trainer import Trainer
 from tests.specs import ALL
 
 GLOBAL_BATCH, SEQ_LEN, STEPS = 8, 16, 5
+OPTIMIZERS = {
+    "adamw": OptimizerConfig(lr=1e-2, clip_grad=1.0, weight_decay=0.1),
+    "muon": OptimizerConfig(
+        name="muon", lr=1e-2, lr_scale={"embedding": 1.0}, muon=MuonConfig(momentum_warmup=4)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Case:
     recompute: str = "none"
     compile: bool = False
     documents: bool = False
+    optimizer: str = "adamw"
 
 
 def make_trainer(case: Case, objective: Objective | None = None) -> Trainer:
@@ -46,7 +53,7 @@ def make_trainer(case: Case, objective: Objective | None = None) -> Trainer:
         objective or Pretrain(),
         seq_len=SEQ_LEN,
         train=train,
-        optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0, weight_decay=0.1),
+        optimizer=OPTIMIZERS[case.optimizer],
         device=device,
     )
     trainer.fill_random(seed=0)

@@ -28,9 +28,7 @@ def fill(tensor: Tensor, parameter: ParameterSpec, spec: ModelSpec, seed: int) -
     elif parameter.role == "norm":
         mine.fill_(0.0 if spec.norm.kind == "layernorm1p" else 1.0)
     else:
-        std = spec.init.std
-        if parameter.role == "o" and spec.init.scale_attention_output:
-            std /= math.sqrt(2 * len(spec.layers))
+        std = spec.init.std_of(parameter.role, spec.sublayers)
         offset, shape = box(tensor)
         _normal(mine, parameter, std, seed, offset, shape)
 

@@ -15,7 +15,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from bevatron.spec.model import MLP, Attention, LayerSpec, Linear, ModelSpec, Rope, SpecError
+from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Rope, SpecError
 
 T = TypeVar("T")
 
@@ -26,6 +26,7 @@ _KINDS: dict[str, dict[str, type]] = {
 
 _ADDED: dict[type, tuple[str, ...]] = {
     ModelSpec: ("head",),
+    Init: ("depth_scaled",),
     Rope: ("beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
 

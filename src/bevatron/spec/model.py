@@ -13,6 +13,7 @@ G KV heads (groups), q query heads per group, D head_dim, h hidden_size, f inter
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -256,11 +257,28 @@ class Head:
 
 @dataclass(frozen=True)
 class Init:
-    """Random weights: N(0, std); output projections of the attention divided by sqrt(2 * layers)
-    if `scale_attention_output`. Norms start as the identity, biases at zero."""
+    """Random weights: N(0, std). Norms start as the identity, biases at zero.
+
+    Attributes:
+        scale_attention_output: output projections of the attention are divided by the root of the
+            number of sublayers, 2 * layers where none is absent (NanoChat in transformers).
+        depth_scaled: so is all that sublayers add to the residual stream: `o`, `down`, `linear`
+            (GPT-2, Megatron), which keeps its variance independent of the depth.
+    """
 
     std: float = 0.02
     scale_attention_output: bool = False
+    depth_scaled: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.std >= 0:
+            raise SpecError(f"init: std is {self.std}, expected at least 0")
+
+    def std_of(self, role: Role, sublayers: int) -> float:
+        """Standard deviation of a matrix in a model of so many sublayers."""
+        scaled = role == "o" and self.scale_attention_output
+        scaled |= role in ("o", "down", "linear") and self.depth_scaled
+        return self.std / math.sqrt(sublayers) if scaled else self.std
 
 
 @dataclass(frozen=True)
@@ -302,6 +320,11 @@ class ModelSpec:
                         f"partial {self.rope.partial} rotates {rotary} dimensions; expected an "
                         f"even number of at least {least}"
                     )
+
+    @property
+    def sublayers(self) -> int:
+        """How many sublayers add to the residual stream."""
+        return sum((a.attention is not None) + (a.mlp is not None) for a in self.layers)
 
     @property
     def tied(self) -> bool:

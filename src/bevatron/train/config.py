@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bevatron.errors import BevatronError
+from bevatron.spec.model import Role
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -24,15 +25,20 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """What to start from: weights (`init`), or random ones of a preset or spec file (`spec`)."""
+    """What to start from: weights (`init`), or random ones of a preset or spec file (`spec`).
+    `init_std` and `depth_scaled` of random weights are the spec's own if absent."""
 
     init: str | None = None
     spec: str | None = None
+    init_std: float | None = Field(None, ge=0)
+    depth_scaled: bool | None = None
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
         if (self.init is None) == (self.spec is None):
             raise ValueError("give exactly one of init (weights) and spec (random weights)")
+        if self.spec is None and (self.init_std is not None or self.depth_scaled is not None):
+            raise ValueError("init_std and depth_scaled are for random weights, but init is given")
         return self
 
 
@@ -139,21 +145,48 @@ class TrainConfig(Section):
     val_batches: int = Field(1, ge=1)
 
 
+class MuonConfig(Section):
+    """Muon's own settings. Momentum rises from `momentum_start` over `momentum_warmup` updates.
+    `dtype` of the Newton-Schulz iterations: that of `train.precision` if absent. `scale` of an
+    update [rows, columns]: `nanochat` max(1, rows/columns)^0.5, `moonshot` 0.2 max(rows,
+    columns)^0.5, which suits a learning rate and weight decay made for AdamW."""
+
+    momentum: Beta = 0.95
+    momentum_start: Beta = 0.85
+    momentum_warmup: int = Field(300, ge=0)
+    iterations: int = Field(5, ge=1)
+    dtype: Literal["bf16", "fp32"] | None = None
+    scale: Literal["nanochat", "moonshot"] = "nanochat"
+
+
 class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
+    """`muon` updates the layers' matrices with Muon and the rest (embedding, head, norms, biases,
+    scores) with AdamW. `no_decay` lists the roles without weight decay, `lr_scale` multiples of the
+    learning rate by role (1 for roles that it does not name; with Muon NanoChat's)."""
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)  # YAML gives a list
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+    no_decay: list[Role] = ["norm", "embedding", "bias"]
+    lr_scale: dict[Role, Annotated[float, Field(gt=0)]] = {}
     clip_grad: float = Field(1.0, ge=0)
+    muon: MuonConfig = MuonConfig()
 
 
 class ScheduleConfig(Section):
-    """Linear warmup over `warmup_steps`, then constant, or a cosine down to `min_lr`."""
+    """Linear warmup over `warmup_steps`, then down to `min_lr` at the last step: as a `cosine`,
+    `linear`, by `one_sqrt` (1 - sqrt of the way), or not at all (`constant`). `wsd` stays constant
+    and decays in the shape `decay` over the last `decay_steps`, or the share `decay_fraction` of
+    `train.steps`."""
 
-    name: Literal["cosine", "constant"] = "cosine"
+    name: Literal["cosine", "constant", "linear", "one_sqrt", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     min_lr: float = Field(0.0, ge=0)
+    decay_steps: int | None = Field(None, ge=1)
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    decay: Literal["linear", "one_sqrt", "cosine"] = "linear"
 
 
 class CheckpointConfig(Section):
@@ -187,6 +220,13 @@ class RunConfig(Section):
     def _validation_has_data(self) -> RunConfig:
         if self.train.val_every and not self.data.validation:
             raise ValueError("train.val_every is set but data.validation is empty")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_fall(self) -> RunConfig:
+        low, high = self.schedule.min_lr, self.optimizer.lr
+        if low > high:
+            raise ValueError(f"schedule.min_lr {low:g} is above optimizer.lr {high:g}")
         return self
 
 

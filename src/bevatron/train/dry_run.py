@@ -6,6 +6,7 @@ from bevatron.parallel.layout import Layout
 from bevatron.parallel.split import layer_cost, stage_ranges
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
+from bevatron.train.rules import groups
 
 # Bytes per parameter of a rank: fp32 master, fp32 gradient and two fp32 moments.
 STATE_BYTES = 16
@@ -28,6 +29,8 @@ def report(config: RunConfig, layout: Layout) -> None:
         f"batch       {config.train.global_batch} samples, {tokens:,} tokens, {micro} micro-batches"
     )
     print(f"steps       {config.train.steps}, {config.train.steps * tokens:,} tokens in all")
+    for group in groups(spec, config.optimizer):
+        print(f"optimizer   {group}")
     print("stage  layers       parameters/rank  state GiB/rank  share of FLOPs")
     costs = [layer_cost(spec, i, config.data.seq_len) for i in range(len(spec.layers))]
     head = 2.0 * spec.head_rows * spec.hidden_size

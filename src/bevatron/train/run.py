@@ -146,14 +146,8 @@ class Run:
 
     def _one_step(self, advance: Advance) -> None:
         config, began = self.config, time.perf_counter()
-        schedule = config.schedule
         lr = learning_rate(
-            self.step + 1,
-            name=schedule.name,
-            steps=config.train.steps,
-            lr=config.optimizer.lr,
-            warmup_steps=schedule.warmup_steps,
-            min_lr=schedule.min_lr,
+            self.step + 1, config.schedule, steps=config.train.steps, lr=config.optimizer.lr
         )
         loss, norm = self.trainer.step(self.feed.batch(self.step), lr)
         if not np.isfinite(loss) or not np.isfinite(norm):

@@ -41,6 +41,9 @@ def find_start(config: RunConfig) -> Start:
         start = Start(opened.spec, opened, None, opened.manifest.family)
     else:
         spec = spec_named(str(config.model.spec))
+        changes = {"std": config.model.init_std, "depth_scaled": config.model.depth_scaled}
+        given = {name: value for name, value in changes.items() if value is not None}
+        spec = replace(spec, init=replace(spec.init, **given))  # type: ignore[arg-type]
         start = Start(spec, None, None, for_spec(spec).name)
 
     def pad() -> int | None:

@@ -23,7 +23,7 @@ from bevatron.parallel.weights import fill_random, load_weights
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
 from bevatron.train.objectives import Objective, Samples, Vector
-from bevatron.train.optimizer import AdamW
+from bevatron.train.optimizer import make_optimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -75,12 +75,7 @@ class Trainer:
             entries=objective.entries,
         )
         self.reported: dict[str, float] = {}
-        self.optimizer = AdamW(
-            self.placed,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.placed, optimizer, self.dtype)
 
     @property
     def dp_rank(self) -> int:
@@ -102,7 +97,7 @@ class Trainer:
         load_weights(self.placed, shapes, read)
 
     def load_optimizer(self, shapes: Shapes, read: ReadBox, step: int) -> None:
-        """Fill the moments, and the fp32 masters if the checkpoint's weights are rounded."""
+        """Fill the optimizer's states, and fp32 masters if the checkpoint's weights are rounded."""
         into = dict(self.optimizer.states())
         if self.dtype != torch.float32:
             parameters = self.placed.parameters.items()
@@ -111,17 +106,17 @@ class Trainer:
         self.optimizer.set_step(step)
 
     def to_save(self) -> list[Saved]:
-        """Weights in the run's dtype, moments, and fp32 masters where the weights are rounded."""
+        """Weights in the run's dtype, the optimizer's states, and fp32 masters where the weights
+        are rounded."""
         out = []
-        states = self.optimizer.states()
         for name, p in self.placed.parameters.items():
             out.append(Saved(f"model/{name}", p, local(p.detach()), self.dtype))
             if self.dtype != torch.float32:
                 values = local(p.detach())
                 out.append(Saved(f"optimizer/master/{name}", p, values, torch.float32))
-            for kind in ("exp_avg", "exp_avg_sq"):
-                _, state = states[f"{kind}/{name}"]
-                out.append(Saved(f"optimizer/{kind}/{name}", p, state, torch.float32))
+        for name, (p, values) in self.optimizer.states().items():
+            if name.partition("/")[2] in self.placed.parameters:
+                out.append(Saved(f"optimizer/{name}", p, values, torch.float32))
         return out
 
     def step(self, samples: Samples, lr: float) -> tuple[float, float]:
