@@ -8,11 +8,14 @@ no parameters but return on export.
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bevatron.errors import BevatronError
 
@@ -28,8 +31,11 @@ class CheckpointError(BevatronError):
     """A native checkpoint that is missing, incomplete, damaged or from another format version."""
 
 
-@dataclass(frozen=True)
-class Chunk:
+class NewerFormatError(CheckpointError):
+    """A checkpoint of a format version that this Bevatron does not know; it is not damaged."""
+
+
+class Chunk(NamedTuple):
     """A box of a tensor: where it begins (elements per dimension), its shape, and where it lies.
 
     `file` is relative to the checkpoint; `at` is the byte position in it; `hash` is
@@ -74,23 +80,61 @@ class Manifest:
 
     def to_json(self) -> str:
         """One tensor a line, so that a manifest can be read and compared by eye."""
-        head = {"format": "bevatron", "version": self.version, "family": self.family}
-        head |= {"step": self.step, **self.extra}
-        lines = [f'  "{k}": {json.dumps(v)},' for k, v in head.items()]
-        tensors = []
-        for name, t in self.tensors.items():
-            chunks = [
-                {"offset": c.offset, "shape": c.shape, "file": c.file, "at": c.at, "hash": c.hash}
-                for c in t.chunks
-            ]
-            entry = {"dtype": t.dtype, "shape": t.shape, "chunks": chunks}
-            tensors.append(f"    {json.dumps(name)}: {json.dumps(entry)}")
-        body = ",\n".join(tensors)
-        return "{\n" + "\n".join(lines) + '\n  "tensors": {\n' + body + "\n  }\n}\n"
+        tensors = [
+            (json.dumps(name), t.dtype, t.shape, map(chunk_json, t.chunks))
+            for name, t in self.tensors.items()
+        ]
+        head = {"version": self.version, "family": self.family, "step": self.step}
+        return manifest_json(head | dict(self.extra), tensors)
+
+
+def manifest_json(
+    head: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[str]]]
+) -> str:
+    """The text of a manifest.
+
+    Args:
+        head: what stands before the tensors: version, family, step, and more.
+        tensors: of each its name (as JSON), dtype, shape, and chunks (as JSON).
+    """
+    lines = [f'  "{k}": {json.dumps(v)},' for k, v in {"format": "bevatron", **head}.items()]
+    body = ",\n".join(
+        f'    {name}: {{"dtype": "{dtype}", "shape": {list(shape)}, '
+        f'"chunks": [{", ".join(chunks)}]}}'
+        for name, dtype, shape, chunks in tensors
+    )
+    return "{\n" + "\n".join(lines) + '\n  "tensors": {\n' + body + "\n  }\n}\n"
+
+
+def chunk_json(chunk: Chunk) -> str:
+    """A chunk as the manifest spells it."""
+    return (
+        f'{{"offset": {list(chunk.offset)}, "shape": {list(chunk.shape)}, '
+        f'"file": {json.dumps(chunk.file)}, "at": {chunk.at}, "hash": "{chunk.hash}"}}'
+    )
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Millions of new objects, none of them garbage: the collector would walk them many times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `folder/manifest.json`: version, dtypes, and chunks that tile each tensor."""
+    """Read and check `folder/manifest.json`: version, dtypes, and chunks that tile each tensor.
+
+    Raises CheckpointError; NewerFormatError if only a later Bevatron can read it."""
+    with _without_gc():
+        return _read_manifest(folder)
+
+
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {FILE_NAME}; this is not a complete native checkpoint")
@@ -98,7 +142,8 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw["version"]
         if version != FORMAT_VERSION:
-            raise CheckpointError(
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            raise (NewerFormatError if newer else CheckpointError)(
                 f"{path}: format version {version}, this Bevatron reads {FORMAT_VERSION}; "
                 "install the version that wrote it"
             )
@@ -108,8 +153,12 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(raw["family"], raw["step"], tensors, version, extra)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    for name, tensor in manifest.tensors.items():
-        _check_tensor(path, name, tensor)
+    inside: set[str] = set()
+    try:
+        for name, tensor in manifest.tensors.items():
+            _check_tensor(path, name, tensor, inside)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     return manifest
 
 
@@ -121,24 +170,22 @@ def _tensor(raw: Any) -> TensorEntry:
     return TensorEntry(raw["dtype"], tuple(raw["shape"]), chunks)
 
 
-def _check_tensor(path: Path, name: str, tensor: TensorEntry) -> None:
+def _check_tensor(path: Path, name: str, tensor: TensorEntry, inside: set[str]) -> None:
+    """`inside`: files that are known to lie in the folder, to which this adds."""
     if tensor.dtype not in ITEMSIZE:
         raise CheckpointError(f"{path}: {name} has unknown dtype {tensor.dtype!r}")
-    covered = 0
-    for chunk in tensor.chunks:
-        inside = len(chunk.offset) == len(chunk.shape) == len(tensor.shape) and all(
-            o >= 0 and n >= 0 and o + n <= size
-            for o, n, size in zip(chunk.offset, chunk.shape, tensor.shape, strict=True)
-        )
-        if not inside:
+    covered, rank = 0, len(tensor.shape)
+    for offset, shape, file, _, _ in tensor.chunks:
+        fits = len(offset) == len(shape) == rank
+        for o, n, size in zip(offset, shape, tensor.shape, strict=False):
+            fits = fits and o >= 0 and n >= 0 and o + n <= size
+        if not fits:
             raise CheckpointError(f"{path}: a chunk of {name} lies outside of its tensor")
-        parts = Path(chunk.file).parts
-        if Path(chunk.file).is_absolute() or ".." in parts or "\\" in chunk.file:
-            raise CheckpointError(f"{path}: {name} points outside of the folder: {chunk.file!r}")
-        elements = 1
-        for n in chunk.shape:
-            elements *= n
-        covered += elements
+        if file not in inside:
+            if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
+                raise CheckpointError(f"{path}: {name} points outside of the folder: {file!r}")
+            inside.add(file)
+        covered += math.prod(shape)
     if covered * ITEMSIZE[tensor.dtype] != tensor.nbytes:
         raise CheckpointError(
             f"{path}: the chunks of {name} hold {covered} elements, expected shape {tensor.shape}"

@@ -9,22 +9,20 @@ it is cleared, and the work starts again. On any error, Ctrl-C or SIGTERM both s
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
 from bevatron.checkpoint.files import check_free, is_remote, threads_are_free, uploaded
+from bevatron.checkpoint.lock import lock
 from bevatron.errors import BevatronError
 
 SYNC_EVERY_S = 0.2
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -45,7 +43,7 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
         return
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link target)
     check_target(target, overwrite=overwrite, apart_from=apart_from)
-    made = _make_parents(target.parent)
+    made = make_parents(target.parent)
     partial = _sibling(target, "partial")
     try:
         with _terminable(), _lock(target) as locked:
@@ -57,18 +55,18 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
                 with _syncing(partial):
                     yield partial
                 _sync_tree(partial)
-                _put(partial, target, overwrite)
+                put(partial, target, overwrite)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
-        _remove_empty(made)
+        remove_empty(made)
         place = error.filename or target
         raise BevatronError(
             f"{place}: {error.strerror or error}; writing {target} failed and nothing was kept"
         ) from error
     except BaseException:
-        _remove_empty(made)
+        remove_empty(made)
         raise
 
 
@@ -76,7 +74,7 @@ def new_folder(target: Path, *, overwrite: bool, apart_from: Path | None = None)
 def working_folder(target: Path) -> Iterator[Path]:
     """A hidden sibling of `target`, gone afterwards, for what is written on the way to it."""
     target = Path(os.path.abspath(target))  # noqa: PTH100
-    made = _make_parents(target.parent)
+    made = make_parents(target.parent)
     folder = _sibling(target, "working")
     try:
         with _terminable(), _lock(folder):
@@ -87,7 +85,7 @@ def working_folder(target: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
-        _remove_empty(made)
+        remove_empty(made)
         raise
 
 
@@ -170,45 +168,10 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.parent / f".{target.name}.{kind}"
 
 
-@contextmanager
-def _lock(target: Path) -> Iterator[bool]:
-    """Hold the lock of `target`. Yields False where the filesystem has no locks.
-
-    Raises BevatronError naming its holder if it is taken."""
-    path = _sibling(target, "lock")
-    fd, locked = _open_locked(path, target)
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield locked
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(fd)
-
-
-def _open_locked(path: Path, target: Path) -> tuple[int, bool]:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        locked = True
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(fd, 200, 0).decode("utf-8", "replace") or "another process"
-            os.close(fd)
-            raise BevatronError(
-                f"{target}: is being written by {holder}; wait for it, or name another target"
-            ) from error
-        except OSError as error:
-            locked = False
-            if error.errno not in _NO_LOCKS:
-                os.close(fd)
-                raise
-        try:
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                return fd, locked
-        except FileNotFoundError:
-            pass
-        os.close(fd)  # its last holder has just removed it: no longer the lock
+def _lock(target: Path) -> AbstractContextManager[bool]:
+    """Hold the lock of `target`; see `lock`."""
+    what = f"{target}: is being written"
+    return lock(_sibling(target, "lock"), what, "wait for it, or name another target")
 
 
 def _make_partial(partial: Path, target: Path) -> None:
@@ -231,7 +194,7 @@ def _clear_stale(target: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _put(partial: Path, target: Path, overwrite: bool) -> None:
+def put(partial: Path, target: Path, overwrite: bool) -> None:
     """Make `partial` the target. An old one is swapped for it in one step where the system can, so
     that at no moment there is none."""
     old = partial
@@ -268,7 +231,7 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def _make_parents(folder: Path) -> list[Path]:
+def make_parents(folder: Path) -> list[Path]:
     made: list[Path] = []
     try:
         for path in [*reversed(folder.parents), folder]:
@@ -276,14 +239,14 @@ def _make_parents(folder: Path) -> list[Path]:
                 path.mkdir(exist_ok=True)
                 made.append(path)
     except OSError as error:
-        _remove_empty(made)
+        remove_empty(made)
         raise BevatronError(f"{folder}: cannot be made ({error.strerror})") from error
     if not folder.is_dir():
         raise BevatronError(f"{folder}: is not a folder, so nothing can be written into it")
     return made
 
 
-def _remove_empty(made: list[Path]) -> None:
+def remove_empty(made: list[Path]) -> None:
     for path in reversed(made):
         try:
             path.rmdir()

@@ -1,94 +1,178 @@
-"""A training run's folder: step folders, the `latest` pointer, metrics.jsonl.
+"""A training run's folder: step folders, the `latest` pointer, what was logged.
 
-A step folder is written into a hidden temporary sibling, its manifest last, synced, renamed; only
-then does `latest` move, itself by a rename. A crash at any moment leaves the previous step whole.
+A step folder is written into a hidden sibling, its manifest last, synced, renamed; only then does
+`latest` move, itself by a rename. A crash at any moment leaves the previous step whole. Steps that
+retention deletes are renamed first. So a folder under a step's name was complete once, and one
+that is not was damaged from outside. Nothing here looks at a clock or at the times of files.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.manifest import FILE_NAME, Manifest
-from bevatron.checkpoint.new_folder import sync
+from bevatron.checkpoint.boxes import new_hasher, spell
+from bevatron.checkpoint.lock import lock
+from bevatron.checkpoint.manifest import FILE_NAME, CheckpointError, Manifest
+from bevatron.checkpoint.new_folder import make_parents, put, remove_empty, sync
+from bevatron.checkpoint.tables import Merged
 
 LATEST = "latest"
 METRICS = "metrics.jsonl"
-_STEP = re.compile(r"step-(\d{8})$")
+STARTS = "starts.jsonl"
+TENSORS = ("model", "optimizer", "carried")  # folders in a step that hold tensors
+STEP, WEIGHTS = "step", "weights"  # full steps, and weights alone
+_NAME = re.compile(rf"({STEP}|{WEIGHTS})-(\d{{8,}})")
+_LEFT = re.compile(rf"\.({STEP}|{WEIGHTS})-\d{{8,}}\.(.*)(partial|deleted)")
+_OLD = re.compile(rf"\.(({STEP}|{WEIGHTS})-\d{{8,}})\.old")
+LOCK_PATIENCE_S = 3.0  # a run that is restarted at once may find its predecessor still dying
 
 
 class RunFolder:
-    """Paths and atomic operations; every method but `step_folders` is for one rank alone."""
+    """Paths and atomic operations; what writes is for one rank alone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def step_folder(self, step: int) -> Path:
-        return self.path / f"step-{step:08d}"
+    def step_folder(self, step: int, kind: str = STEP) -> Path:
+        return self.path / f"{kind}-{step:08d}"
 
-    def step_folders(self) -> list[Path]:
-        """Complete step folders, oldest first."""
+    def folders(self, kind: str = STEP) -> list[Path]:
+        """All folders under a step's name, whatever is in them, oldest first."""
         if not self.path.is_dir():
             return []
-        found = [
-            p for p in self.path.iterdir() if _STEP.search(p.name) and (p / FILE_NAME).is_file()
-        ]
-        return sorted(found)
+        names = [m for p in self.path.iterdir() if (m := _NAME.fullmatch(p.name)) is not None]
+        found = [(int(m[2]), m[0]) for m in names if m[1] == kind]
+        return [self.path / name for _, name in sorted(found) if (self.path / name).is_dir()]
+
+    def step_folders(self) -> list[Path]:
+        """Complete full steps, oldest first."""
+        return [p for p in self.folders() if (p / FILE_NAME).is_file()]
 
     def newest(self) -> Path | None:
         """The newest complete step folder: the manifest decides, `latest` is for people."""
         return folders[-1] if (folders := self.step_folders()) else None
 
-    def begin(self, step: int) -> Path:
-        """An empty temporary folder for this step, on every call a fresh one."""
+    # --- one writer at a time ---------------------------------------------------------------------
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Hold the folder against other runs, and clear what killed ones left in it.
+
+        A folder that did not exist and in which nothing was put is gone afterwards. Raises
+        BevatronError naming the process that holds it already."""
+        made = make_parents(self.path.absolute())
+        what, advice = f"{self.path}: is in use", "wait for it, stop it, or name another run.dir"
+        try:
+            with lock(self.path / ".lock", what, advice, patience_s=LOCK_PATIENCE_S) as locked:
+                if locked:
+                    self._clear()
+                yield
+        finally:
+            remove_empty(made)
+
+    def _clear(self) -> None:
+        """Saves that were not finished and steps whose deletion was not; an old step that was
+        moved aside for a new one that never came returns."""
+        for path in list(self.path.iterdir()):
+            if match := _OLD.fullmatch(path.name):
+                target = self.path / match[1]
+                if not target.exists():
+                    path.rename(target)
+                shutil.rmtree(path, ignore_errors=True)
+            elif _LEFT.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    # --- writing a step ---------------------------------------------------------------------------
+
+    def partial(self, step: int, kind: str = STEP, token: str = "") -> Path:
+        """Where a step is written. `token` tells this start of the run from others, of which a
+        process may still be alive somewhere."""
+        return self.path / f".{kind}-{step:08d}.{token}{'.' if token else ''}partial"
+
+    def begin(self, step: int, kind: str = STEP, token: str = "") -> Path:
+        """An empty folder to write a step into, on every call a fresh one."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".step-{step:08d}.partial"
+        temporary = self.partial(step, kind, token)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
         return temporary
 
     def commit(
-        self, temporary: Path, step: int, manifest: Manifest, texts: Mapping[str, str]
+        self,
+        temporary: Path,
+        step: int,
+        manifest: Manifest | Merged,
+        texts: Mapping[str, str],
+        kind: str = STEP,
     ) -> Path:
-        """Write the small files, then the manifest; rename; move `latest`."""
+        """Write the small files, then the manifest; rename; move `latest` if it is a full step.
+
+        Raises CheckpointError if the manifest reads back otherwise."""
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        hashes = {name: hash_file(temporary / name) for name in _others(temporary)}
+        data = replace(manifest, extra={**manifest.extra, "files": hashes}).to_json().encode()
+        (temporary / FILE_NAME).write_bytes(data)
+        for name in (*hashes, FILE_NAME):
             sync(temporary / name)
-        (temporary / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        sync(temporary / FILE_NAME)
-        for folder in (p for p in temporary.rglob("*") if p.is_dir()):
-            sync(folder)
-        sync(temporary)
-        target = self.step_folder(step)
-        if target.exists():  # the same step, saved before: it stays until the new one is whole
-            old = self.path / f".{target.name}.old"
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
+        for folder, _, _ in os.walk(temporary, topdown=False):
+            sync(Path(folder))
+        target = self.step_folder(step, kind)
+        put(temporary, target, overwrite=True)
+        if (target / FILE_NAME).read_bytes() != data:
+            raise CheckpointError(f"{target / FILE_NAME}: does not read back as it was written")
+        if kind == STEP:
+            self.point(target)
+        return target
+
+    def point(self, target: Path) -> None:
+        """Let `latest` name a step."""
         pointer = self.path / f".{LATEST}.partial"
         pointer.write_text(target.name + "\n", encoding="utf-8")
         sync(pointer)
         pointer.replace(self.path / LATEST)
         sync(self.path)
+
+    # --- which steps stay -------------------------------------------------------------------------
+
+    def retain(self, keep: int, keep_every: int = 0, kind: str = STEP) -> None:
+        """Delete all but the newest `keep` steps and those that `keep_every` divides; never the
+        newest, and the oldest first."""
+        complete = [p for p in self.folders(kind) if (p / FILE_NAME).is_file()]
+        for folder in complete[: max(0, len(complete) - max(1, keep))]:
+            if not keep_every or step_of(folder) % keep_every:
+                gone = folder.with_name(f".{folder.name}.deleted")
+                shutil.rmtree(gone, ignore_errors=True)
+                folder.rename(gone)  # from here on it is no checkpoint
+                shutil.rmtree(gone)
+
+    def set_aside(self, folder: Path) -> Path:
+        """Take a damaged step out of the way, under a name that says so; nothing is deleted."""
+        target, number = self.path / f"damaged-{folder.name}", 1
+        while target.exists():
+            number += 1
+            target = self.path / f"damaged-{folder.name}-{number}"
+        folder.rename(target)
+        sync(self.path)
         return target
 
-    def retain(self, keep: int) -> None:
-        """Delete all but the newest `keep` steps; never the newest, and the oldest first."""
-        folders = self.step_folders()
-        for folder in folders[: max(0, len(folders) - max(1, keep))]:
-            (folder / FILE_NAME).unlink()  # from here on it is no checkpoint
-            shutil.rmtree(folder)
+    # --- what was logged --------------------------------------------------------------------------
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with (self.path / METRICS).open("a", encoding="utf-8") as out:
+        self.append(METRICS, line)
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add a line to one of the folder's JSON lines files."""
+        with (self.path / name).open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
 
     def drop_metrics_after(self, step: int) -> None:
@@ -97,7 +181,7 @@ class RunFolder:
         if not path.is_file():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
@@ -105,7 +189,33 @@ class RunFolder:
                 continue
         partial = path.with_name(f".{METRICS}.partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        sync(partial)
         partial.replace(path)
+
+
+def step_of(folder: Path) -> int:
+    """The number in a step folder's name."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def hash_file(path: Path) -> str:
+    """`xxh3:...` of a small file."""
+    hasher = new_hasher()
+    hasher.update(memoryview(path.read_bytes()))
+    return spell(hasher)
+
+
+def _others(folder: Path) -> list[str]:
+    """Relative paths of all files but the tensors', which the manifest's chunks account for."""
+    out = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            out.append(path.name)
+        elif path.name not in TENSORS:
+            out += [
+                p.relative_to(folder).as_posix() for p in sorted(path.rglob("*")) if p.is_file()
+            ]
+    return out
 
 
 def read_train_state(folder: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from bevatron.checkpoint.manifest import (
     Manifest,
     TensorEntry,
 )
-from bevatron.checkpoint.shard import box, is_first_copy
+from bevatron.checkpoint.shard import box, shares
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,6 +39,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PIECE = 4 << 20  # bytes hashed and written at a time, while they are in the cache
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 # Fills any box of a tensor, as raw unsigned integers: (entry, offset, shape) -> array.
@@ -58,18 +59,37 @@ class Saved:
 Boxes = dict[str, TensorEntry]
 
 
+def own_share(tensors: Iterable[Saved]) -> list[Saved]:
+    """What this rank writes of them: of equal copies on several ranks, one writes each."""
+    tensors = list(tensors)
+    mine = shares([(saved.placed, saved.dtype.itemsize) for saved in tensors])
+    return [t for t, writes in zip(tensors, mine, strict=True) if writes and t.values.numel()]
+
+
 def write_rank(folder: Path, tensors: Iterable[Saved], rank: int) -> Boxes:
     """Write this rank's boxes below `folder`; returns them as entries with (at most) one chunk."""
+    tensors = list(tensors)
+    return without_chunks(tensors) | write_share(folder, own_share(tensors), rank)
+
+
+def without_chunks(tensors: Iterable[Saved]) -> Boxes:
+    """Entries of tensors of which nothing is written yet."""
+    return {t.name: TensorEntry(SPELLED[t.dtype], tuple(t.placed.shape), ()) for t in tensors}
+
+
+def write_share(folder: Path, tensors: Iterable[Saved], rank: int) -> Boxes:
+    """Write all of these boxes, each as one chunk, below `folder`."""
     by_file: dict[str, list[Saved]] = {}
     entries: Boxes = {}
     for saved in tensors:
-        entries[saved.name] = TensorEntry(SPELLED[saved.dtype], tuple(saved.placed.shape), ())
-        if is_first_copy(saved.placed) and saved.values.numel():
-            file = f"{saved.name.partition('/')[0]}/rank-{rank:05d}.safetensors"
-            by_file.setdefault(file, []).append(saved)
+        file = f"{saved.name.partition('/')[0]}/rank-{rank:05d}.safetensors"
+        by_file.setdefault(file, []).append(saved)
     for file, items in by_file.items():
         (folder / file).parent.mkdir(exist_ok=True)
-        _write_file(folder, file, items, entries)
+        try:
+            _write_file(folder, file, items, entries)
+        except OSError as error:  # of a write, which does not say to what
+            raise OSError(error.errno, error.strerror, str(folder / file)) from error
     return entries
 
 
@@ -91,12 +111,13 @@ def _write_file(folder: Path, file: str, items: list[Saved], entries: Boxes) -> 
         for item in items:
             data = _bytes(item.values.detach().to(item.dtype))
             hasher = new_hasher()
-            hasher.update(data)
+            for i in range(0, len(data), PIECE):
+                hasher.update(data[i : i + PIECE])
+                out.write(data[i : i + PIECE])
             offset, shape = box(item.placed)
             chunk = Chunk(offset, shape, file, start, spell(hasher))
-            entry_of = entries[item.name]
-            entries[item.name] = TensorEntry(entry_of.dtype, entry_of.shape, (chunk,))
-            out.write(data)
+            dtype, whole = SPELLED[item.dtype], tuple(item.placed.shape)
+            entries[item.name] = TensorEntry(dtype, whole, (chunk,))
             start += len(data)
         out.flush()
         os.fsync(out.fileno())

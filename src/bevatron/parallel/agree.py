@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
 from bevatron.errors import BevatronError
 
 T = TypeVar("T")
+HEARTBEAT_S = 30.0  # far below the timeout of any process group
 
 
 def on_all(act: Callable[[], T]) -> list[T]:
@@ -21,13 +23,56 @@ def on_all(act: Callable[[], T]) -> list[T]:
     failure: str | None = None
     try:
         result = act()
-    except BevatronError as error:
-        failure = str(error)
-    except OSError as error:
-        failure = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    except (BevatronError, OSError) as error:
+        failure = explain(error)
     outcomes: list[tuple[T | None, str | None]] = [(None, None)] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, failure))
     for _, message in outcomes:
         if message is not None:
             raise BevatronError(message)
     return [value for value, _ in outcomes]  # type: ignore[misc]
+
+
+def explain(error: BaseException) -> str:
+    """An error as one line."""
+    if isinstance(error, BevatronError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input/output'}: {error.strerror or error}"
+    return f"unexpected {type(error).__name__}: {error}"
+
+
+class Background(Generic[T]):
+    """Work that one rank does in a thread, while it goes on or waits with the others."""
+
+    def __init__(self, act: Callable[[], T]) -> None:
+        self.act = act
+        self.outcome: T | None = None
+        self.failure: str | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self.act()
+        except BaseException as error:
+            self.failure = explain(error)
+
+    def done(self, wait_s: float) -> bool:
+        """Whether it has ended, after waiting for up to so long."""
+        self.thread.join(wait_s)
+        return not self.thread.is_alive()
+
+    def result(self) -> T | None:
+        """What it returned. Raises BevatronError with its message if it failed."""
+        if self.failure is not None:
+            raise BevatronError(self.failure)
+        return self.outcome
+
+
+def wait_on_all(work: Background[T] | None) -> list[T | None]:
+    """Wait until what any rank has begun is done, however long it takes: the ranks meet again and
+    again, so no collective times out. Returns all results; raises as `on_all` does."""
+    while not all(on_all(lambda: work is None or work.done(HEARTBEAT_S))):
+        pass
+    return on_all(lambda: None if work is None else work.result())

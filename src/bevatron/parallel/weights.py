@@ -43,12 +43,17 @@ def load_weights(
     load({n: (p, local(p.detach())) for n, p in parameters if n not in leave}, shapes, read)
 
 
-def stream(placed: Placed, weights: Opened, leave: Collection[str] = ()) -> None:
+def stream(
+    placed: Placed, weights: Opened, leave: Collection[str] = (), *, verified: bool = False
+) -> None:
     """Fill all ranks' parameters, but those to `leave`, from where they lie, after checking what
-    can be checked: a native checkpoint's hashes, an HF folder's second copies. Collective; if it
+    can be checked, unless that was done: a native checkpoint's hashes, an HF folder's second
+    copies. Collective; if it
     fails on one rank, all raise its message."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if weights.native:
+    if verified:
+        pass
+    elif weights.native:
         on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
     else:
         on_all(lambda: weights.check_copies() if rank == 0 else None)

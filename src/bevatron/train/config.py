@@ -190,12 +190,23 @@ class ScheduleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Save every so many steps (0: only at the end), keep the newest `keep`. `async` is accepted;
-    checkpoints are written synchronously for now."""
+    """Which steps are saved, and which stay.
+
+    `every`: save every so many steps (0: only at the end). `keep`: so many of the newest stay, and
+    all that `keep_every` divides (0: none of these). `weights_every`: save the weights alone every
+    so many steps, into folders of their own that cannot be resumed; `weights_keep` of the newest
+    stay (0: all). `async`: steps go on while a checkpoint is written from a copy in host memory;
+    by default with an accelerator, whose state lies elsewhere than the copy. `export`: a folder
+    that gets the final model as Hugging Face has it.
+    """
 
     every: int = Field(0, ge=0)
     keep: int = Field(3, ge=1)
-    async_: bool = Field(False, alias="async")
+    keep_every: int = Field(0, ge=0)
+    weights_every: int = Field(0, ge=0)
+    weights_keep: int = Field(0, ge=0)
+    async_: bool | None = Field(None, alias="async")
+    export: str | None = None
 
 
 class FolderConfig(Section):
@@ -367,12 +378,12 @@ FIXED += ("data.document_mask", "train.seed", "train.global_batch", "train.preci
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     """Dotted keys that differ and may not change between starts of one run."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
     return [k for k in keys if any(k == f or k.startswith(f + ".") for f in FIXED)]
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
+def flat(config: RunConfig) -> dict[str, Any]:
     out: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:

@@ -13,10 +13,14 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check
 from bevatron.train.config import RunConfig, load_config, to_yaml
+
+if TYPE_CHECKING:
+    from bevatron.train.start import Start
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
 
@@ -95,6 +99,7 @@ def _check(config: RunConfig, layout: Layout) -> None:
     from bevatron.train.start import find_start
 
     start = find_start(config)
+    _check_export(config, start)
     check(
         layout,
         start.spec,
@@ -115,13 +120,25 @@ def _check(config: RunConfig, layout: Layout) -> None:
     check_data(config, start)
 
 
+def _check_export(config: RunConfig, start: Start) -> None:
+    """A run may not find out at its end that it cannot write there."""
+    from bevatron.checkpoint.new_folder import check_target
+
+    done = start.weights.manifest.step if start.weights is not None and start.resumed else 0
+    if config.checkpoint.export is not None and done < config.train.steps:
+        try:
+            check_target(Path(config.checkpoint.export), overwrite=False)
+        except BevatronError as error:
+            raise BevatronError(f"checkpoint.export: {error}") from error
+
+
 def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     """One rank's whole run."""
     from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import default_device, world
     from bevatron.train.objectives import objective_of
     from bevatron.train.run import Run
-    from bevatron.train.start import find_start
+    from bevatron.train.start import opened_run
 
     device = default_device()
     main = os.environ.get("RANK", "0") == "0"
@@ -133,14 +150,14 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     with world(device):
-        start = find_start(config)
-        objective = objective_of(config.objective, start.spec)
-        run = Run(config, start, layout, objective, device, allow_changed)
-        origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
-        say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
-        run.go(say)
-        if run.step:
-            say(f"step {run.step} is in {run.folder.step_folder(run.step)}")
+        with opened_run(config, say) as start:
+            objective = objective_of(config.objective, start.spec)
+            run = Run(config, start, layout, objective, device, allow_changed)
+            origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
+            say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
+            run.go(say)
+            if run.step:
+                say(f"step {run.step} is in {run.folder.step_folder(run.step)}")
         if "RANK" in os.environ:
             # Leave together and without destructors: gloo's threads may outlive the interpreter's
             # teardown and abort a process whose work is done and saved.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from bevatron.bridge.opened import Opened
-from bevatron.checkpoint.run_folder import RunFolder, read_train_state
+from bevatron.checkpoint.run_folder import STARTS, RunFolder
 from bevatron.checkpoint.sharded import box_reader
 from bevatron.errors import BevatronError
 from bevatron.parallel.agree import on_all
@@ -19,10 +19,11 @@ from bevatron.parallel.layout import Layout
 from bevatron.parallel.weights import fill_random, stream
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance
-from bevatron.train.config import RunConfig, changed_keys, load_config
+from bevatron.train.config import RunConfig, changed_keys
 from bevatron.train.labelled_feed import open_feed
 from bevatron.train.meter import Meter
 from bevatron.train.objectives import Objective
+from bevatron.train.record import changes, made_with, start_line
 from bevatron.train.saving import Saver
 from bevatron.train.schedule import learning_rate
 from bevatron.train.start import Start
@@ -63,7 +64,9 @@ class Run:
         self.device = device
         on_all(self._open_feed)
         self._fill()
-        self.saver = Saver(config, start, self.folder, self.trainer)
+        self.made_with = made_with(layout, device)
+        state = {"made_with": self.made_with}
+        self.saver = Saver(config, start, self.folder, self.trainer, state)
         self.meter = Meter(
             start.spec,
             layout,
@@ -87,9 +90,8 @@ class Run:
 
     def _check_unchanged(self, allow_changed: bool) -> None:
         """What decides the numbers may not change between starts of one run."""
-        assert self.start.resumed is not None
-        before = load_config(self.start.resumed / "config.yaml", [])
-        changed = changed_keys(before, self.config)
+        assert self.start.config is not None
+        changed = changed_keys(self.start.config, self.config)
         if changed and not allow_changed:
             raise BevatronError(
                 f"{self.folder.path}: this run was started with other values of "
@@ -102,15 +104,14 @@ class Run:
         if weights is None:
             trainer.fill_random(self.config.train.seed)
             return
-        stream(trainer.placed, weights, leave=self.start.fresh)
+        stream(trainer.placed, weights, leave=self.start.fresh, verified=self.start.verified)
         fill_random(trainer.placed, self.config.train.seed, only=self.start.fresh)
         if self.start.resumed is not None:
             self._continue(weights)
 
     def _continue(self, weights: Opened) -> None:
-        state = read_train_state(weights.folder)
-        if state is None:
-            raise BevatronError(f"{weights.folder}: has no train_state.json; it cannot be resumed")
+        state = self.start.state
+        assert state is not None
         self.step, self.tokens = state["step"], state["tokens"]
         prefix = "optimizer/"
         tensors = weights.manifest.tensors
@@ -123,26 +124,36 @@ class Run:
         from bevatron.progress import progress
 
         config, steps = self.config, self.config.train.steps
-        if self.is_main:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-            self.folder.drop_metrics_after(self.step)
+        on_all(lambda: self._prepare_folder() if self.is_main else None)
         if self.step >= steps:
             say(f"{self.folder.path}: already at step {self.step} of {steps}; nothing to do")
+            self.saver.export(self.is_main)
             return
-        with progress("training", total=steps, unit="it") if self.is_main else _Quiet() as advance:
-            if self.step:
-                advance(self.step)
-            saved = self.step
-            while self.step < steps:
-                self._one_step(advance)
-                if config.train.val_every and self.step % config.train.val_every == 0:
-                    self._validate()
-                if config.checkpoint.every and self.step % config.checkpoint.every == 0:
-                    self.saver.save(self.step, self.tokens)
-                    saved = self.step
-            if saved != self.step:
-                self.saver.save(self.step, self.tokens)
-            self.saver.finish()
+        if self.start.resumed is not None:
+            say(f"step {self.step}: {changes(self.start, config, self.made_with)}")
+        try:
+            with (
+                progress("training", total=steps, unit="it") if self.is_main else _Quiet()
+            ) as advance:
+                if self.step:
+                    advance(self.step)
+                while self.step < steps:
+                    self._one_step(advance)
+                    if config.train.val_every and self.step % config.train.val_every == 0:
+                        self._validate()
+                    self.saver.save_if_due(self.step, self.tokens)
+                self.saver.finish(self.step, self.tokens)
+        except BaseException:
+            self.saver.leave()
+            raise
+        self.saver.export(self.is_main)
+
+    def _prepare_folder(self) -> None:
+        """Drop what was logged after the step that is continued from, and say what starts now."""
+        self.folder.drop_metrics_after(self.step)
+        if self.step < self.config.train.steps:
+            line = start_line(self.config, self.start, self.made_with, {})
+            self.folder.append(STARTS, line)
 
     def _one_step(self, advance: Advance) -> None:
         config, began = self.config, time.perf_counter()

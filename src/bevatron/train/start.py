@@ -1,50 +1,100 @@
-"""Where a run starts: its own newest step, other weights, or random ones."""
+"""Where a run starts: its own newest good step, other weights, or random ones."""
 
 from __future__ import annotations
 
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from bevatron.bridge.opened import Opened, open_weights
-from bevatron.checkpoint.run_folder import RunFolder
+from bevatron.checkpoint.manifest import (
+    FILE_NAME,
+    CheckpointError,
+    NewerFormatError,
+    read_manifest,
+)
+from bevatron.checkpoint.run_folder import LATEST, RunFolder
+from bevatron.checkpoint.sharded import verify_share
+from bevatron.checkpoint.whole import check_whole, is_damage, read_state
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.families import for_spec
+from bevatron.parallel.agree import explain, on_all
 from bevatron.spec import ModelSpec
-from bevatron.train.config import RunConfig
+from bevatron.train.config import RunConfig, load_config
 from bevatron.train.new_head import with_head
+
+Say = Callable[[str], None]
+SEEN_WITHIN_S = 60.0  # how long a network file system may hide a new file from other machines
 
 
 @dataclass(frozen=True)
 class Start:
     """What a run starts from: a step of its own folder, other weights, or nothing (random).
-    `fresh`: parameters of a new head, which the weights do not have."""
+
+    Attributes:
+        fresh: parameters of a new head, which the weights do not have.
+        state: of the resumed step, its train_state.json.
+        config: of the resumed step, the configuration that it was saved under.
+        verified: whether the hashes of `weights` have been checked.
+        damaged: newer steps that were set aside, and what is wrong with each.
+    """
 
     spec: ModelSpec
     weights: Opened | None
     resumed: Path | None
     family: str
     fresh: tuple[str, ...] = ()
+    state: dict[str, Any] | None = None
+    config: RunConfig | None = None
+    verified: bool = False
+    damaged: tuple[str, ...] = ()
 
 
 def find_start(config: RunConfig) -> Start:
-    """Decide where to start. A complete step in the run folder wins over `model.init`. The model
-    gets the head that the objective needs."""
-    newest = RunFolder(Path(config.run.dir)).newest()
-    objective = config.objective
-    if newest is not None:
-        opened = open_weights(newest)
-        start = Start(opened.spec, opened, newest, opened.manifest.family)
-        objective = objective.model_copy(update={"new_head": False})  # it has been replaced
-    elif config.model.init is not None:
+    """Where a run would start, from a look that checks no hashes and changes nothing. A complete
+    step in the run folder wins over `model.init`. The model has the head that the objective needs.
+    """
+    folders = RunFolder(Path(config.run.dir)).step_folders()
+    failure: BevatronError | None = None
+    for folder in reversed(folders):
+        try:
+            opened = open_weights(folder)
+        except BevatronError as error:  # the run itself says what it is and goes on before it
+            if not is_damage(error):
+                raise
+            failure = failure or error
+        else:
+            return _headed(config, Start(opened.spec, opened, folder, opened.manifest.family))
+    if failure is not None:
+        raise failure
+    return _fresh(config)
+
+
+def _fresh(config: RunConfig) -> Start:
+    """The start of a run without a step of its own."""
+    if config.model.init is not None:
         opened = open_weights(config.model.init)
-        start = Start(opened.spec, opened, None, opened.manifest.family)
-    else:
-        spec = spec_named(str(config.model.spec))
-        changes = {"std": config.model.init_std, "depth_scaled": config.model.depth_scaled}
-        given = {name: value for name, value in changes.items() if value is not None}
-        spec = replace(spec, init=replace(spec.init, **given))  # type: ignore[arg-type]
-        start = Start(spec, None, None, for_spec(spec).name)
+        return _headed(config, Start(opened.spec, opened, None, opened.manifest.family))
+    spec = spec_named(str(config.model.spec))
+    changes = {"std": config.model.init_std, "depth_scaled": config.model.depth_scaled}
+    given = {name: value for name, value in changes.items() if value is not None}
+    spec = replace(spec, init=replace(spec.init, **given))  # type: ignore[arg-type]
+    return _headed(config, Start(spec, None, None, for_spec(spec).name))
+
+
+def _headed(config: RunConfig, start: Start) -> Start:
+    """The same with the head that the objective needs."""
+    objective = config.objective
+    if start.resumed is not None:
+        objective = objective.model_copy(update={"new_head": False})  # it has been replaced
 
     def pad() -> int | None:
         tokenizer = open_tokenizer(tokenizer_of(config, start))
@@ -61,6 +111,135 @@ def tokenizer_of(config: RunConfig, start: Start) -> str | Path:
     if start.weights is None or start.weights.source is None:
         raise BevatronError("tokenizer: missing; the model comes without one, so name its folder")
     return start.weights.source
+
+
+@contextmanager
+def opened_run(config: RunConfig, say: Say) -> Iterator[Start]:
+    """Hold the run's folder against other runs, and say where this one starts. Collective.
+
+    The newest step whose every byte is as it was written is continued from. Newer ones that are
+    damaged are renamed to `damaged-...`, loudly. Raises BevatronError if the folder is in use, if
+    the ranks do not share it, or if it holds steps of which none is good."""
+    folder = RunFolder(Path(config.run.dir))
+    main = dist.get_rank() == 0
+    with ExitStack() as stack:
+        on_all(lambda: stack.enter_context(folder.occupied()) if main else None)
+        _check_shared(folder.path)
+        start = _newest_good(folder, say)
+        found: list[Start] = []
+        on_all(lambda: found.append(_headed(config, start) if start else _fresh(config)))
+        yield found[0]
+
+
+def _check_shared(folder: Path) -> None:
+    """Every rank must see what the others write: the one that commits a step looks for all files,
+    and a rank that continues reads what any of them wrote."""
+    main = dist.get_rank() == 0
+    probe = folder / f".seen-{on_all(secrets.token_hex)[0]}"
+
+    def look() -> None:
+        deadline = time.monotonic() + SEEN_WITHIN_S
+        while not probe.exists():
+            if time.monotonic() > deadline:
+                raise BevatronError(
+                    f"{folder}: rank {dist.get_rank()} does not see what rank 0 wrote there; "
+                    "run.dir must be on a file system that all machines share"
+                )
+            time.sleep(0.1)
+
+    try:
+        on_all(lambda: probe.touch() if main else None)
+        on_all(look)
+    finally:
+        if main:
+            probe.unlink(missing_ok=True)
+
+
+def _newest_good(folder: RunFolder, say: Say) -> Start | None:
+    """The newest step that is whole; None if there are no steps at all."""
+    main = dist.get_rank() == 0
+    paths = on_all(lambda: list(reversed(folder.folders())) if main else [])[0]
+    problems: dict[Path, str] = {}
+    for path in paths:
+        start, problem = _examined(path)
+        if start is None:
+            problems[path] = problem
+            say(f"warning: {path.name} is damaged: {problem}")
+            continue
+        aside = on_all(partial(_settle, folder, path, problems if main else None))[0]
+        for bad, now in zip(problems, aside, strict=True):
+            say(f"warning: continuing from {path.name} instead of {bad.name}, now {now.name}")
+        damaged = tuple(f"{bad.name}: {problem}" for bad, problem in problems.items())
+        return replace(start, damaged=damaged)
+    if problems:
+        found = "; ".join(problems.values())
+        raise BevatronError(
+            f"{folder.path}: none of its steps can be continued from ({found}); restore one, or "
+            "name another run.dir"
+        )
+    return None
+
+
+def _settle(folder: RunFolder, good: Path, damaged: Iterable[Path] | None) -> list[Path]:
+    """Make `good` the latest step and set the damaged ones aside: where they are now. Ranks other
+    than the first pass None."""
+    if damaged is None:
+        return []
+    latest = folder.path / LATEST
+    if not latest.is_file() or latest.read_bytes() != f"{good.name}\n".encode():
+        folder.point(good)
+    return [folder.set_aside(path) for path in damaged]
+
+
+def _examined(path: Path) -> tuple[Start | None, str]:
+    """A step as a start if it is whole, else what is wrong with it. Collective; rank 0 looks at
+    the small files, all share the tensors' bytes."""
+    found: list[Start] = []
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def small() -> str | None:
+        return _damage(lambda: _check_small(path)) if rank == 0 else None
+
+    def share() -> str | None:
+        def check() -> None:
+            opened = open_weights(path)
+            verify_share(path, opened.manifest, rank, ranks)
+            state = read_state(path, opened.manifest.step)
+            config = load_config(path / "config.yaml", [])
+            family = opened.manifest.family
+            found.append(Start(opened.spec, opened, path, family, state, config, verified=True))
+
+        return _damage(check)
+
+    for look in (small, share):
+        if problems := [problem for problem in on_all(look) if problem]:
+            return None, problems[0]
+    return found[0], ""
+
+
+def _check_small(path: Path) -> None:
+    if not (path / FILE_NAME).is_file():
+        raise CheckpointError(f"{path}: has no {FILE_NAME}")
+    manifest = read_manifest(path)
+    check_whole(path, manifest)
+    open_weights(path)
+    try:
+        load_config(path / "config.yaml", [])
+    except BevatronError as error:
+        if "config.yaml" in manifest.extra.get("files", {}):  # it is as it was written
+            raise NewerFormatError(f"{error}; continue with the version that saved it") from error
+        raise
+
+
+def _damage(check: Callable[[], None]) -> str | None:
+    """What `check` finds damaged, if anything. Raises what it raises for another reason."""
+    try:
+        check()
+    except (BevatronError, OSError) as error:
+        if not is_damage(error):
+            raise
+        return explain(error)
+    return None
 
 
 def spec_named(name: str) -> ModelSpec:

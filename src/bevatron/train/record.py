@@ -1,0 +1,87 @@
+"""What produced a run: versions, code, machine, layout, configuration, data."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bevatron
+from bevatron.parallel.layout import Layout
+from bevatron.train.config import RunConfig, flat
+from bevatron.train.start import Start
+
+# Changes of these move work between ranks, micro-batches or kernels: sums are rounded otherwise.
+ROUNDING = ("parallel.", "train.micro_batch", "train.compile", "train.recompute")
+
+
+def made_with(layout: Layout, device: torch.device) -> dict[str, Any]:
+    """What may change between the starts of a run without changing more than rounding."""
+    made = {"bevatron": bevatron.__version__, "torch": torch.__version__}
+    made |= {"python": platform.python_version(), "device": _device_name(device)}
+    return {**made, "layout": str(layout), "ranks": layout.world_size}
+
+
+def start_line(
+    config: RunConfig, start: Start, made: Mapping[str, Any], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A line of starts.jsonl. `extra`: such as the data's fingerprints."""
+    origin = start.resumed.name if start.resumed else config.model.init or config.model.spec
+    line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+    line |= {"from": origin, "step": start.state["step"] if start.state else 0}
+    line |= {**made, "commit": _commit(), "platform": platform.platform()}
+    line |= {"host": socket.gethostname(), "process": os.getpid()}
+    if start.damaged:
+        line["damaged"] = list(start.damaged)
+    return {**line, **extra, "config": config.model_dump(mode="json", by_alias=True)}
+
+
+def changes(start: Start, config: RunConfig, made: Mapping[str, Any]) -> str:
+    """One line on what differs from how the resumed step was saved, and what that means."""
+    assert start.config is not None and start.state is not None
+    before = start.state.get("made_with", {})
+    found = [
+        f"{key} {before[key]} -> {made[key]}"
+        for key in ("layout", "device", "torch", "bevatron")
+        if key in before and before[key] != made[key]
+    ]
+    old, new = flat(start.config), flat(config)
+    keys = [key for key in new if key.startswith(ROUNDING) and old.get(key) != new[key]]
+    if before.get("layout") != made["layout"]:  # it says what these keys amount to
+        keys = [key for key in keys if not key.startswith("parallel.")]
+    found += [f"{key} {old.get(key)} -> {new[key]}" for key in keys]
+    if found:
+        return f"{', '.join(found)}: the same numbers up to rounding"
+    return "as it was saved: bit for bit the same numbers"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def _commit() -> str | None:
+    """The commit of the code, with `+` if it was changed since; None if it is no checkout."""
+    package = Path(bevatron.__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent.parent:
+            return None  # installed into someone else's checkout
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
