@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from bevatron.bridge.opened import Opened
+from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.run_folder import RunFolder, read_train_state
 from bevatron.checkpoint.sharded import box_reader
 from bevatron.errors import BevatronError
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.replicas import check_replicas
 from bevatron.parallel.weights import stream
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance
 from bevatron.train.config import RunConfig, changed_keys, load_config
 from bevatron.train.feed import Feed
+from bevatron.train.guard import Guard, event
 from bevatron.train.meter import Meter
 from bevatron.train.objectives import Objective
 from bevatron.train.saving import Saver
 from bevatron.train.schedule import learning_rate
 from bevatron.train.start import Start
+from bevatron.train.stopping import Stopping
 from bevatron.train.trainer import Trainer
+from bevatron.train.watch import Watch
 
 Say = Callable[[str], None]
 
@@ -42,8 +47,12 @@ class Run:
         objective: Objective,
         device: torch.device,
         allow_changed: bool,
+        stopping: Stopping,
+        watch: Watch,
     ) -> None:
         self.config, self.start, self.layout = config, start, layout
+        self.stopping, self.watch, self.stopped = stopping, watch, False
+        self.guard = Guard(config.safety)
         self.folder = RunFolder(Path(config.run.dir))
         self.is_main = dist.get_rank() == 0
         self.step = self.tokens = 0
@@ -115,7 +124,9 @@ class Run:
         tensors = weights.manifest.tensors
         shapes = {n[len(prefix) :]: t.shape for n, t in tensors.items() if n.startswith(prefix)}
         read = box_reader(weights.folder, weights.manifest, prefix)
-        on_all(lambda: self.trainer.load_optimizer(shapes, read, self.step))
+        self.guard.load(state.get("guard", {}))
+        updates = self.guard.updates(self.step)
+        on_all(lambda: self.trainer.load_optimizer(shapes, read, updates))
 
     def go(self, say: Say) -> None:
         """Train from the current step to `train.steps`, then save if that was not done."""
@@ -132,37 +143,69 @@ class Run:
             if self.step:
                 advance(self.step)
             saved = self.step
-            while self.step < steps:
-                self._one_step(advance)
-                if config.train.val_every and self.step % config.train.val_every == 0:
-                    self._validate()
-                if config.checkpoint.every and self.step % config.checkpoint.every == 0:
-                    self.saver.save(self.step, self.tokens)
+            while self.step < steps and not self.stopped:
+                rewound = self._one_step(advance)
+                if rewound is None:
+                    self.stopped = True
+                    break
+                if _due(self.step, config.train.val_every):
+                    self.stopped = not self._validate()
+                # What a rewind passed over must not come back by a restart.
+                if rewound or _due(self.step, config.checkpoint.every):
+                    self._save()
                     saved = self.step
             if saved != self.step:
-                self.saver.save(self.step, self.tokens)
+                self._save()
+            self.watch.at("saving", self.step)
             self.saver.finish()
+        if self.stopped:
+            self._say_why(say)
 
-    def _one_step(self, advance: Advance) -> None:
-        config, began = self.config, time.perf_counter()
-        schedule = config.schedule
+    def _save(self) -> None:
+        self.watch.at("saving", self.step)
+        self.saver.save(self.step, self.tokens, {"guard": self.guard.state()})
+
+    def _say_why(self, say: Say) -> None:
+        asked = self.stopping.asked
+        reason = asked.name if asked is not None else "a signal to another rank"
+        self.meter.write({"step": self.step, "event": "stopped", "reason": reason})
+        saved = "saved; start again to continue" if self.step else "nothing to save yet"
+        say(f"stopped by {reason} after step {self.step}: {saved}")
+
+    def _one_step(self, advance: Advance) -> bool | None:
+        """Take the next step; True if it ended in a rewind, None if it was not begun because some
+        rank was asked to stop."""
+        config, began, number = self.config, time.perf_counter(), self.step + 1
+        schedule, safety = config.schedule, config.safety
         lr = learning_rate(
-            self.step + 1,
+            number,
             name=schedule.name,
             steps=config.train.steps,
             lr=config.optimizer.lr,
             warmup_steps=schedule.warmup_steps,
             min_lr=schedule.min_lr,
         )
-        loss, norm = self.trainer.step(self.feed.batch(self.step), lr)
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            raise BevatronError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before saving. "
-                f"The last good step is in {self.folder.path}; lower optimizer.lr or look at the "
-                "data"
-            )
+        self.watch.at("waiting for data", number)
+        samples = self.stopping.unless_asked(lambda: self.feed.batch(self.step))
+        self.watch.at("in its step", number)
+        done = self.trainer.step(
+            samples,
+            lr,
+            lambda loss, norm: self.guard.decide(number, loss, norm).action == "apply",
+            replay=_due(number, safety.replay_every),
+        )
+        if done is None:
+            return None
+        loss, norm = done
+        if self.guard.decision.action not in ("apply", "skip"):
+            self._rewind_or_stop(number, loss, norm)
+            return True
         self.step += 1
         self.tokens += config.train.global_batch * config.data.seq_len
+        if self.guard.decision.action == "skip":
+            self._record("skipped", loss, norm)
+            advance(1)
+            return False
         self.meter.step(
             self.step,
             tokens=self.tokens,
@@ -170,13 +213,59 @@ class Run:
             values={"loss": loss, "grad_norm": norm, "lr": lr},
             advance=advance,
         )
+        if _due(number, safety.check_replicas_every):
+            check_replicas(self.trainer.placed)
+        return False
 
-    def _validate(self) -> None:
+    def _record(self, kind: str, loss: float, norm: float) -> None:
+        """An event of this step: into metrics.jsonl, and to whoever is watching."""
+        reason = self.guard.decision.reason
+        self.meter.write(event(self.step, kind, reason, loss, norm))
+        if self.is_main:
+            print(f"step {self.step} {kind}: {reason}", file=sys.stderr, flush=True)
+
+    def _rewind_or_stop(self, bad: int, loss: float, norm: float) -> None:
+        """Back to the weights of the newest saved step, past the data of step `bad`: the steps
+        between count as taken, without their updates."""
+        reason, action = self.guard.decision.reason, self.guard.decision.action
+        self.saver.finish()
+        newest = on_all(self.folder.newest)[0]  # rank 0's view, if they should differ
+        if action == "stop" or newest is None:
+            self.meter.write(event(bad, "stopped", reason, loss, norm))
+            instead = "" if action == "stop" else "; there is no saved step to go back to yet"
+            raise BevatronError(
+                f"step {bad}: {reason}{instead}; stopped before the update. The newest saved step "
+                f"is {newest or 'none'}; lower optimizer.lr, look at the data, or set safety.* to "
+                "skip or rewind"
+            )
+        opened: list[Opened] = []
+        on_all(lambda: opened.append(open_weights(newest)))
+        stream(self.trainer.placed, opened[0])
+        self._continue(opened[0])
+        first = self.step + 1
+        self.guard.rewound.append((first, bad))
+        self.tokens += (bad - self.step) * self.config.train.global_batch * self.config.data.seq_len
+        self.step = bad
+        if self.is_main:
+            self.folder.drop_metrics_after(first - 1)
+        self._record("rewound", loss, norm)
+
+    def _validate(self) -> bool:
+        """Write a validation line; False if some rank was asked to stop meanwhile."""
         total = count = 0.0
         for i in range(self.config.train.val_batches):
-            part = self.trainer.evaluate(self.feed.validation_batch(i))
+            self.watch.at("validating", self.step)
+            batch = self.stopping.unless_asked(partial(self.feed.validation_batch, i))
+            part = self.trainer.evaluate(batch)
+            if part is None:
+                return False
             total, count = total + part[0], count + part[1]
         self.meter.write({"step": self.step, "val_loss": total / count})
+        return True
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 class _Quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,26 @@ class Saver:
         self.is_main = dist.get_rank() == 0
         self.kept = start.weights  # where the next save finds source files; moves with every save
 
-    def save(self, step: int, tokens: int) -> None:
-        """Write a step's checkpoint."""
+    def save(self, step: int, tokens: int, more: Mapping[str, Any]) -> None:
+        """Write a step's checkpoint. `more`: keys that train_state.json has besides."""
         temporary = self.folder.path / f".step-{step:08d}.partial"
+        state: dict[str, Any] = {"step": step, "tokens": tokens}
+        state |= {"samples": step * self.config.train.global_batch}
+        state |= {"schedule": self.config.schedule.name, **more}
         on_all(lambda: self.folder.begin(step) if self.is_main else None)
         tensors = write_boxes(temporary, self.trainer.to_save(), self.kept)
-        on_all(lambda: self._commit(temporary, step, tokens, tensors) if self.is_main else None)
+        on_all(lambda: self._commit(temporary, state, tensors) if self.is_main else None)
 
     def finish(self) -> None:
         """Nothing is left to be written when this returns."""
 
-    def _commit(self, temporary: Path, step: int, tokens: int, tensors: Any) -> None:
+    def _commit(self, temporary: Path, state: Mapping[str, Any], tensors: Any) -> None:
         weights, start = self.kept, self.start
         if weights is not None:
             weights.copy_origin(temporary)
         if (weights is None or weights.source is None) and self.config.tokenizer is not None:
             copy_tokenizer(Path(self.config.tokenizer), temporary / "source")
-        state: dict[str, Any] = {"step": step, "tokens": tokens}
-        state |= {"samples": step * self.config.train.global_batch}
-        state["schedule"] = self.config.schedule.name
+        step = state["step"]
         texts = {"spec.json": to_json(start.spec), "config.yaml": to_yaml(self.config)}
         texts["train_state.json"] = json.dumps(state) + "\n"
         manifest = Manifest(start.family, step, tensors)

@@ -5,7 +5,8 @@ No files and no loop here; `run.py` has those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bevatron.checkpoint.shard import local
 from bevatron.checkpoint.sharded import ReadBox, Saved, load
-from bevatron.parallel.gradients import clip, global_norm
+from bevatron.parallel.gradients import clip, drop, squared_norm
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Runner
 from bevatron.parallel.place import place
+from bevatron.parallel.replay import check_replay
 from bevatron.parallel.weights import fill_random, load_weights
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
@@ -25,6 +27,9 @@ from bevatron.train.objectives import Objective, Samples
 from bevatron.train.optimizer import AdamW
 
 Shapes = Mapping[str, tuple[int, ...]]
+# Whether a step with this loss and gradient norm may update the weights: a function of these two,
+# which are the same numbers on every rank, and of what else all ranks share.
+Admit = Callable[[float, float], bool]
 
 
 class Trainer:
@@ -118,31 +123,63 @@ class Trainer:
                 out.append(Saved(f"optimizer/{kind}/{name}", p, state, torch.float32))
         return out
 
-    def step(self, samples: Samples, lr: float) -> tuple[float, float]:
-        """One update; returns the loss and the gradient's norm before clipping."""
-        ids, batch = self.objective.batch(samples)
-        count = self._total(self.objective.count(batch))
+    def step(
+        self,
+        samples: Samples | None,
+        lr: float,
+        admit: Admit = lambda loss, norm: True,
+        *,
+        replay: bool = False,
+    ) -> tuple[float, float] | None:
+        """One update; returns the loss and the gradient's norm before clipping.
+
+        None if any rank brings no samples, because it was asked to stop: all ranks return together
+        and nothing has happened.
+
+        Args:
+            admit: decides between gradients and optimizer; without its leave, weights and moments
+                stay as they are.
+            replay: compute the gradients twice and raise if a bit differs.
+        """
+        ids, batch, count = self._agreed(samples)
+        if ids is None:
+            return None
         value = self.runner.step(ids, batch, 1.0 / count)
-        norm = global_norm(self.placed)
-        clip(self.placed, norm, self.optimizer_config.clip_grad)
-        self.optimizer.step(lr)
-        return self._sum(value) / count, norm
+        if replay:
+            check_replay(self.placed, value, lambda: self.runner.step(ids, batch, 1.0 / count))
+        loss, squared = self._sums(self._reported(value), squared_norm(self.placed))
+        loss, norm = loss / count, math.sqrt(squared)
+        if admit(loss, norm):
+            clip(self.placed, norm, self.optimizer_config.clip_grad)
+            self.optimizer.step(lr)
+        else:
+            drop(self.placed)
+        return loss, norm
 
-    def evaluate(self, samples: Samples) -> tuple[float, float]:
-        """The objective's sum over all ranks' samples, and its count."""
-        ids, batch = self.objective.batch(samples)
+    def evaluate(self, samples: Samples | None) -> tuple[float, float] | None:
+        """The objective's sum over all ranks' samples, and its count. None as `step` does."""
+        ids, batch, count = self._agreed(samples)
+        if ids is None:
+            return None
         value = self.runner.evaluate(ids, batch)
-        return self._sum(value), self._total(self.objective.count(batch))
+        return self._sums(self._reported(value))[0], count
 
-    def _total(self, count: int) -> float:
-        """Sum over the data-parallel ranks of a number that each part's other ranks share."""
-        first = self.mesh.get_local_rank("pp") == 0 and self.mesh.get_local_rank("tp") == 0
-        total = torch.tensor(float(count) if first else 0.0, dtype=torch.float64)
-        total = total.to(self.device)
-        dist.all_reduce(total)
-        return float(total)
+    def _agreed(self, samples: Samples | None) -> tuple[Tensor | None, dict[str, Tensor], float]:
+        """What the objective makes of the samples, and the count of the global batch; no ids if
+        there is a rank that brings none."""
+        ids, batch = self.objective.batch(samples) if samples is not None else (None, {})
+        # Counted by one rank for each part of the batch, of those that share it.
+        counts = self.mesh.get_local_rank("pp") == 0 and self.mesh.get_local_rank("tp") == 0
+        own = self.objective.count(batch) if ids is not None and counts else 0
+        count, missing = self._sums(*torch.tensor([own, ids is None], dtype=torch.float64))
+        return None if missing else ids, batch, count
 
-    def _sum(self, value: Tensor) -> float:
-        total = value.double() if self._reports else torch.zeros_like(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total)
+    def _reported(self, value: Tensor) -> Tensor:
+        """The objective's value on the ranks where it counts, else zero."""
+        return value if self._reports else torch.zeros_like(value)
+
+    def _sums(self, *values: Tensor) -> list[float]:
+        """Sums of scalars over all ranks, in one exchange: the same numbers everywhere."""
+        totals = torch.stack([value.to(self.device, torch.float64) for value in values])
+        dist.all_reduce(totals)
+        return totals.tolist()
