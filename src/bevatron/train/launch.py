@@ -140,7 +140,12 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     # Whoever hangs is named before its collectives give up.
     timeout_s = 2 * config.safety.hang_timeout_s + 600
     # Reports twice: of what fails inside the group before an end of the group that might hang.
-    with reporting(worker), Stopping() as stopping, world(device, timeout_s), reporting(worker):
+    with (
+        Stopping() as stopping,
+        reporting(worker, stopping),
+        world(device, timeout_s),
+        reporting(worker, stopping),
+    ):
         _run(config, layout, allow_changed, device, stopping)
         if worker:
             # Leave together and without destructors: gloo's threads may outlive the interpreter's
@@ -162,9 +167,10 @@ def _run(
     """Inside the process group."""
     import torch.distributed as dist
 
+    from bevatron.parallel.world import job_store
     from bevatron.train.run import Run
     from bevatron.train.start import find_start
-    from bevatron.train.watch import Watch, job_store
+    from bevatron.train.watch import Watch
 
     def say(text: str) -> None:
         if dist.get_rank() == 0:

@@ -16,10 +16,11 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
+
+from torch._C._distributed_c10d import Store
 
 from bevatron.train.workers import last_words
 
@@ -29,15 +30,7 @@ BEAT_S = (0.2, 15.0)  # at most a tenth of the timeout, within these limits
 SHOWN = 8  # ranks, or groups of ranks, in a message
 FRAMES = 4
 STATUS = 1
-
-
-class Store(Protocol):
-    """The part of torch's key-value stores that is used here."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def add(self, key: str, amount: int, /) -> int: ...
-    def check(self, keys: list[str], /) -> bool: ...
+PREFIX = "watch/"
 
 
 class Watch:
@@ -71,7 +64,7 @@ class Watch:
 
     def _watch(self) -> None:
         """Beat; end the process when this rank or another one says that nothing moves."""
-        store = _Patient(self.store, self.beat_s) if self.store is not None else None
+        store = _Patient(self.store) if self.store is not None else None
         while not self.done.wait(self.beat_s):
             self._beat(store)
             since = self.now[2]
@@ -169,7 +162,7 @@ def _stack(thread: int) -> str:
 class _Patient:
     """A store that may stop answering: then nothing is known, and nobody waits for it again."""
 
-    def __init__(self, store: Store, timeout_s: float) -> None:
+    def __init__(self, store: Store) -> None:
         self.store, self.failed = store, False
 
     def _try(self, act: Any, default: Any) -> Any:
@@ -182,29 +175,13 @@ class _Patient:
             return default
 
     def set(self, key: str, value: str) -> None:
-        self._try(lambda: self.store.set(key, value), None)
+        self._try(lambda: self.store.set(PREFIX + key, value), None)
 
     def get(self, key: str) -> str:
-        return str(self._try(lambda: self.store.get(key).decode(), "{}"))
+        return str(self._try(lambda: self.store.get(PREFIX + key).decode(), "{}"))
 
     def add(self, key: str) -> int:
-        return int(self._try(lambda: self.store.add(key, 1), 0))
+        return int(self._try(lambda: self.store.add(PREFIX + key, 1), 0))
 
     def has(self, key: str) -> bool:
-        return bool(self._try(lambda: self.store.check([key]), False))
-
-
-def job_store(timeout_s: float) -> Store | None:
-    """A connection of one's own to the job's store; None where there is none (one process)."""
-    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
-        return None
-    from torch._C._distributed_c10d import PrefixStore, TCPStore
-
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"watch/{attempt}", store)
+        return bool(self._try(lambda: self.store.check([PREFIX + key]), False))

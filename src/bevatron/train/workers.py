@@ -24,7 +24,7 @@ from types import FrameType
 from typing import NoReturn
 
 from bevatron.errors import BevatronError
-from bevatron.train.stopping import ASKED, SIGNALS
+from bevatron.train.stopping import ASKED, SIGNALS, Stopping
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
 LAUNCHER = "BEVATRON_LAUNCHER"  # a folder of this launcher; absent under plain torchrun
@@ -72,6 +72,8 @@ def launch(arguments: list[str], nproc: int, *, nodes: Nodes = ONE_NODE, restart
     )
     with tempfile.TemporaryDirectory(prefix="bevatron-") as folder, _PassOn() as heard:
         os.environ[LAUNCHER] = folder
+        if nodes.count > 1:  # a store for every restart, kept by rank 0; see world.job_store
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         try:
             elastic_launch(config, sys.executable)("-m", "bevatron", *arguments)
         except ChildFailedError as failed:
@@ -162,22 +164,22 @@ def last_words(message: str, status: int) -> NoReturn:
 
 
 @contextmanager
-def reporting(worker: bool) -> Iterator[None]:
+def reporting(worker: bool, stopping: Stopping) -> Iterator[None]:
     """What fails inside ends the process with its message, if this process is a `worker`."""
     try:
         yield
     except BaseException as error:
         if worker:
-            _fail(error)
+            _fail(error, stopping)
         raise
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _fail(error: BaseException, stopping: Stopping) -> NoReturn:
     if isinstance(error, BevatronError):
         last_words(str(error), error.exit_status)
     if _is_lost_peer(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the launcher ends this process
-        time.sleep(PATIENCE_S)
+        time.sleep(PATIENCE_S if stopping.asked is None else 0)
         first = str(error).strip().splitlines()[0]
         last_words(f"lost its connection to another rank, which failed or was killed ({first})", 1)
     last_words("".join(traceback.format_exception(error)), 1)
