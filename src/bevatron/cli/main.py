@@ -162,6 +162,15 @@ def train(
     config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: restarts from the newest step on a failure.")
+    ] = 0,
+    nnodes: Annotated[
+        int, typer.Option(min=1, help="Machines that start this command, each --nproc processes.")
+    ] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option(help="With --nnodes: HOST:PORT on the first of them.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, start nothing.")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration.")
@@ -170,13 +179,21 @@ def train(
         bool, typer.Option("--allow-changed", help="Resume although what decides numbers changed.")
     ] = False,
 ) -> None:
-    """Train, or continue, by a run configuration; also under torchrun."""
-    from bevatron.train.launch import train as start
+    """Train, or continue, by a run configuration; also under torchrun.
 
+    SIGTERM, SIGUSR1 or Ctrl-C: save after this step and end, with status 128 + the signal's number.
+    """
+    from bevatron.train.launch import train as start
+    from bevatron.train.workers import ONE_NODE, Nodes
+
+    if nnodes > 1 and (nproc is None or rendezvous is None):
+        raise BevatronError(f"--nnodes {nnodes} needs --nproc N and --rendezvous HOST:PORT")
     start(
         config,
         overrides or [],
         nproc=nproc,
+        nodes=Nodes(nnodes, rendezvous) if rendezvous is not None else ONE_NODE,
+        max_restarts=max_restarts,
         dry_run=dry_run,
         print_config=print_config,
         allow_changed=allow_changed,

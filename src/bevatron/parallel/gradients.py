@@ -1,17 +1,17 @@
-"""The global gradient norm, right across all meshes."""
+"""The gradients of all ranks as one: their norm, right across all meshes; clipping."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from bevatron.checkpoint.shard import copies, local
 from bevatron.parallel.place import Placed
 
 
-def global_norm(placed: Placed) -> float:
-    """L2 norm of the whole model's gradient, the same number on every rank.
+def squared_norm(placed: Placed) -> Tensor:
+    """This rank's share of the squared L2 norm of the whole model's gradient, a float64 scalar: the
+    sum over all ranks is the whole.
 
     A box that n ranks of a mesh hold counts 1/n on each; a tied head's second copy not at all."""
     first = next(iter(placed.trainable()), None)
@@ -21,8 +21,13 @@ def global_norm(placed: Placed) -> float:
         grad = parameter.grad
         assert grad is not None
         total += torch.linalg.vector_norm(local(grad), dtype=torch.float64) ** 2 / copies(parameter)
-    dist.all_reduce(total)
-    return float(total.sqrt())
+    return total
+
+
+def drop(placed: Placed) -> None:
+    """Forget all gradients."""
+    for parameter in placed.trainable():
+        parameter.grad = None
 
 
 def clip(placed: Placed, norm: float, limit: float) -> None:

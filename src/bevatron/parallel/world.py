@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bevatron.parallel.layout import Layout, LayoutError
@@ -57,10 +57,37 @@ def _start(device: torch.device, timeout_s: float) -> None:
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
     timeout = timedelta(seconds=timeout_s)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif attempt() > 0:
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = job_store(timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def attempt() -> int:
+    """How often one agent of torchrun has restarted all of this job's processes; 0 too where there
+    are several agents, whose counts need not be equal."""
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return 0
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def job_store(timeout_s: float) -> Store | None:
+    """A connection of one's own to the store that this job's processes share; None for a process
+    that torchrun has not started.
+
+    The agent of torch 2.13 keeps one store over all restarts, and in it the addresses of processes
+    that are dead by then: whoever reads those waits for nobody. So every attempt has its own names.
+    """
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=timeout_s)
+    store = TCPStore(address, port, is_master=False, timeout=timeout)
+    return PrefixStore(f"attempt-{attempt()}", store)
 
 
 def mesh(layout: Layout, device: torch.device) -> DeviceMesh:

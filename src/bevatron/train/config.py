@@ -209,6 +209,35 @@ class CheckpointConfig(Section):
     export: str | None = None
 
 
+class SafetyConfig(Section):
+    """What a run does about trouble. Decided before the optimizer sees a gradient, by numbers that
+    are the same on all ranks, and recorded in metrics.jsonl as a line with an `event`.
+
+    Attributes:
+        on_nonfinite: a loss or gradient norm that is NaN or infinite. `stop` ends the run; `skip`
+            drops the update (the step counts and its data is used up); `rewind` goes back to the
+            weights of the newest saved step and passes over the data from there to here.
+        on_spike: the same for a finite loss or norm more than `spike_sigma` standard deviations
+            above the mean of the last `spike_window` updates; judged once half of them are there.
+        max_skips: that many among the last `spike_window` steps are too many: the run stops.
+        max_rewinds: of the whole run.
+        hang_timeout_s: when nothing moves for so long, the run ends and names the rank that the
+            others wait for; 0 never does.
+        check_replicas_every: compare replicated parameters between ranks every so many steps.
+        replay_every: compute a step's gradients twice every so many steps; they must be equal.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    on_spike: Literal["ignore", "skip", "stop", "rewind"] = "ignore"
+    spike_sigma: float = Field(6.0, gt=0)
+    spike_window: int = Field(128, ge=4)
+    max_skips: int = Field(10, ge=0)
+    max_rewinds: int = Field(3, ge=0)
+    hang_timeout_s: float = Field(1800.0, ge=0)
+    check_replicas_every: int = Field(0, ge=0)
+    replay_every: int = Field(0, ge=0)
+
+
 class FolderConfig(Section):
     dir: str
 
@@ -225,7 +254,16 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    safety: SafetyConfig = SafetyConfig()
     run: FolderConfig
+
+    @model_validator(mode="after")
+    def _rewinds_have_a_target(self) -> RunConfig:
+        if "rewind" in (self.safety.on_nonfinite, self.safety.on_spike) and (
+            not self.checkpoint.every
+        ):
+            raise ValueError("safety says rewind, which needs saved steps: set checkpoint.every")
+        return self
 
     @model_validator(mode="after")
     def _validation_has_data(self) -> RunConfig:

@@ -46,6 +46,7 @@ class SequenceClassification(_OnScores):
     Samples: `tokens` [n, T], `labels` [n] int64, or [n, labels] fp32 of the other two types."""
 
     name = "sequence_classification"
+    counted = 1
 
     def __init__(self, head: Head) -> None:
         self.kind = problem_type(head)
@@ -96,7 +97,7 @@ class TokenClassification(_OnScores):
     Samples: `tokens` [n, T], `labels` [n, T] int64, IGNORE where there is none."""
 
     name = "token_classification"
-    entries = 2
+    entries, counted = 2, 1
 
     def batch(self, samples: Samples) -> tuple[Tensor, Batch]:
         return samples["tokens"], {"labels": samples["labels"]}
@@ -126,6 +127,7 @@ class QuestionAnswering(_OnScores):
     padding and at least 1; `context` [n, T] bool."""
 
     name = "question_answering"
+    counted = 2
     entries = 5  # loss of starts, loss of ends, exact matches, F1s, samples
 
     def batch(self, samples: Samples) -> tuple[Tensor, Batch]:

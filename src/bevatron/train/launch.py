@@ -5,12 +5,8 @@ The same command runs in one process, starts N of its own (`--nproc`), or is one
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
-import time
-import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +14,13 @@ from typing import TYPE_CHECKING
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check
 from bevatron.train.config import RunConfig, load_config, to_yaml
+from bevatron.train.stopping import Stopping, end_with_parent
+from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopped
 
 if TYPE_CHECKING:
-    from bevatron.train.start import Start
+    import torch
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
+    from bevatron.train.start import Start
 
 
 def train(
@@ -30,6 +28,8 @@ def train(
     overrides: list[str],
     *,
     nproc: int | None = None,
+    nodes: Nodes = ONE_NODE,
+    max_restarts: int = 0,
     dry_run: bool = False,
     print_config: bool = False,
     allow_changed: bool = False,
@@ -39,14 +39,18 @@ def train(
     Args:
         overrides: `section.key=value`, parsed as YAML.
         nproc: processes to start on this machine; None under torchrun, or for one process.
-    Raises BevatronError with one message, whichever rank failed.
+        nodes: of how many machines this is one, when this command is started on all of them.
+        max_restarts: how often all processes are started anew, from the newest saved step, after
+            one of them failed.
+    Raises BevatronError with one message, whichever rank failed. A run that a signal ended raises
+    SystemExit with 128 + the signal's number.
     """
     config = load_config(config_path, overrides)
     if print_config:
         print(to_yaml(config), end="")
         return
     is_worker = "RANK" in os.environ
-    world = nproc or int(os.environ.get("WORLD_SIZE", "1"))
+    world = nproc * nodes.count if nproc else int(os.environ.get("WORLD_SIZE", "1"))
     layout = layout_of(config, world)
     if not is_worker or dry_run:
         _check(config, layout)
@@ -54,11 +58,10 @@ def train(
         from bevatron.train.dry_run import report
 
         report(config, layout)
-    elif nproc is not None and nproc > 1 and not is_worker:
-        arguments = [str(config_path), *overrides]
-        _launch(arguments + ["--allow-changed"] * allow_changed, nproc)
-    elif is_worker:
-        _work_and_report(config, layout, allow_changed)
+    elif not is_worker and nproc is not None and (nproc > 1 or nodes.count > 1 or max_restarts):
+        arguments = ["train", str(config_path), *overrides]
+        arguments += ["--allow-changed"] * allow_changed
+        launch(arguments, nproc, nodes=nodes, restarts=max_restarts)
     else:
         work(config, layout, allow_changed)
 
@@ -133,79 +136,68 @@ def _check_export(config: RunConfig, start: Start) -> None:
 
 
 def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
-    """One rank's whole run."""
-    from bevatron.parallel.agree import on_all
-    from bevatron.parallel.world import default_device, world
-    from bevatron.train.objectives import objective_of
-    from bevatron.train.run import Run
-    from bevatron.train.start import opened_run
-
-    device = default_device()
-    main = os.environ.get("RANK", "0") == "0"
-
-    def say(text: str) -> None:
-        if main:
-            print(text, file=sys.stderr, flush=True)
-
+    """One rank's whole run. A worker of a launcher leaves its last words and ends."""
+    if worker := "RANK" in os.environ:
+        end_with_parent()
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    with world(device):
-        with opened_run(config, say) as start:
-            objective = objective_of(config.objective, start.spec)
-            run = Run(config, start, layout, objective, device, allow_changed)
-            origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
-            say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
-            run.go(say)
-            if run.step:
-                say(f"step {run.step} is in {run.folder.step_folder(run.step)}")
-        if "RANK" in os.environ:
+    from bevatron.parallel.agree import on_all
+    from bevatron.parallel.world import default_device, world
+
+    device = default_device()
+    # Whoever hangs is named before its collectives give up.
+    timeout_s = 2 * config.safety.hang_timeout_s + 600
+    # Reports twice: of what fails inside the group before an end of the group that might hang.
+    with (
+        Stopping() as stopping,
+        reporting(worker, stopping),
+        world(device, timeout_s),
+        reporting(worker, stopping),
+    ):
+        _run(config, layout, allow_changed, device, stopping)
+        if worker:
             # Leave together and without destructors: gloo's threads may outlive the interpreter's
             # teardown and abort a process whose work is done and saved.
             on_all(lambda: None)
             sys.stdout.flush()
             os._exit(0)
+    if stopping.asked is not None:
+        raise SystemExit(128 + stopping.asked)
 
 
-def _work_and_report(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
-    """As a worker: leave the message where the launcher finds it, and leave at once, so that the
-    launcher stops the other ranks."""
-    try:
-        work(config, layout, allow_changed)
-    except BaseException as error:
-        expected = isinstance(error, BevatronError)
-        message = str(error) if expected else traceback.format_exc()
-        if (path := os.environ.get(ERROR_FILE)) is not None:
-            extra = {"timestamp": str(int(time.time())), "py_callstack": message}
-            content = {"message": {"message": message, "extraInfo": extra}}
-            Path(path).write_text(json.dumps(content), encoding="utf-8")
-        if os.environ.get("BEVATRON_LAUNCHER") is None:
-            print(f"error: rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2 if expected else 1)
+def _run(
+    config: RunConfig,
+    layout: Layout,
+    allow_changed: bool,
+    device: torch.device,
+    stopping: Stopping,
+) -> None:
+    """Inside the process group."""
+    import torch.distributed as dist
 
+    from bevatron.parallel.world import job_store
+    from bevatron.train.objectives import objective_of
+    from bevatron.train.run import Run
+    from bevatron.train.start import opened_run
+    from bevatron.train.watch import Watch
 
-def _launch(arguments: list[str], nproc: int) -> None:
-    """Start `nproc` workers on this machine through torchrun's own launcher and wait for them."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    def say(text: str) -> None:
+        if dist.get_rank() == 0:
+            print(text, file=sys.stderr, flush=True)
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
-    os.environ["BEVATRON_LAUNCHER"] = "1"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id="bevatron",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "bevatron", "train", *arguments)
-    except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
-        said = first.message if isinstance(first.message, str) else first.message["message"]
-        raise BevatronError(f"rank {rank}: {said}") from None
+    timeout_s, store = config.safety.hang_timeout_s, None
+    if timeout_s and dist.get_world_size() > 1:
+        store = job_store(min(timeout_s, 30.0))
+    with (
+        Watch(timeout_s, dist.get_rank(), dist.get_world_size(), store) as watch,
+        opened_run(config, say) as start,
+    ):
+        objective = objective_of(config.objective, start.spec)
+        run = Run(config, start, layout, objective, device, allow_changed, stopping, watch)
+        origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
+        say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
+        run.go(say)
+        if run.stopped:
+            say_stopped()
+        if run.step:
+            say(f"step {run.step} is in {run.folder.step_folder(run.step)}")

@@ -30,13 +30,14 @@ Vector = NDArray[np.float64]
 
 class Objective(Protocol):
     """Attributes:
-    entries: how many sums `compute` gives. The first ones, as many as `count` has numbers, are
-        divided by these and added up: that is the loss that is differentiated. The others are
-        metrics' sums without a gradient.
+    entries: how many sums `compute` gives. The first ones, `counted` of them, are divided by
+        the numbers of `count` and added up: that is the loss that is differentiated. The others
+        are metrics' sums without a gradient.
     """
 
     name: str
     entries: int
+    counted: int
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...].
@@ -64,6 +65,7 @@ class Pretrain:
     """
 
     name = "pretrain"
+    counted = 1
 
     def __init__(self, z_loss: float = 0.0) -> None:
         self.z_loss = z_loss

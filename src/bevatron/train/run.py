@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from bevatron.bridge.opened import Opened
+from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.run_folder import STARTS, RunFolder
 from bevatron.checkpoint.sharded import box_reader
+from bevatron.checkpoint.whole import read_state
 from bevatron.errors import BevatronError
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.replicas import check_replicas
 from bevatron.parallel.weights import fill_random, stream
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance
 from bevatron.train.config import RunConfig, changed_keys
+from bevatron.train.guard import Guard, event
 from bevatron.train.labelled_feed import open_feed
 from bevatron.train.meter import Meter
 from bevatron.train.objectives import Objective
@@ -27,7 +33,9 @@ from bevatron.train.record import changes, made_with, start_line
 from bevatron.train.saving import Saver
 from bevatron.train.schedule import learning_rate
 from bevatron.train.start import Start
+from bevatron.train.stopping import Stopping
 from bevatron.train.trainer import Trainer
+from bevatron.train.watch import Watch
 
 Say = Callable[[str], None]
 
@@ -43,8 +51,12 @@ class Run:
         objective: Objective,
         device: torch.device,
         allow_changed: bool,
+        stopping: Stopping,
+        watch: Watch,
     ) -> None:
         self.config, self.start, self.layout = config, start, layout
+        self.stopping, self.watch, self.stopped = stopping, watch, False
+        self.guard = Guard(config.safety)
         self.folder = RunFolder(Path(config.run.dir))
         self.is_main = dist.get_rank() == 0
         self.step = self.tokens = 0
@@ -65,8 +77,7 @@ class Run:
         on_all(self._open_feed)
         self._fill()
         self.made_with = made_with(layout, device)
-        state = {"made_with": self.made_with}
-        self.saver = Saver(config, start, self.folder, self.trainer, state)
+        self.saver = Saver(config, start, self.folder, self.trainer, self._state)
         self.meter = Meter(
             start.spec,
             layout,
@@ -88,6 +99,10 @@ class Run:
             device=self.device,
         )
 
+    def _state(self) -> dict[str, Any]:
+        """What a step's train_state.json says besides."""
+        return {"made_with": self.made_with, "guard": self.guard.state()}
+
     def _check_unchanged(self, allow_changed: bool) -> None:
         """What decides the numbers may not change between starts of one run."""
         assert self.start.config is not None
@@ -106,18 +121,18 @@ class Run:
             return
         stream(trainer.placed, weights, leave=self.start.fresh, verified=self.start.verified)
         fill_random(trainer.placed, self.config.train.seed, only=self.start.fresh)
-        if self.start.resumed is not None:
-            self._continue(weights)
+        if self.start.state is not None:
+            self._continue(weights, self.start.state)
 
-    def _continue(self, weights: Opened) -> None:
-        state = self.start.state
-        assert state is not None
+    def _continue(self, weights: Opened, state: Mapping[str, Any]) -> None:
         self.step, self.tokens = state["step"], state["tokens"]
         prefix = "optimizer/"
         tensors = weights.manifest.tensors
         shapes = {n[len(prefix) :]: t.shape for n, t in tensors.items() if n.startswith(prefix)}
         read = box_reader(weights.folder, weights.manifest, prefix)
-        on_all(lambda: self.trainer.load_optimizer(shapes, read, self.step))
+        self.guard.load(state.get("guard", {}))
+        updates = self.guard.updates(self.step)
+        on_all(lambda: self.trainer.load_optimizer(shapes, read, updates))
 
     def go(self, say: Say) -> None:
         """Train from the current step to `train.steps`, then save if that was not done."""
@@ -137,16 +152,15 @@ class Run:
             ) as advance:
                 if self.step:
                     advance(self.step)
-                while self.step < steps:
-                    self._one_step(advance)
-                    if config.train.val_every and self.step % config.train.val_every == 0:
-                        self._validate()
-                    self.saver.save_if_due(self.step, self.tokens)
-                self.saver.finish(self.step, self.tokens)
+                self._loop(steps, advance)
         except BaseException:
             self.saver.leave()
             raise
-        self.saver.export(self.is_main)
+        if self.stopped:
+            self._say_why(say)
+        else:
+            self.watch.at("exporting", self.step)
+            self.saver.export(self.is_main)
 
     def _prepare_folder(self) -> None:
         """Drop what was logged after the step that is continued from, and say what starts now."""
@@ -155,20 +169,59 @@ class Run:
             line = start_line(self.config, self.start, self.made_with, {})
             self.folder.append(STARTS, line)
 
-    def _one_step(self, advance: Advance) -> None:
-        config, began = self.config, time.perf_counter()
+    def _loop(self, steps: int, advance: Advance) -> None:
+        while self.step < steps and not self.stopped:
+            rewound = self._one_step(advance)
+            if rewound is None:
+                self.stopped = True
+                break
+            if _due(self.step, self.config.train.val_every):
+                self.stopped = not self._validate()
+            self.watch.at("saving", self.step)
+            if rewound:  # what it passed over must not come back by a restart
+                self.saver.save(self.step, self.tokens)
+            else:
+                self.saver.save_if_due(self.step, self.tokens)
+        self.watch.at("saving", self.step)
+        if self.step:
+            self.saver.finish(self.step, self.tokens)
+
+    def _say_why(self, say: Say) -> None:
+        asked = self.stopping.asked
+        reason = asked.name if asked is not None else "a signal to another rank"
+        self.meter.write({"step": self.step, "event": "stopped", "reason": reason})
+        saved = "saved; start again to continue" if self.step else "nothing to save yet"
+        say(f"stopped by {reason} after step {self.step}: {saved}")
+
+    def _one_step(self, advance: Advance) -> bool | None:
+        """Take the next step; True if it ended in a rewind, None if it was not begun because some
+        rank was asked to stop."""
+        config, began, number = self.config, time.perf_counter(), self.step + 1
+        safety = config.safety
         lr = learning_rate(
-            self.step + 1, config.schedule, steps=config.train.steps, lr=config.optimizer.lr
+            number, config.schedule, steps=config.train.steps, lr=config.optimizer.lr
         )
-        loss, norm = self.trainer.step(self.feed.batch(self.step), lr)
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            raise BevatronError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before saving. "
-                f"The last good step is in {self.folder.path}; lower optimizer.lr or look at the "
-                "data"
-            )
+        self.watch.at("waiting for data", number)
+        samples = self.stopping.unless_asked(lambda: self.feed.batch(self.step))
+        self.watch.at("in its step", number)
+        done = self.trainer.step(
+            samples,
+            lr,
+            lambda loss, norm: self.guard.decide(number, loss, norm).action == "apply",
+            replay=_due(number, safety.replay_every),
+        )
+        if done is None:
+            return None
+        loss, norm = done
+        if self.guard.decision.action not in ("apply", "skip"):
+            self._rewind_or_stop(number, loss, norm)
+            return True
         self.step += 1
         self.tokens += config.train.global_batch * config.data.seq_len
+        if self.guard.decision.action == "skip":
+            self._record("skipped", loss, norm)
+            advance(1)
+            return False
         self.meter.step(
             self.step,
             tokens=self.tokens,
@@ -176,15 +229,61 @@ class Run:
             values={"loss": loss, "grad_norm": norm, "lr": lr} | self.trainer.reported,
             advance=advance,
         )
+        if _due(number, safety.check_replicas_every):
+            check_replicas(self.trainer.placed)
+        return False
 
-    def _validate(self) -> None:
-        parts = [
-            self.trainer.evaluate(self.feed.validation_batch(i))
-            for i in range(self.config.train.val_batches)
-        ]
+    def _record(self, kind: str, loss: float, norm: float) -> None:
+        """An event of this step: into metrics.jsonl, and to whoever is watching."""
+        reason = self.guard.decision.reason
+        self.meter.write(event(self.step, kind, reason, loss, norm))
+        if self.is_main:
+            print(f"step {self.step} {kind}: {reason}", file=sys.stderr, flush=True)
+
+    def _rewind_or_stop(self, bad: int, loss: float, norm: float) -> None:
+        """Back to the weights of the newest saved step, past the data of step `bad`: the steps
+        between count as taken, without their updates."""
+        reason, action = self.guard.decision.reason, self.guard.decision.action
+        self.saver.wait()
+        newest = on_all(self.folder.newest)[0]  # rank 0's view, if they should differ
+        if action == "stop" or newest is None:
+            self.meter.write(event(bad, "stopped", reason, loss, norm))
+            instead = "" if action == "stop" else "; there is no saved step to go back to yet"
+            raise BevatronError(
+                f"step {bad}: {reason}{instead}; stopped before the update. The newest saved step "
+                f"is {newest or 'none'}; lower optimizer.lr, look at the data, or set safety.* to "
+                "skip or rewind"
+            )
+        opened: list[Opened] = []
+        on_all(lambda: opened.append(open_weights(newest)))
+        stream(self.trainer.placed, opened[0])
+        self._continue(opened[0], read_state(newest, opened[0].manifest.step))
+        first = self.step + 1
+        self.guard.rewound.append((first, bad))
+        self.tokens += (bad - self.step) * self.config.train.global_batch * self.config.data.seq_len
+        self.step = bad
+        if self.is_main:
+            self.folder.drop_metrics_after(first - 1)
+        self._record("rewound", loss, norm)
+
+    def _validate(self) -> bool:
+        """Write a validation line; False if some rank was asked to stop meanwhile."""
+        parts = []
+        for i in range(self.config.train.val_batches):
+            self.watch.at("validating", self.step)
+            batch = self.stopping.unless_asked(partial(self.feed.validation_batch, i))
+            part = self.trainer.evaluate(batch)
+            if part is None:
+                return False
+            parts.append(part)
         sums, counts = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
         found = self.trainer.objective.report(sums, counts)
         self.meter.write({"step": self.step} | {f"val_{k}": v for k, v in found.items()})
+        return True
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 class _Quiet:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Saver:
     """Writes steps into a run folder. All methods but `leave` are collective.
 
     Args:
-        state: what else train_state.json says, such as the data's fingerprints.
+        state: what else train_state.json says of the moment, such as the data's fingerprints.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Saver:
         start: Start,
         folder: RunFolder,
         trainer: Trainer,
-        state: Mapping[str, Any] | None = None,
+        state: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.config, self.start, self.folder, self.trainer = config, start, folder, trainer
-        self.state = dict(state or {})
+        self.state = state
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.kept = start.weights  # where the next save finds source files; moves with every save
@@ -171,7 +171,8 @@ class Saver:
             parts = [replace(part, own=[next(copies) for _ in part.own]) for part in parts]
         save = InFlight(step, parts, Background(lambda: self._write(step, parts)))
         if self.is_main:
-            save.committing = Background(lambda: self._commit_all(save, tokens))
+            state = self._train_state(step, tokens)
+            save.committing = Background(lambda: self._commit_all(save, state))
         self.in_flight = save
         if STEP in kinds:
             self.saved = step
@@ -199,24 +200,24 @@ class Saver:
                 print(f"warning: saving step {step}: {message}", file=sys.stderr, flush=True)
             raise BevatronError(message) from error
 
-    def _commit_all(self, save: InFlight, tokens: int) -> None:
+    def _commit_all(self, save: InFlight, state: Mapping[str, Any]) -> None:
         """In a thread of rank 0."""
         try:
             for part in save.parts:
                 if not tables.wait_for_tables(part.folder, self.ranks, save.stop):
                     return
-                self._commit(part, save.step, tokens)
+                self._commit(part, save.step, state)
         finally:
             for part in save.parts:  # gone already, unless something failed
                 shutil.rmtree(part.folder, ignore_errors=True)
 
-    def _commit(self, part: Part, step: int, tokens: int) -> None:
+    def _commit(self, part: Part, step: int, state: Mapping[str, Any]) -> None:
         options = self.config.checkpoint
         merged = tables.merge_tables(part.folder, self.ranks, self.start.family, step)
         self._copy_origin(part.folder)
         texts = {"spec.json": to_json(self.start.spec), "config.yaml": to_yaml(self.config)}
         if part.kind == STEP:
-            texts["train_state.json"] = json.dumps(self._train_state(step, tokens)) + "\n"
+            texts["train_state.json"] = json.dumps(state) + "\n"
         target = self.folder.commit(part.folder, step, merged, texts, part.kind)
         tables.check_sizes(target, merged.sizes)  # before older steps are deleted
         if part.kind == STEP:
@@ -228,7 +229,7 @@ class Saver:
     def _train_state(self, step: int, tokens: int) -> dict[str, Any]:
         state: dict[str, Any] = {"step": step, "tokens": tokens}
         state["samples"] = step * self.config.train.global_batch
-        return {**state, "schedule": self.config.schedule.name, **self.state}
+        return {**state, "schedule": self.config.schedule.name, **self.state()}
 
     def _copy_origin(self, folder: Path) -> None:
         weights = self.kept

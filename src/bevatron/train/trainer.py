@@ -5,8 +5,10 @@ No files and no loop here; `run.py` has those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from bevatron.checkpoint.shard import local
 from bevatron.checkpoint.sharded import ReadBox, Saved, load
 from bevatron.parallel.context import ContextParallel
-from bevatron.parallel.gradients import clip, global_norm
+from bevatron.parallel.gradients import clip, drop, squared_norm
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Runner
 from bevatron.parallel.place import place
+from bevatron.parallel.replay import check_replay
 from bevatron.parallel.weights import fill_random, load_weights
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
@@ -26,6 +29,9 @@ from bevatron.train.objectives import Objective, Samples, Vector
 from bevatron.train.optimizer import make_optimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
+# Whether a step with this loss and gradient norm may update the weights: a function of these two,
+# which are the same numbers on every rank, and of what else all ranks share.
+Admit = Callable[[float, float], bool]
 
 
 class Trainer:
@@ -119,42 +125,71 @@ class Trainer:
                 out.append(Saved(f"optimizer/{name}", p, values, torch.float32))
         return out
 
-    def step(self, samples: Samples, lr: float) -> tuple[float, float]:
-        """One update; returns the loss and the gradient's norm before clipping."""
-        ids, batch, counts = self._batch(samples)
+    def step(
+        self,
+        samples: Samples | None,
+        lr: float,
+        admit: Admit = lambda loss, norm: True,
+        *,
+        replay: bool = False,
+    ) -> tuple[float, float] | None:
+        """One update; returns the loss and the gradient's norm before clipping.
+
+        None if any rank brings no samples, because it was asked to stop: all ranks return together
+        and nothing has happened.
+
+        Args:
+            admit: decides between gradients and optimizer; without its leave, weights and moments
+                stay as they are.
+            replay: compute the gradients twice and raise if a bit differs.
+        """
+        ids, batch, counts = self._agreed(samples)
+        if ids is None:
+            return None
         scale = torch.tensor(1 / counts.clip(1), dtype=torch.float32, device=self.device)
         sums = self.runner.step(ids, batch, scale)
-        norm = global_norm(self.placed)
-        clip(self.placed, norm, self.optimizer_config.clip_grad)
-        self.optimizer.step(lr)
-        self.reported = self.objective.report(self._sum(sums), counts)
-        return self.reported["loss"], norm
+        if replay:
+            check_replay(self.placed, sums, lambda: self.runner.step(ids, batch, scale))
+        *totals, squared = self._sums(self._counted(sums), squared_norm(self.placed)[None])
+        self.reported = self.objective.report(np.array(totals), counts)
+        loss, norm = self.reported["loss"], math.sqrt(squared)
+        if admit(loss, norm):
+            clip(self.placed, norm, self.optimizer_config.clip_grad)
+            self.optimizer.step(lr)
+        else:
+            drop(self.placed)
+        return loss, norm
 
-    def evaluate(self, samples: Samples) -> tuple[Vector, Vector]:
+    def evaluate(self, samples: Samples | None) -> tuple[Vector, Vector] | None:
         """The objective's sums over all ranks' samples, and their counts; both add up over batches
-        to what `objective.report` takes."""
-        ids, batch, counts = self._batch(samples)
-        return self._sum(self.runner.evaluate(ids, batch)), counts
+        to what `objective.report` takes. None as `step` does."""
+        ids, batch, counts = self._agreed(samples)
+        if ids is None:
+            return None
+        return self._sums(self._counted(self.runner.evaluate(ids, batch))), counts
 
-    def _batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor], Vector]:
-        """What this rank's stages get, and the objective's counts over all ranks."""
-        ids, batch = self.objective.batch(samples)
-        counts = self._total(self.objective.count(batch))
-        if self.layout.cp > 1:
+    def _agreed(self, samples: Samples | None) -> tuple[Tensor | None, dict[str, Tensor], Vector]:
+        """What the stages get of the samples, and the counts of the global batch; no ids if there
+        is a rank that brings none."""
+        ids, batch = self.objective.batch(samples) if samples is not None else (None, {})
+        # Counted by one rank for each part of the batch, of those that share it.
+        counts = all(self.mesh.get_local_rank(dim) == 0 for dim in ("pp", "cp", "tp"))
+        own = torch.zeros(self.objective.counted + 1, dtype=torch.float64)
+        own[-1] = ids is None
+        if ids is not None and counts:
+            own[:-1] = torch.tensor(self.objective.count(batch), dtype=torch.float64)
+        *found, missing = self._sums(own)
+        if ids is not None and self.layout.cp > 1:
             ids, batch = ContextParallel(self.mesh["cp"]).take(ids, batch)
-        return ids, batch, counts
+        return None if missing else ids, batch, np.array(found)
 
-    def _total(self, counts: Sequence[int]) -> Vector:
-        """Sum over the data-parallel ranks of numbers that each part's other ranks share."""
-        first = all(self.mesh.get_local_rank(dim) == 0 for dim in ("pp", "cp", "tp"))
-        total = torch.tensor(counts, dtype=torch.float64, device=self.device)
-        return self._reduced(total if first else torch.zeros_like(total))
+    def _counted(self, sums: Tensor) -> Tensor:
+        """The objective's sums on the ranks where they count, else zeros."""
+        return sums if self._reports else torch.zeros_like(sums)
 
-    def _sum(self, sums: Tensor) -> Vector:
-        total = sums.double()
-        return self._reduced(total if self._reports else torch.zeros_like(total))
-
-    def _reduced(self, total: Tensor) -> Vector:
-        dist.all_reduce(total)
-        out: Vector = total.cpu().numpy()
-        return out
+    def _sums(self, *parts: Tensor) -> Vector:
+        """Sums of vectors over all ranks, in one exchange: the same numbers everywhere."""
+        totals = torch.cat([part.to(self.device, torch.float64) for part in parts])
+        dist.all_reduce(totals)
+        found: Vector = totals.cpu().numpy()
+        return found
