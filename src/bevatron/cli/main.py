@@ -162,7 +162,13 @@ def train(
     config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, say what each rank takes, start nothing.")
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: of how many processes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one object.")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration.")
     ] = False,
@@ -178,6 +184,8 @@ def train(
         overrides or [],
         nproc=nproc,
         dry_run=dry_run,
+        paper_ranks=world,
+        as_json=as_json,
         print_config=print_config,
         allow_changed=allow_changed,
     )

@@ -28,6 +28,8 @@ def train(
     *,
     nproc: int | None = None,
     dry_run: bool = False,
+    paper_ranks: int | None = None,
+    as_json: bool = False,
     print_config: bool = False,
     allow_changed: bool = False,
 ) -> None:
@@ -36,6 +38,8 @@ def train(
     Args:
         overrides: `section.key=value`, parsed as YAML.
         nproc: processes to start on this machine; None under torchrun, or for one process.
+        dry_run: build every stage on paper and print what it takes (as JSON if `as_json`).
+        paper_ranks: of how many processes a dry run is; default: as many as would start.
     Raises BevatronError with one message, whichever rank failed.
     """
     config = load_config(config_path, overrides)
@@ -43,15 +47,16 @@ def train(
         print(to_yaml(config), end="")
         return
     is_worker = "RANK" in os.environ
-    world = nproc or int(os.environ.get("WORLD_SIZE", "1"))
+    if (paper_ranks is not None or as_json) and not dry_run:
+        raise BevatronError("--world and --json go with --dry-run")
+    world = paper_ranks or nproc or int(os.environ.get("WORLD_SIZE", "1"))
     layout = layout_of(config, world)
-    if not is_worker or dry_run:
-        _check(config, layout)
     if dry_run:
-        from bevatron.train.dry_run import report
-
-        report(config, layout)
-    elif nproc is not None and nproc > 1 and not is_worker:
+        _plan(config, layout, as_json)
+        return
+    if not is_worker:
+        _check(config, layout)
+    if nproc is not None and nproc > 1 and not is_worker:
         arguments = [str(config_path), *overrides]
         _launch(arguments + ["--allow-changed"] * allow_changed, nproc)
     elif is_worker:
@@ -88,11 +93,27 @@ def layout_of(config: RunConfig, world: int) -> Layout:
     return layout
 
 
-def _check(config: RunConfig, layout: Layout) -> None:
-    """All that needs no process group: the start, the layout, the objective, the data."""
+def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
+    """Print what the run would be. It is planned before there is data: a token store that does not
+    exist yet is a warning, one that is not whole an error."""
+    absent: list[str] = []
+    _check(config, layout, absent)
+    from bevatron.train.dry_run import make_plan, to_text
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    notes = [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
+    plan = make_plan(config, layout, _objective(config), notes)
+    print(json.dumps(plan.to_dict()) if as_json else to_text(plan))
+
+
+def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -> None:
+    """All that needs no process group: the start, the layout, the objective, the data. Stores that
+    do not exist are noted in `absent` if it is given."""
     from bevatron.data.store import TokenStore
     from bevatron.train.start import find_start
+    from bevatron.train.trackers import check_trackers
 
+    check_trackers(config.log)
     start = find_start(config)
     check(
         layout,
@@ -111,6 +132,9 @@ def _check(config: RunConfig, layout: Layout) -> None:
             f"{start.spec.head.kind}"
         )
     for source in [*config.data.train, *config.data.validation]:
+        if absent is not None and not os.path.lexists(source.path):
+            absent.append(source.path)
+            continue
         TokenStore.open(Path(source.path)).check_vocab(start.spec.vocab_size)
 
 
@@ -144,7 +168,10 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
         run = Run(config, start, layout, _objective(config), device, allow_changed)
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
         say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
-        run.go(say)
+        try:
+            run.go(say)
+        finally:
+            run.meter.close()
         if run.step:
             say(f"step {run.step} is in {run.folder.step_folder(run.step)}")
         if "RANK" in os.environ:

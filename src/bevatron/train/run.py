@@ -49,13 +49,12 @@ class Run:
         self.step = self.tokens = 0
         if start.resumed is not None:
             on_all(lambda: self._check_unchanged(allow_changed))
-        seq_len, batch = config.data.seq_len, config.train.global_batch
         self.trainer = Trainer(
             start.spec,
             layout,
             mesh(layout, device),
             objective,
-            seq_len=seq_len,
+            seq_len=config.data.seq_len,
             train=config.train,
             optimizer=config.optimizer,
             device=device,
@@ -64,13 +63,16 @@ class Run:
         on_all(self._open_feed)
         self._fill()
         self.saver = Saver(config, start, self.folder, self.trainer)
+        on_all(self._open_meter)
+
+    def _open_meter(self) -> None:
         self.meter = Meter(
-            start.spec,
-            layout,
-            seq_len=seq_len,
-            global_batch=batch,
-            device=device,
+            self.config,
+            self.start.spec,
+            self.layout,
+            device=self.device,
             folder=self.folder if self.is_main else None,
+            step=self.step,
         )
 
     def _open_feed(self) -> None:
@@ -128,9 +130,8 @@ class Run:
         if self.step >= steps:
             say(f"{self.folder.path}: already at step {self.step} of {steps}; nothing to do")
             return
-        with progress("training", total=steps, unit="it") if self.is_main else _Quiet() as advance:
-            if self.step:
-                advance(self.step)
+        shown = progress("training", total=steps, unit="steps", done=self.step)
+        with shown if self.is_main else _Quiet() as advance:
             saved = self.step
             while self.step < steps:
                 self._one_step(advance)
@@ -142,6 +143,7 @@ class Run:
             if saved != self.step:
                 self.saver.save(self.step, self.tokens)
             self.saver.finish()
+        say(self.meter.summary())
 
     def _one_step(self, advance: Advance) -> None:
         config, began = self.config, time.perf_counter()
@@ -154,7 +156,9 @@ class Run:
             warmup_steps=schedule.warmup_steps,
             min_lr=schedule.min_lr,
         )
-        loss, norm = self.trainer.step(self.feed.batch(self.step), lr)
+        batch = self.feed.batch(self.step)
+        waited = time.perf_counter() - began
+        loss, norm = self.trainer.step(batch, lr)
         if not np.isfinite(loss) or not np.isfinite(norm):
             raise BevatronError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}; stopped before saving. "
@@ -169,6 +173,7 @@ class Run:
             seconds=time.perf_counter() - began,
             values={"loss": loss, "grad_norm": norm, "lr": lr},
             advance=advance,
+            data_wait=waited,
         )
 
     def _validate(self) -> None:
@@ -176,7 +181,7 @@ class Run:
         for i in range(self.config.train.val_batches):
             part = self.trainer.evaluate(self.feed.validation_batch(i))
             total, count = total + part[0], count + part[1]
-        self.meter.write({"step": self.step, "val_loss": total / count})
+        self.meter.validation(self.step, {"val_loss": total / count})
 
 
 class _Quiet:
