@@ -191,6 +191,21 @@ def train(
     )
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html in the run, or here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML page about a run, or several side by side: curves, checkpoints, configuration."""
+    from bevatron.train.report import report as write
+
+    made = write(runs, output, as_json=as_json)
+    print(json.dumps(made) if as_json else made)
+
+
 @app.command(
     "transformers",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
