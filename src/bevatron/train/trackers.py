@@ -68,7 +68,8 @@ class Trackio:
     """A local trackio dashboard: `trackio show`."""
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
-        self.run: Any = import_module("trackio").init(
+        self.package: Any = import_module("trackio")
+        self.run: Any = self.package.init(
             project=config.log.project,
             name=_name(config, folder),
             resume="allow",
@@ -79,7 +80,7 @@ class Trackio:
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        self.package.finish()
 
 
 # By their key under `log:`, which is also the package to install.

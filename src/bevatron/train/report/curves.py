@@ -63,7 +63,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten; only the powers if there are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    multiples = (1, 2, 5) if len(powers) <= 3 else (1,)
+    multiples = (1, 2, 5) if len(powers) <= 4 else (1,)
     every = max(1, len(powers) // 6)
     found = [10.0**p * m for p in powers if p % every == 0 for m in multiples]
     return [t for t in found if low * 0.999 <= t <= high * 1.001]

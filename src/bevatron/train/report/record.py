@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import yaml
@@ -23,7 +23,15 @@ from bevatron.spec.json import from_json
 
 STARTS = "starts.jsonl"
 _FOLDER = re.compile(r"(step|weights)-(\d{8,})")
-CURVES = ("loss", "val_loss", "val_bpb", "grad_norm", "lr", "tokens_per_s", "memory_gib")
+CURVES: tuple[str, ...] = (
+    "loss",
+    "val_loss",
+    "val_bpb",
+    "grad_norm",
+    "lr",
+    "tokens_per_s",
+    "memory_gib",
+)
 CURVES += ("mfu", "mfu_causal")
 
 Floats = NDArray[np.float64]
@@ -134,7 +142,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield value
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and math.isfinite(value)
 
 
