@@ -171,7 +171,13 @@ def train(
     rendezvous: Annotated[
         str | None, typer.Option(help="With --nnodes: HOST:PORT on the first of them.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, say what each rank takes, start nothing.")
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: of how many processes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one object.")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration.")
     ] = False,
@@ -195,9 +201,26 @@ def train(
         nodes=Nodes(nnodes, rendezvous) if rendezvous is not None else ONE_NODE,
         max_restarts=max_restarts,
         dry_run=dry_run,
+        paper_ranks=world,
+        as_json=as_json,
         print_config=print_config,
         allow_changed=allow_changed,
     )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html in the run, or here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML page about a run, or several side by side: curves, checkpoints, configuration."""
+    from bevatron.train.report import report as write
+
+    made = write(runs, output, as_json=as_json)
+    print(json.dumps(made) if as_json else made)
 
 
 @app.command(

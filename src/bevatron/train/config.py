@@ -238,6 +238,19 @@ class SafetyConfig(Section):
     replay_every: int = Field(0, ge=0)
 
 
+class LogConfig(Section):
+    """metrics.jsonl has a line every so many steps; trackers get the same numbers. `name` is the
+    run's in them (default: the folder's), `peak_tflops` what MFU is of (default: the device's)."""
+
+    every: int = Field(1, ge=1)
+    tensorboard: bool = False
+    trackio: bool = False
+    wandb: bool = False
+    project: str = "bevatron"
+    name: str | None = None
+    peak_tflops: float | None = Field(None, gt=0)
+
+
 class FolderConfig(Section):
     dir: str
 
@@ -255,6 +268,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()
+    log: LogConfig = LogConfig()
     run: FolderConfig
 
     @model_validator(mode="after")

@@ -1,63 +1,274 @@
-"""What a run would be, without starting it."""
+"""What a run of any size would be, without starting it: `bevatron train CONFIG --dry-run`.
+
+The mesh, the stages and the placement are built by the code that a run uses, on a world on paper
+(`parallel/paper.py`) and with tensors that have shapes and no memory, once per pipeline stage, as
+the first rank of that stage. What cannot be placed is refused here as it would be there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from bevatron.parallel import footprint
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.paper import paper_mesh, paper_world
 from bevatron.parallel.split import layer_cost, stage_ranges
+from bevatron.parallel.world import mesh
 from bevatron.spec import ModelSpec
+from bevatron.spec.count import flops_per_token, parameter_count
 from bevatron.train.config import RunConfig
+from bevatron.train.cross_entropy import CHUNK_LOGITS
+from bevatron.train.objectives import Objective
 from bevatron.train.rules import groups
+from bevatron.train.start import Start, find_start
+from bevatron.train.trainer import Trainer
 
-# Bytes per parameter of a rank: fp32 master, fp32 gradient and two fp32 moments.
-STATE_BYTES = 16
+GIB = 2**30
 
 
-def report(config: RunConfig, layout: Layout) -> None:
-    """Print the layout, the stage split, and parameters and state bytes per rank."""
-    from bevatron.train.start import find_start
+@dataclass(frozen=True)
+class StagePlan:
+    """The first rank of one pipeline stage. Bytes are this rank's.
 
+    Attributes:
+        parameters_per_rank: elements of its shards, exact.
+        weights, optimizer: bytes of its shards and of the optimizer's states, exact.
+        gradients: fp32; its shards, and with several micro-batches the unsharded sums.
+        gathered: weights in the run's precision, as they are used.
+        activations: estimate, of all micro-batches in flight.
+        head: estimate, what the last stage's loss holds.
+        flops: share of a step's forward and backward.
+    """
+
+    stage: int
+    layers: list[int]
+    parameters: int
+    parameters_per_rank: int
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    in_flight: int
+    activations: int
+    head: int
+    flops: float
+
+    @property
+    def state(self) -> int:
+        """Bytes that are there between steps."""
+        return self.weights + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        return self.state + self.gradients + self.gathered + self.activations + self.head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run on paper. `busy`: share of a step in which the average rank has work, from the
+    bubble and the heaviest stage alone."""
+
+    model: str
+    start: str
+    parameters: int
+    layers: int
+    layout: str
+    ranks: int
+    micro_batches: int
+    tokens_per_step: int
+    steps: int
+    flops_per_step: int
+    schedule: str
+    bubble: float
+    imbalance: float
+    stages: list[StagePlan]
+    optimizer: list[str]
+    warnings: list[str]
+    seconds: float
+
+    @property
+    def busy(self) -> float:
+        return (1 - self.bubble) / self.imbalance
+
+    def to_dict(self) -> dict[str, Any]:
+        out = dataclasses.asdict(self) | {"busy": self.busy}
+        for stage, row in zip(self.stages, out["stages"], strict=True):
+            row |= {"state": stage.state, "peak": stage.peak}
+        return out
+
+
+def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings: list[str]) -> Plan:
+    """Place every stage on paper. Raises what a real start would."""
+    began = time.perf_counter()
     start = find_start(config)
-    spec = start.spec
-    total = sum(p.numel for p in spec.parameters())
-    tokens = config.train.global_batch * config.data.seq_len
-    micro = config.train.global_batch // (layout.dp * config.train.micro_batch)
-    origin = start.resumed or config.model.init or f"random weights ({config.model.spec})"
-    print(f"model       {start.family}, {total:,} parameters, {len(spec.layers)} layers")
-    print(f"start       {origin}")
-    print(f"layout      {layout}: {layout.world_size} processes")
-    print(
-        f"batch       {config.train.global_batch} samples, {tokens:,} tokens, {micro} micro-batches"
-    )
-    print(f"steps       {config.train.steps}, {config.train.steps * tokens:,} tokens in all")
-    for group in groups(spec, config.optimizer):
-        print(f"optimizer   {group}")
-    print("stage  layers       parameters/rank  state GiB/rank  share of FLOPs")
-    costs = [layer_cost(spec, i, config.data.seq_len) for i in range(len(spec.layers))]
-    head = 2.0 * spec.head_rows * spec.hidden_size
-    stages = stage_ranges(
+    spec, train = start.spec, config.train
+    micro_batches = train.global_batch // (layout.dp * train.micro_batch)
+    shares = flops_shares(spec, layout, config.data.seq_len)
+    ranges = stage_ranges(
         spec,
         layout,
         config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        recompute=config.train.recompute,
+        micro_batch=train.micro_batch,
+        recompute=train.recompute,
     )
-    for number, stage in enumerate(stages):
-        last = number == len(stages) - 1
-        own = stage_parameters(spec, stage, first=number == 0, last=last)
-        per_rank = own / (layout.tp * layout.shards)
-        flops = sum(costs[i] for i in stage) + (head if last else 0.0)
-        share = flops / (sum(costs) + head)
-        shown = f"{stage.start}-{stage.stop - 1}" if len(stage) else "none"
-        gib = per_rank * STATE_BYTES / 2**30
-        print(f"{number:<6} {shown:<12} {per_rank:>15,.0f}  {gib:>14.2f}  {share:>14.1%}")
+    split = [len(layers) for layers in ranges]
+    layout = dataclasses.replace(layout, split=tuple(split))  # balanced once, not once per stage
+    column = layout.world_size // layout.pp
+    stages = []
+    for number in range(layout.pp):
+        with paper_world(layout.world_size, number * column):
+            cpu = torch.device("cpu")
+            seen = paper_mesh(layout) if number else mesh(layout, cpu)
+            trainer = _trainer(config, start, layout, seen, objective)
+            stages.append(_stage(trainer, config, micro_batches, shares))
+    tokens = train.global_batch * config.data.seq_len
+    flops = [s.flops for s in stages]
+    return Plan(
+        model=start.family,
+        start=str(start.resumed or config.model.init or f"random weights, {config.model.spec}"),
+        parameters=parameter_count(spec),
+        layers=len(spec.layers),
+        layout=str(layout),
+        ranks=layout.world_size,
+        micro_batches=micro_batches,
+        tokens_per_step=tokens,
+        steps=train.steps,
+        flops_per_step=tokens * flops_per_token(spec, config.data.seq_len, causal=True),
+        schedule=layout.schedule,
+        bubble=footprint.bubble(layout.schedule, layout.pp, micro_batches, layout.stages_per_rank),
+        imbalance=max(flops) * len(flops),
+        stages=stages,
+        optimizer=[str(group) for group in groups(spec, config.optimizer)],
+        warnings=warnings,
+        seconds=time.perf_counter() - began,
+    )
 
 
-def stage_parameters(spec: ModelSpec, stage: range, *, first: bool, last: bool) -> int:
-    """Parameters that a stage holds; a tied head on its own stage is a second copy."""
-    count = sum(p.numel for i in stage for p in spec.layer_parameters(i))
-    embedding = spec.vocab_size * spec.hidden_size
-    count += embedding if first else 0
+def flops_shares(spec: ModelSpec, layout: Layout, seq_len: int) -> list[float]:
+    """Each layer's share of a token's FLOPs, and the head's, last."""
+    costs = [layer_cost(spec, i, seq_len) for i in range(len(spec.layers))]
+    costs.append(2.0 * spec.head_rows * spec.hidden_size)
+    return [cost / sum(costs) for cost in costs]
+
+
+def _trainer(
+    config: RunConfig, start: Start, layout: Layout, seen: DeviceMesh, objective: Objective
+) -> Trainer:
+    """This rank's trainer, of tensors without memory."""
+    return Trainer(
+        start.spec,
+        layout,
+        seen,
+        objective,
+        seq_len=config.data.seq_len,
+        train=config.train,
+        optimizer=config.optimizer,
+        device=torch.device("meta"),
+    )
+
+
+def _stage(
+    trainer: Trainer, config: RunConfig, micro_batches: int, shares: list[float]
+) -> StagePlan:
+    placed, layout, spec, train = trainer.placed, trainer.layout, trainer.spec, config.train
+    parameters = placed.parameters
+    layers = [int(i) for stage in placed.mine.values() for i in stage.decoder.layers]
+    itemsize = 4 if train.precision == "fp32" else 2
+    tokens = train.micro_batch * config.data.seq_len // layout.cp
+    per_token = sum(
+        footprint.layer_activations(spec, i, layout, itemsize, train.recompute) for i in layers
+    )
+    at_once = footprint.in_flight(layout.schedule, layout.pp, placed.pp_rank, micro_batches)
+    working = 0.0
+    if train.recompute == "full":  # one layer at a time is there in full again
+        working = max(
+            (footprint.layer_activations(spec, i, layout, itemsize, "none") for i in layers),
+            default=0.0,
+        )
+    weights = footprint.local_bytes(list(parameters.values()))
+    accumulated = sum(footprint.unsharded(p) for p in parameters.values())
+    states = {id(state): state for _, state in trainer.optimizer.states().values()}
+    head = footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
+    return StagePlan(
+        stage=placed.pp_rank,
+        layers=layers,
+        parameters=sum(p.numel() for p in parameters.values()),
+        parameters_per_rank=weights // footprint.FP32,
+        weights=weights,
+        gradients=weights + (footprint.FP32 * accumulated if micro_batches > 1 else 0),
+        optimizer=sum(s.numel() * s.element_size() for s in states.values()),
+        gathered=itemsize * footprint.gathered_elements(parameters, layout.regathers),
+        in_flight=at_once,
+        activations=int(tokens * (per_token * at_once + working)),
+        head=int(head) if placed.is_last else 0,
+        flops=sum(shares[i] for i in layers) + (shares[-1] if placed.is_last else 0.0),
+    )
+
+
+def to_text(plan: Plan) -> str:
+    """The plan as people read it."""
+    last = plan.stages[-1].stage
+    heaviest = max(plan.stages, key=lambda s: s.peak)
+    state = sum(s.state for s in plan.stages)
+    lines = [
+        f"model       {plan.model}, {plan.parameters:,} parameters, {plan.layers} layers",
+        f"start       {plan.start}",
+        f"layout      {plan.layout}: {plan.ranks:,} processes",
+        f"batch       {plan.tokens_per_step:,} tokens, {plan.micro_batches} micro-batches per rank",
+        f"steps       {plan.steps:,}, {plan.steps * plan.tokens_per_step:,} tokens in all",
+        *(f"optimizer   {group}" for group in plan.optimizer),
+        f"compute     {plan.flops_per_step / 1e15:,.1f} PFLOP per step, "
+        f"{plan.flops_per_step / plan.ranks / 1e12:,.1f} TFLOP per rank (causal, no recompute)",
+    ]
     if last:
-        count += sum(p.numel for p in spec.norm.parameters("final_norm", spec.hidden_size))
-        count += 0 if spec.tied and first else spec.head_rows * spec.hidden_size
-    return count
+        lines.append(
+            f"pipeline    {plan.schedule}: bubble {plan.bubble:.1%}, heaviest stage "
+            f"{plan.imbalance:.2f} x the mean, so ranks are busy {plan.busy:.1%} at best"
+        )
+    lines += [
+        f"memory      at most {heaviest.peak / GIB:.1f} GiB per rank (stage {heaviest.stage}), of "
+        f"which {heaviest.state / GIB:.1f} GiB stay between steps",
+        "",
+        *_table(plan),
+        "",
+        "GiB per rank, first rank of each stage. weights, gradients, optimizer, gathered: exact;",
+        "activations (of the micro-batches in flight) and head: estimated, eager execution.",
+        f"{state / GIB:,.1f} GiB of state on one rank of every stage. "
+        f"Placed in {plan.seconds:.1f} s; nothing was started.",
+    ]
+    return "\n".join([*lines, *(f"warning: {w}" for w in plan.warnings)])
+
+
+HEADER = (
+    "stage  layers     parameters/rank  weights  gradients  optimizer  gathered  "
+    "activations   head   peak  in flight  FLOPs"
+)
+
+
+def _table(plan: Plan) -> list[str]:
+    rows = [HEADER]
+    for s in plan.stages:
+        gib = [s.weights, s.gradients, s.optimizer, s.gathered, s.activations, s.head, s.peak]
+        w, g, o, a, x, h, p = (f"{n / GIB:.2f}" for n in gib)
+        rows.append(
+            f"{s.stage:<6} {_ranges(s.layers):<9} {s.parameters_per_rank:>16,}  {w:>7}  {g:>9}  "
+            f"{o:>9}  {a:>8}  {x:>11}  {h:>5}  {p:>5}  {s.in_flight:>9}  {s.flops:>5.1%}"
+        )
+    return rows
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3,8`, or `none`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 
 import torch
 
-# Dense bf16 peak in FLOP/s, from the makers' data sheets, by a part of the device's name.
-PEAK_BF16 = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+# Dense bf16 peak in TFLOP/s with fp32 accumulation, by words of the device's name. From the makers'
+# data sheets; NVIDIA's print the double, which needs 2:4 sparsity, for everything since the A100.
+PEAK_BF16 = {
+    # Blackwell: HGX B200/B300 36 PFLOP/s sparse per 8, GB200/GB300 10 per 2
+    "B200": 2250, "B300": 2250, "GB200": 2500, "GB300": 2500,
+    # Hopper: SXM, then the boards with less power
+    "H100": 989, "H200": 989, "GH200": 989, "H800": 989, "H100 NVL": 835, "H200 NVL": 835,
+    "H100 PCIe": 756, "H20": 148,
+    # Ada
+    "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX 4090": 165,
+    # Ampere
+    "A100": 312, "A800": 312, "A30": 165, "A40": 150, "A10": 125, "A10G": 70, "RTX A6000": 155,
+    "RTX 3090": 71,
+    # AMD CDNA 2 (one of two dies is a device), 3 and 4
+    "MI250X": 191, "MI300X": 1307, "MI325X": 1307, "MI355X": 2516,
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of one device in FLOP/s; None where it is not known (all CPUs)."""
     if device.type == "cpu":
         return None
-    name = torch.get_device_module(device).get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+    return peak_by_name(torch.get_device_module(device).get_device_name(device))
+
+
+def peak_by_name(name: str) -> float | None:
+    """The same by the name that the driver reports, such as `NVIDIA H100 80GB HBM3`."""
+    for part in sorted(PEAK_BF16, key=len, reverse=True):
+        if re.search(rf"\b{part}\b", name):
+            return PEAK_BF16[part] * 1e12
+    return None
 
 
 def memory_gib(device: torch.device) -> float:

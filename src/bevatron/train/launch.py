@@ -5,6 +5,7 @@ The same command runs in one process, starts N of its own (`--nproc`), or is one
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -31,6 +32,8 @@ def train(
     nodes: Nodes = ONE_NODE,
     max_restarts: int = 0,
     dry_run: bool = False,
+    paper_ranks: int | None = None,
+    as_json: bool = False,
     print_config: bool = False,
     allow_changed: bool = False,
 ) -> None:
@@ -42,6 +45,8 @@ def train(
         nodes: of how many machines this is one, when this command is started on all of them.
         max_restarts: how often all processes are started anew, from the newest saved step, after
             one of them failed.
+        dry_run: build every stage on paper and print what it takes (as JSON if `as_json`).
+        paper_ranks: of how many processes a dry run is; default: as many as would start.
     Raises BevatronError with one message, whichever rank failed. A run that a signal ended raises
     SystemExit with 128 + the signal's number.
     """
@@ -50,15 +55,17 @@ def train(
         print(to_yaml(config), end="")
         return
     is_worker = "RANK" in os.environ
-    world = nproc * nodes.count if nproc else int(os.environ.get("WORLD_SIZE", "1"))
+    if (paper_ranks is not None or as_json) and not dry_run:
+        raise BevatronError("--world and --json go with --dry-run")
+    here = nproc * nodes.count if nproc else int(os.environ.get("WORLD_SIZE", "1"))
+    world = paper_ranks or here
     layout = layout_of(config, world)
-    if not is_worker or dry_run:
-        _check(config, layout)
     if dry_run:
-        from bevatron.train.dry_run import report
-
-        report(config, layout)
-    elif not is_worker and nproc is not None and (nproc > 1 or nodes.count > 1 or max_restarts):
+        _plan(config, layout, as_json)
+        return
+    if not is_worker:
+        _check(config, layout)
+    if not is_worker and nproc is not None and (nproc > 1 or nodes.count > 1 or max_restarts):
         arguments = ["train", str(config_path), *overrides]
         arguments += ["--allow-changed"] * allow_changed
         launch(arguments, nproc, nodes=nodes, restarts=max_restarts)
@@ -96,11 +103,28 @@ def layout_of(config: RunConfig, world: int) -> Layout:
     return layout
 
 
-def _check(config: RunConfig, layout: Layout) -> None:
-    """All that needs no process group: the start, the layout, the objective, the data."""
+def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
+    """Print what the run would be. It is planned before there is data: data that does not exist yet
+    is a warning, what is not whole an error."""
+    absent: list[str] = []
+    start = _check(config, layout, absent)
+    from bevatron.train.dry_run import make_plan, to_text
+    from bevatron.train.objectives import objective_of
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    notes = [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
+    plan = make_plan(config, layout, objective_of(config.objective, start.spec), notes)
+    print(json.dumps(plan.to_dict()) if as_json else to_text(plan))
+
+
+def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -> Start:
+    """All that needs no process group: the start, the layout, the objective, the data. Data that
+    does not exist is noted in `absent` if it is given."""
     from bevatron.train.labelled_feed import check_data
     from bevatron.train.start import find_start
+    from bevatron.train.trackers import check_trackers
 
+    check_trackers(config.log)
     start = find_start(config)
     _check_export(config, start)
     check(
@@ -120,7 +144,12 @@ def _check(config: RunConfig, layout: Layout) -> None:
         micro_batch=config.train.micro_batch,
         recompute=config.train.recompute,
     )
-    check_data(config, start)
+    if absent is not None:
+        sources = [*config.data.train, *config.data.validation]
+        absent += [s.path for s in sources if not os.path.lexists(s.path)]
+    if not absent:
+        check_data(config, start)
+    return start
 
 
 def _check_export(config: RunConfig, start: Start) -> None:

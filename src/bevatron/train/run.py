@@ -62,13 +62,12 @@ class Run:
         self.step = self.tokens = 0
         if start.resumed is not None:
             on_all(lambda: self._check_unchanged(allow_changed))
-        seq_len, batch = config.data.seq_len, config.train.global_batch
         self.trainer = Trainer(
             start.spec,
             layout,
             mesh(layout, device),
             objective,
-            seq_len=seq_len,
+            seq_len=config.data.seq_len,
             train=config.train,
             optimizer=config.optimizer,
             device=device,
@@ -78,13 +77,16 @@ class Run:
         self._fill()
         self.made_with = made_with(layout, device)
         self.saver = Saver(config, start, self.folder, self.trainer, self._state)
+        on_all(self._open_meter)
+
+    def _open_meter(self) -> None:
         self.meter = Meter(
-            start.spec,
-            layout,
-            seq_len=seq_len,
-            global_batch=batch,
-            device=device,
+            self.config,
+            self.start.spec,
+            self.layout,
+            device=self.device,
             folder=self.folder if self.is_main else None,
+            step=self.step,
         )
 
     def _open_feed(self) -> None:
@@ -146,21 +148,21 @@ class Run:
             return
         if self.start.resumed is not None:
             say(f"step {self.step}: {changes(self.start, config, self.made_with)}")
+        shown = progress("training", total=steps, unit="steps", done=self.step)
         try:
-            with (
-                progress("training", total=steps, unit="it") if self.is_main else _Quiet()
-            ) as advance:
-                if self.step:
-                    advance(self.step)
+            with shown if self.is_main else _Quiet() as advance:
                 self._loop(steps, advance)
         except BaseException:
             self.saver.leave()
             raise
+        finally:
+            self.meter.close()
         if self.stopped:
             self._say_why(say)
         else:
             self.watch.at("exporting", self.step)
             self.saver.export(self.is_main)
+        say(self.meter.summary())
 
     def _prepare_folder(self) -> None:
         """Drop what was logged after the step that is continued from, and say what starts now."""
@@ -203,6 +205,7 @@ class Run:
         )
         self.watch.at("waiting for data", number)
         samples = self.stopping.unless_asked(lambda: self.feed.batch(self.step))
+        waited = time.perf_counter() - began
         self.watch.at("in its step", number)
         done = self.trainer.step(
             samples,
@@ -228,6 +231,7 @@ class Run:
             seconds=time.perf_counter() - began,
             values={"loss": loss, "grad_norm": norm, "lr": lr} | self.trainer.reported,
             advance=advance,
+            data_wait=waited,
         )
         if _due(number, safety.check_replicas_every):
             check_replicas(self.trainer.placed)
@@ -278,7 +282,7 @@ class Run:
             parts.append(part)
         sums, counts = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
         found = self.trainer.objective.report(sums, counts)
-        self.meter.write({"step": self.step} | {f"val_{k}": v for k, v in found.items()})
+        self.meter.validation(self.step, {f"val_{k}": v for k, v in found.items()})
         return True
 
 

@@ -1,0 +1,189 @@
+"""What a run reports: complete lines, MFU in both conventions, trackers that cannot stop it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bevatron.checkpoint.run_folder import RunFolder
+from bevatron.errors import BevatronError
+from bevatron.parallel.layout import Layout
+from bevatron.progress import duration
+from bevatron.spec.count import flops_per_token
+from bevatron.train import trackers
+from bevatron.train.config import LogConfig, RunConfig, load_config
+from bevatron.train.hardware import PEAK_BF16, peak_by_name
+from bevatron.train.meter import Meter, short
+from bevatron.train.trackers import Trackers, check_trackers
+from tests.specs import HOMOGENEOUS
+
+CONFIG = """\
+model: {spec: x}
+data: {train: [{path: tokens}], seq_len: 16}
+train: {steps: 7, global_batch: 8}
+optimizer: {lr: 1.0e-4}
+run: {dir: run}
+"""
+PUBLIC = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "mfu_causal"}
+PUBLIC |= {"memory_gib"}
+
+
+def config_of(folder: Path, *overrides: str) -> RunConfig:
+    (folder / "run.yaml").write_text(CONFIG)
+    return load_config(folder / "run.yaml", list(overrides))
+
+
+def metered(folder: Path, *overrides: str, ranks: int = 1, steps: int = 7) -> list[dict[str, Any]]:
+    """The lines of a run whose every step takes half a second."""
+    config, run = config_of(folder, *overrides), RunFolder(folder / "run")
+    layout, device = Layout(dp_shard=ranks), torch.device("cpu")
+    meter = Meter(config, HOMOGENEOUS, layout, device=device, folder=run, step=0)
+    shown: list[dict[str, object]] = []
+    for step in range(1, steps + 1):
+        meter.step(
+            step,
+            tokens=128 * step,
+            seconds=0.5,
+            values={"loss": 3.0 - step / 10, "grad_norm": 0.5, "lr": 1e-4},
+            advance=lambda n=1, **fields: shown.append(fields),
+            data_wait=0.1,
+        )
+    meter.validation(steps, {"val_loss": 2.5})
+    meter.close()
+    assert len(shown) == steps and shown[0]["loss"] == "2.9000" and shown[0]["tok/s"] == "256"
+    assert shown[0]["data wait"] == "20%"
+    return [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_line_has_the_public_names(tmp_path: Path) -> None:
+    *lines, validation = metered(tmp_path)
+    assert len(lines) == 7
+    assert all(set(line) >= PUBLIC for line in lines)
+    assert lines[0]["mfu"] is None, "a CPU's peak is not known"
+    assert lines[3]["tokens_per_s"] == 256 and lines[3]["memory_gib"] > 0
+    assert validation == {"step": 7, "val_loss": 2.5}
+
+
+def test_mfu_is_flops_over_the_peak_of_all_ranks_in_both_conventions(tmp_path: Path) -> None:
+    line = metered(tmp_path, "log.peak_tflops=0.25", ranks=4)[0]
+    for key, causal in (("mfu", False), ("mfu_causal", True)):
+        flops = flops_per_token(HOMOGENEOUS, 16, causal)
+        assert line[key] == pytest.approx(256 * flops / (4 * 0.25e12))
+    assert line["tokens_per_s_per_device"] == 64
+
+
+def test_a_line_every_so_many_steps_and_always_the_first_and_the_last(tmp_path: Path) -> None:
+    lines = metered(tmp_path, "log.every=3")
+    assert [x["step"] for x in lines if "loss" in x] == [1, 3, 6, 7]
+
+
+def test_tensorboard_reads_back_what_was_logged_and_a_resume_replaces_its_steps(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metered(tmp_path, "log.tensorboard=true")
+    resumed = Trackers(config_of(tmp_path, "log.tensorboard=true"), tmp_path / "run", 5)
+    resumed.log({"step": 6, "loss": 9.0, "event": "text is left out", "mfu": None})
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= {"loss", "grad_norm", "lr", "val_loss"}
+    assert [(e.step, round(e.value, 4)) for e in events.Scalars("loss")] == [
+        (1, 2.9), (2, 2.8), (3, 2.7), (4, 2.6), (5, 2.5), (6, 9.0),
+    ]  # fmt: skip
+
+
+class Broken:
+    """A tracker whose network is gone."""
+
+    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+        self.logged = 0
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        raise ConnectionError("no route to host")
+
+    def close(self) -> None:
+        raise ConnectionError("no route to host")
+
+
+def test_a_tracker_that_fails_is_named_once_and_never_stops_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(trackers.KINDS, "wandb", Broken)
+    lines = metered(tmp_path, "log.wandb=true")
+    assert len(lines) == 8
+    said = capsys.readouterr().err
+    assert said.count("warning:") == 1 and "log.wandb" in said and "no route to host" in said
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    check_trackers(LogConfig())
+    with pytest.raises(BevatronError, match="`pip install trackio`"):
+        check_trackers(LogConfig(trackio=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70), ("NVIDIA GB200", 2500),
+        ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("AMD Instinct MI300X", 1307),
+        ("NVIDIA RTX A4000", None), ("NVIDIA H20", 148), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_peaks_by_the_names_that_drivers_report(name: str, tflops: float | None) -> None:
+    assert peak_by_name(name) == (None if tflops is None else tflops * 1e12)
+    assert all(100 <= peak <= 3000 or part in ("A10G", "RTX 3090")
+               for part, peak in PEAK_BF16.items())  # fmt: skip
+
+
+def test_bits_per_byte_needs_stores_that_know_their_bytes(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    run = RunFolder(tmp_path / "run")
+    meter = Meter(config, HOMOGENEOUS, Layout(), device=torch.device("cpu"), folder=run, step=0)
+    meter.bytes_per_token = 4.0
+    meter.validation(1, {"val_loss": 2 * math.log(2)})
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["val_bpb"] == pytest.approx(0.5)
+
+
+def test_numbers_and_durations_as_people_read_them() -> None:
+    assert [short(x) for x in (0.5, 950, 12_345, 999_999, 4.57e6, 2e9)] == [
+        "0.5", "950", "12.3k", "1.00M", "4.57M", "2.00B",
+    ]  # fmt: skip
+    assert [duration(x) for x in (3, 61, 3_725, 90_000)] == ["3 s", "1:01", "1:02:05", "1 d 1:00"]
+
+
+SCRIPT = """
+import sys, time
+from bevatron import progress as p
+p.QUIET_S, p.LINE_EVERY_S = float(sys.argv[1]), 0.05
+with p.progress("training", total=100, unit="steps", done=90) as advance:
+    for i in range(10):
+        time.sleep(0.03)
+        advance(1, loss=f"{3 - i / 10:.2f}")
+"""
+
+
+def _progress(quiet: float) -> str:
+    command = [sys.executable, "-c", SCRIPT, str(quiet)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def test_progress_lines_say_how_far_how_long_and_what_and_nothing_of_short_work() -> None:
+    lines = _progress(0.1).splitlines()
+    assert 2 <= len(lines) <= 7
+    assert lines[0].startswith("training: 9") and " to go  loss " in lines[0]
+    assert lines[-1].startswith("training: 100 of 100 (100%)") and lines[-1].endswith("loss 2.10")
+    assert _progress(2.0) == ""
