@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bevatron.nn.attention import Attention, Cache
 from bevatron.nn.comm import LOCAL, Comm, empty
@@ -53,7 +52,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec, model: ModelSpec, comm: Comm) -> None:
         super().__init__()
-        self.spec, self.recompute = spec, "none"
+        self.spec = spec
         h = model.hidden_size
         if spec.attention is not None:
             self.attention_norm = Norm(model.norm, h, comm)
@@ -67,8 +66,6 @@ class Layer(nn.Module):
             self.mlp = MLP(spec.mlp, h, comm) if isinstance(spec.mlp, MLPSpec) else Linear(h, comm)
 
     def forward(self, x: Tensor, rotations: Rotations, cache: Cache | None = None) -> Tensor:
-        if self.recompute != "none" and torch.is_grad_enabled():
-            return checkpoint(self.run, x, rotations, None, use_reentrant=False)  # type: ignore[no-any-return]
         return self.run(x, rotations, cache)
 
     def run(self, x: Tensor, rotations: Rotations, cache: Cache | None) -> Tensor:

@@ -23,7 +23,7 @@ from bevatron.nn.comm import LOCAL, Comm
 from bevatron.nn.decoder import Decoder
 from bevatron.nn.heads import Compute
 from bevatron.parallel import tensor as tensor_parallel
-from bevatron.parallel.blocks import Recompute, compile_each
+from bevatron.parallel.blocks import Recompute, prepare
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.split import stage_ranges
 from bevatron.parallel.tied import Tied, tie
@@ -122,10 +122,7 @@ def place(
         if layout.tp > 1:
             tensor_parallel.distribute(decoder, known, spec, mesh["tp"])
             decoder.tie()
-        for layer in decoder.layers.values():
-            layer.recompute = recompute  # type: ignore[assignment]
-        if compile_layers:
-            compile_each(decoder)
+        prepare(decoder, recompute, compile_layers)
         stage = Stage(decoder, make_compute)
         shard(stage, layout, mesh, precision)
         stage.to_empty(device=device)
