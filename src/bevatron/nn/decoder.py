@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bevatron.nn.attend import Mask, make_mask
 from bevatron.nn.attention import Attention, Cache
@@ -54,7 +53,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec, model: ModelSpec, comm: Comm) -> None:
         super().__init__()
-        self.spec, self.recompute = spec, "none"
+        self.spec = spec
         h = model.hidden_size
         if spec.attention is not None:
             self.attention_norm = Norm(model.norm, h, comm)
@@ -74,8 +73,6 @@ class Layer(nn.Module):
         mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        if self.recompute != "none" and torch.is_grad_enabled():
-            return checkpoint(self.run, x, rotations, mask, None, use_reentrant=False)  # type: ignore[no-any-return]
         return self.run(x, rotations, mask, cache)
 
     def run(

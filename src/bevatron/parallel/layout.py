@@ -107,12 +107,13 @@ def check(
     seq_len: int,
     global_batch: int,
     micro: int,
+    recompute: str = "none",
     compiled: bool = False,
 ) -> None:
     """Raise LayoutError if `spec` cannot run at `layout`; the message names the valid sizes.
 
     Args:
-        compiled: whether the layers are to be compiled."""
+        recompute, compiled: as in the configuration's section `train`."""
     for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
         if getattr(layout, name) < 1:
             raise LayoutError(f"parallel.{name} is {getattr(layout, name)}, expected at least 1")
@@ -125,7 +126,7 @@ def check(
         raise LayoutError(
             f"parallel.shard is {layout.shard!r}, expected {' or '.join(SHARD_MODES)}"
         )
-    _check_schedule(layout, compiled)
+    _check_schedule(layout, recompute, compiled)
     _check_tensor(layout, spec)
     _check_sequence(layout, seq_len)
     if global_batch % (layout.dp * micro):
@@ -138,7 +139,7 @@ def check(
         _check_micro_batches(layout, global_batch // (layout.dp * micro))
 
 
-def _check_schedule(layout: Layout, compiled: bool) -> None:
+def _check_schedule(layout: Layout, recompute: str, compiled: bool) -> None:
     name, virtual = layout.schedule, layout.virtual_stages
     if name not in SCHEDULES:
         raise LayoutError(f"parallel.schedule is {name!r}, expected one of {', '.join(SCHEDULES)}")
@@ -151,10 +152,13 @@ def _check_schedule(layout: Layout, compiled: bool) -> None:
             f"{'at least 1' if name in INTERLEAVED else fixed}, with schedule {name}; only "
             f"{' and '.join(INTERLEAVED)} have a choice"
         )
-    if compiled and layout.pp > 1 and name in ZERO_BUBBLE:
+    if layout.pp > 1 and name in ZERO_BUBBLE and (compiled or recompute == "selective"):
+        what, instead = "train.compile", "compile: false"
+        if not compiled:
+            what, instead = "train.recompute: selective", "recompute: none or full"
         raise LayoutError(
-            f"train.compile cannot be used with parallel.schedule {name}, which splits the "
-            "backward of a layer in two; use compile: false, or schedule 1f1b or interleaved_1f1b"
+            f"{what} cannot be used with parallel.schedule {name}, which runs the backward of a "
+            f"layer in two parts; use {instead}, or schedule 1f1b or interleaved_1f1b"
         )
 
 

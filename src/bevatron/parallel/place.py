@@ -23,7 +23,7 @@ from bevatron.nn.comm import Comm
 from bevatron.nn.decoder import Decoder
 from bevatron.nn.heads import Compute
 from bevatron.parallel import tensor as tensor_parallel
-from bevatron.parallel.blocks import Recompute, compile_each
+from bevatron.parallel.blocks import Recompute, prepare
 from bevatron.parallel.context import ContextParallel, sharding_mesh
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.split import stage_ranges
@@ -131,10 +131,7 @@ def place(
         if layout.tp > 1:
             tensor_parallel.distribute(decoder, known, spec, grid["tp"])
             decoder.tie()
-        for layer in decoder.layers.values():
-            layer.recompute = recompute  # type: ignore[assignment]
-        if compile_layers:
-            compile_each(decoder)
+        prepare(decoder, recompute, compile_layers)
         stage = Stage(decoder, make_compute)
         shard(stage, layout, grid, precision)
         stage.to_empty(device=device)

@@ -145,11 +145,9 @@ def layer_load(
 ) -> Load:
     """Of one layer, with causal attention over `seq_len`, for micro-batches of `tokens` tokens.
 
-    Recomputing everything adds a forward; recomputing selectively adds the attention products.
-    """
+    Recomputing everything adds a forward; recomputing selectively multiplies nothing again."""
     forward = layer_cost(spec, index, seq_len)
-    products = sum(2 * p.numel for p in spec.layer_parameters(index) if len(p.shape) > 1)
-    again = {"none": 0.0, "selective": max(0.0, forward - products), "full": forward}[recompute]
+    again = forward if recompute == "full" else 0.0
     numel = sum(p.numel for p in spec.layer_parameters(index))
     bytes_kept = 2 * kept_per_token(spec, index, recompute) * tokens / (layout.tp * layout.cp)
     return Load(3 * forward + again, _state_bytes(numel, layout), bytes_kept)
@@ -177,23 +175,25 @@ def _state_bytes(numel: int, layout: Layout) -> float:
 
 
 def kept_per_token(spec: ModelSpec, index: int, recompute: str) -> float:
-    """Elements per token that one layer keeps for its backward, on all tensor ranks together:
-    its input and, unless they are recomputed, what its products, norms and activations read."""
+    """Elements per token that one layer keeps for its backward, on all tensor ranks together: its
+    input, the outputs of its products and, unless they are recomputed, of its norms, rotations and
+    activations."""
     layer, h = spec.layers[index], spec.hidden_size
     if recompute == "full":
         return float(h)
-    kept, selective = 0.0, recompute == "selective"
+    kept, cheap = 0.0, 0.0
     for sublayer in (layer.attention, layer.mlp):
         if sublayer is None:
             continue
-        kept += h if selective else 2 * h  # the residual stream; the normed input
+        kept += 2 * h  # the residual stream before, the last product
+        cheap += h  # the norm
         if isinstance(sublayer, Attention):
-            read = sublayer.num_attention_heads * sublayer.head_dim
-            kept += sublayer.qkv_rows + (0 if selective else sublayer.qkv_rows + read)
+            kept += sublayer.qkv_rows + sublayer.num_attention_heads * sublayer.head_dim
+            cheap += sublayer.qkv_rows
         elif isinstance(sublayer, MLP):
-            f = sublayer.intermediate_size * (2 if sublayer.gated else 1)
-            kept += f + (0 if selective else 2 * sublayer.intermediate_size)
-    return kept
+            kept += sublayer.intermediate_size * (2 if sublayer.gated else 1)
+            cheap += sublayer.intermediate_size * (2 if sublayer.gated else 1)
+    return kept if recompute == "selective" else kept + cheap
 
 
 def in_flight(layout: Layout) -> list[float]:

@@ -133,6 +133,7 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
         seq_len=config.data.seq_len,
         global_batch=config.train.global_batch,
         micro=config.train.micro_batch,
+        recompute=config.train.recompute,
         compiled=config.train.compile,
     )
     from bevatron.parallel.split import stage_ranges
