@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise
 
 import pytest
 
-from bevatron.parallel.layout import Layout, LayoutError, check
+from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.parallel.split import given, split
+from bevatron.spec import Head, Rope
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 
 
@@ -47,5 +49,13 @@ def test_what_a_layout_refuses_names_the_valid_sizes() -> None:
         check(Layout(dp_shard=3), HOMOGENEOUS, **sizes)
     with pytest.raises(LayoutError, match="needs at least 4 micro-batches"):
         check(Layout(pp=4), HOMOGENEOUS, seq_len=16, global_batch=2, micro=1)
-    with pytest.raises(LayoutError, match="cp=2 is not supported"):
-        check(Layout(cp=2), HOMOGENEOUS, **sizes)
+    with pytest.raises(LayoutError, match=r"not a multiple of 32 \(2 x cp 4 x tp 4\).* use 32 or"):
+        check(Layout(cp=4, tp=4), HOMOGENEOUS, seq_len=48, global_batch=8, micro=1)
+    with pytest.raises(LayoutError, match=r"seq_len=18 is not a multiple of 4 \(2 x cp 2\)"):
+        check(Layout(cp=2), HOMOGENEOUS, seq_len=18, global_batch=8, micro=1)
+    with pytest.raises(LayoutError, match="cp=2 needs a model with a causal_lm head"):
+        check(Layout(cp=2), replace(HOMOGENEOUS, head=Head("none")), **sizes)
+    dynamic = Rope(kind="dynamic", factor=2.0, original_max_position_embeddings=16)
+    check_documents(replace(HOMOGENEOUS, rope=dynamic), 16)
+    with pytest.raises(LayoutError, match=r"data\.seq_len: 16 or no document mask"):
+        check_documents(replace(HOMOGENEOUS, rope=dynamic), 17)

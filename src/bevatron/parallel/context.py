@@ -43,9 +43,7 @@ class ContextParallel(Context):
     def starts(self, documents: Tensor) -> Tensor:
         return documents  # `take` has put their starts in place of their numbers
 
-    def take(
-        self, ids: Tensor, batch: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def take(self, ids: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's tokens of ids [B, S] and of every tensor of `batch` that goes with them."""
         runs = self.runs(ids.shape[1] // self.size)
 

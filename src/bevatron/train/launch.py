@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.layout import Layout, LayoutError, check
+from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.config import RunConfig, load_config, to_yaml
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
@@ -101,6 +101,8 @@ def _check(config: RunConfig, layout: Layout) -> None:
         global_batch=config.train.global_batch,
         micro=config.train.micro_batch,
     )
+    if config.data.document_mask:
+        check_documents(start.spec, config.data.seq_len)
     from bevatron.parallel.place import stage_ranges
 
     stage_ranges(start.spec, layout, config.data.seq_len)
