@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 
-from bevatron.parallel.layout import SCHEDULES, Layout, LayoutError
+from bevatron.parallel.layout import SCHEDULES, Layout, LayoutError, check, check_documents
 from bevatron.parallel.split import TIME_SLACK, Load, given, in_flight, split, stage_ranges
-from bevatron.spec import LayerSpec, ModelSpec
+from bevatron.spec import Head, LayerSpec, ModelSpec, Rope
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 
 COSTS = st.sampled_from([0.0, 0.0, 1.0, 1.0, 2.5, 7.0]) | st.floats(0, 1e15)
@@ -101,3 +101,27 @@ def test_a_written_split_must_fit() -> None:
     layout = Layout(pp=2, schedule="interleaved_1f1b", split=(2, 2))
     with pytest.raises(LayoutError, match="must have 4 entries"):
         stage_ranges(HOMOGENEOUS, layout, 64, micro_batch=1, recompute="none")
+
+
+def test_what_a_layout_refuses_names_the_valid_sizes() -> None:
+    sizes = {"seq_len": 16, "global_batch": 8, "micro": 1}
+    with pytest.raises(LayoutError, match="4 query heads, which tp=3 does not divide; use tp=1 or"):
+        check(Layout(tp=3), HOMOGENEOUS, **sizes)
+    with pytest.raises(LayoutError, match=r"layers\.2\.attention has 6 query heads"):
+        check(Layout(tp=4), HETEROGENEOUS, **sizes)
+    with pytest.raises(LayoutError, match="not a multiple of tp=2"):
+        check(Layout(tp=2), HOMOGENEOUS, seq_len=15, global_batch=8, micro=1)
+    with pytest.raises(LayoutError, match="multiple of 3"):
+        check(Layout(dp_shard=3), HOMOGENEOUS, **sizes)
+    with pytest.raises(LayoutError, match="needs at least 4 micro-batches"):
+        check(Layout(pp=4), HOMOGENEOUS, seq_len=16, global_batch=2, micro=1)
+    with pytest.raises(LayoutError, match=r"not a multiple of 32 \(2 x cp 4 x tp 4\).* use 32 or"):
+        check(Layout(cp=4, tp=4), HOMOGENEOUS, seq_len=48, global_batch=8, micro=1)
+    with pytest.raises(LayoutError, match=r"seq_len=18 is not a multiple of 4 \(2 x cp 2\)"):
+        check(Layout(cp=2), HOMOGENEOUS, seq_len=18, global_batch=8, micro=1)
+    with pytest.raises(LayoutError, match="cp=2 needs a model with a causal_lm head"):
+        check(Layout(cp=2), replace(HOMOGENEOUS, head=Head("none")), **sizes)
+    dynamic = Rope(kind="dynamic", factor=2.0, original_max_position_embeddings=16)
+    check_documents(replace(HOMOGENEOUS, rope=dynamic), 16)
+    with pytest.raises(LayoutError, match=r"data\.seq_len: 16 or no document mask"):
+        check_documents(replace(HOMOGENEOUS, rope=dynamic), 17)

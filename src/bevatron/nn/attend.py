@@ -4,15 +4,12 @@
 - a mask (documents, or a part of the queries under context parallel) over short sequences: the same
   kernels with the mask, made once per forward for all layers
 - a part of the queries on an accelerator: one fused causal call per run of positions
-- else in tiles (online softmax, as in FlashAttention, Dao, arXiv 2307.08691), which hold neither
-  [T, S] scores nor a mask, and skip what is masked altogether
+- else in tiles (`tiles.py`), which hold neither [T, S] scores nor such a mask
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +17,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from bevatron.nn.comm import Context, Run
+from bevatron.nn.tiles import blocks_of, tiled
 
 # Largest mask [B, T, S], in elements, that is made as a whole.
 DENSE = {"cpu": 2**16}
 DENSE_ON_ACCELERATORS = 2**27
-# A tile: queries at the most, keys at the least, scores over all heads if that gives more keys.
-QUERIES, KEYS, SCORES = 64, 128, 2**19
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,14 @@ class Mask:
     Attributes:
         runs: the queries' positions in the sequence.
         starts: [B, T] where the document of each query begins; None for one that is all.
-        blocks: [n, 7] on the CPU, see `_blocks`.
-        dense: [B or 1, 1, T, S], 0 and -inf; None if it would be too large.
+        dense: [B or 1, 1, T, S], 0 and -inf, if it is to be used.
+        blocks: if tiles are, see `tiles.blocks_of`; with neither, one call per run.
     """
 
     runs: tuple[Run, ...]
     starts: Tensor | None
-    blocks: Tensor
-    dense: Tensor | None
+    dense: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 def make_mask(
@@ -58,17 +54,18 @@ def make_mask(
         return None
     runs = context.runs(length)
     starts = None if documents is None else context.starts(documents)
+    if starts is None and x.device.type != "cpu":
+        return Mask(runs, starts)
     elements = length * length * context.size * (1 if starts is None else len(starts))
-    dense = None
-    if elements <= DENSE.get(x.device.type, DENSE_ON_ACCELERATORS):
-        keys = torch.arange(length * context.size, device=x.device)
-        queries = torch.cat([keys[a:b] for a, b in runs])[:, None]  # [T, 1]
-        seen = (keys <= queries)[None]  # [1, T, S]
-        if starts is not None:
-            seen = seen & (keys >= starts[..., None])  # [B, T, S]
-        zeros = torch.zeros(seen.shape, dtype=x.dtype, device=x.device)
-        dense = zeros.masked_fill(~seen, float("-inf"))[:, None]
-    return Mask(runs, starts, _blocks(runs, starts), dense)
+    if elements > DENSE.get(x.device.type, DENSE_ON_ACCELERATORS):
+        return Mask(runs, starts, blocks=blocks_of(runs, starts))
+    keys = torch.arange(length * context.size, device=x.device)
+    queries = torch.cat([keys[a:b] for a, b in runs])[:, None]  # [T, 1]
+    seen = (keys <= queries)[None]  # [1, T, S]
+    if starts is not None:
+        seen = seen & (keys >= starts[..., None])  # [B, T, S]
+    zeros = torch.zeros(seen.shape, dtype=x.dtype, device=x.device)
+    return Mask(runs, starts, dense=zeros.masked_fill(~seen, float("-inf"))[:, None])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
@@ -79,9 +76,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         return _causal(q, k, v)
     if mask.dense is not None:
         return F.scaled_dot_product_attention(q, k, v, mask.dense, enable_gqa=_grouped(q, k))
-    if mask.starts is None and q.device.type != "cpu":
+    if mask.blocks is None:
         return by_runs(q, k, v, mask.runs)
-    return tiled(q, k, v, mask.starts, mask.blocks)[0]
+    y: Tensor = tiled(q, k, v, mask.starts, mask.blocks)[0]
+    return y
 
 
 def _grouped(q: Tensor, k: Tensor) -> bool:
@@ -109,178 +107,3 @@ def by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
         parts.append(F.scaled_dot_product_attention(*part, bias, enable_gqa=_grouped(q, k)))
         at += new
     return torch.cat(parts, dim=2)
-
-
-def _blocks(runs: tuple[Run, ...], starts: Tensor | None) -> Tensor:
-    """What the tiles of queries are: rows [from, to) of the batch, queries [from, to), the position
-    of the first, the first key that any of them sees, the first one that all of them may see."""
-    rows = [(0, _ALL)] if starts is None else [(i, i + 1) for i in range(len(starts))]
-    blocks, at = [], 0
-    for begin, end in runs:
-        for p in range(begin, end, QUERIES):
-            n = min(QUERIES, end - p)
-            blocks += [(*row, at, at + n, p, 0, 0) for row in rows]
-            at += n
-    table = torch.tensor(blocks)
-    if starts is not None:
-        where = table[:, [0, 0]], table[:, [2, 3]] - torch.tensor([0, 1])
-        table[:, 5:] = starts[where].cpu()
-    return table
-
-
-_ALL = 2**31
-_HIDDEN = -1e30  # finite, so that a tile in which a query sees nothing gives no NaN
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some queries of some rows of the batch, with heads brought to [rows * G, q * queries, ...]."""
-
-    rows: slice
-    queries: slice
-    position: int
-    first_key: int
-    common_key: int
-
-    def take(self, x: Tensor, groups: int) -> Tensor:
-        """[B, H, T, ...] -> [rows * G, q * queries, ...], fp32."""
-        part = x[self.rows, :, self.queries].float().unflatten(1, (groups, -1))
-        return part.flatten(2, 3).flatten(0, 1)
-
-    def put(self, x: Tensor, values: Tensor) -> None:
-        """The inverse of `take`, into x [B, H, T, ...]."""
-        part = x[self.rows, :, self.queries]
-        part.copy_(values.view(part.shape))
-
-    def tiles(self, keys_at_once: int) -> Iterator[slice]:
-        """The keys that are not hidden from all of these queries."""
-        end = self.position + self.queries.stop - self.queries.start
-        for begin in range(self.first_key, end, keys_at_once):
-            yield slice(begin, min(end, begin + keys_at_once))
-
-    def scores(self, q: Tensor, k: Tensor, keys: slice, starts: Tensor | None) -> Tensor:
-        """q [N, q * queries, D] and k [N, S, D] -> masked scores [N, q * queries, keys]."""
-        scores = torch.bmm(q, k[:, keys].float().transpose(1, 2))
-        in_one_document = keys.start >= self.common_key
-        if in_one_document and keys.stop <= self.position + 1:
-            return scores
-        n = self.queries.stop - self.queries.start
-        key = torch.arange(keys.start, keys.stop, device=q.device)
-        hidden = key > torch.arange(self.position, self.position + n, device=q.device)[:, None]
-        if starts is not None and not in_one_document:
-            hidden |= key < starts[self.rows, self.queries, None][0]
-        scores.unflatten(1, (-1, n)).masked_fill_(hidden, _HIDDEN)
-        return scores
-
-
-def _each(blocks: Tensor) -> Iterator[_Block]:
-    for row, to_row, begin, end, position, first, common in blocks.tolist():
-        yield _Block(slice(row, to_row), slice(begin, end), position, first, common)
-
-
-def _keys_at_once(q: Tensor, starts: Tensor | None) -> int:
-    """How many keys a tile takes."""
-    rows = len(q) if starts is None else 1
-    return max(KEYS, SCORES // (rows * q.shape[1] * QUERIES))
-
-
-@torch.library.custom_op("bevatron::tiled_attention", mutates_args=())
-def tiled(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, blocks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Attention in tiles, computed in fp32: [B, H, T, D] in q's dtype, log of the sums [B, H, T].
-
-    An operator, so that a compiled layer need not look into its loops."""
-    groups, scale, step = k.shape[1], q.shape[-1] ** -0.5, _keys_at_once(q, starts)
-    k, v = k.contiguous(), v.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    log = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    for block in _each(blocks):
-        part = block.take(q, groups) * scale  # [N, M, D]
-        keys, values = k[block.rows].flatten(0, 1), v[block.rows].flatten(0, 1)  # [N, S, D]
-        top = part.new_full((*part.shape[:2], 1), _HIDDEN)
-        total, y = torch.zeros_like(top), torch.zeros_like(part)
-        for at in block.tiles(step):
-            scores = block.scores(part, keys, at, starts)
-            highest = torch.maximum(top, scores.amax(-1, keepdim=True))
-            weights = scores.sub_(highest).exp_()
-            shrink = (top - highest).exp_()
-            total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-            y.mul_(shrink).baddbmm_(weights, values[:, at].float())
-            top = highest
-        block.put(out, y.div_(total))
-        block.put(log, top.add_(total.log_()).squeeze(-1))
-    return out, log
-
-
-@torch.library.custom_op("bevatron::tiled_attention_backward", mutates_args=())
-def _tiled_backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log: Tensor,
-    starts: Tensor | None,
-    blocks: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups, scale, step = k.shape[1], q.shape[-1] ** -0.5, _keys_at_once(q, starts)
-    k, v = k.contiguous(), v.contiguous()
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
-    dv = torch.zeros_like(dk)
-    for block in _each(blocks):
-        part, dpart = block.take(q, groups) * scale, block.take(dy, groups)  # [N, M, D]
-        offset = block.take(log[..., None], groups)  # [N, M, 1]
-        share = (block.take(out, groups) * dpart).sum(-1, keepdim=True)
-        keys, values = k[block.rows].flatten(0, 1), v[block.rows].flatten(0, 1)  # [N, S, D]
-        dkeys, dvalues = dk[block.rows].flatten(0, 1), dv[block.rows].flatten(0, 1)
-        dqueries = torch.zeros_like(part)
-        for at in block.tiles(step):
-            weights = block.scores(part, keys, at, starts).sub_(offset).exp_()
-            dvalues[:, at].baddbmm_(weights.transpose(1, 2), dpart)
-            dscores = torch.bmm(dpart, values[:, at].float().transpose(1, 2))
-            dscores.sub_(share).mul_(weights)
-            dqueries.baddbmm_(dscores, keys[:, at].float())
-            dkeys[:, at].baddbmm_(dscores.transpose(1, 2), part)
-        block.put(dq, dqueries.mul_(scale))
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-@tiled.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, blocks: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(
-        q.shape[:3], dtype=torch.float32
-    )
-
-
-@_tiled_backward.register_fake
-def _(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log: Tensor,
-    starts: Tensor | None,
-    blocks: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape, dtype=k.dtype, device=q.device),
-        torch.empty(v.shape, dtype=v.dtype, device=q.device),
-    )
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts, blocks = inputs
-    ctx.save_for_backward(q, k, v, *output, starts, blocks)
-
-
-def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_tiled_backward(dy, *ctx.saved_tensors), None, None)
-
-
-tiled.register_autograd(_backward, setup_context=_keep)

@@ -83,9 +83,10 @@ def rotation(
 ) -> tuple[Tensor, ...]:
     """cos and sin [B or 1, 1, T, R/2] for `positions` [B or 1, T]; computed in fp32.
     `length` of the sequence, if `positions` are but a part of it."""
-    if length is None:
-        length = positions.max() + 1 if rope.kind == "dynamic" else 0
-    inverse = inverse_frequencies(rope, head_dim, length, positions.device)
+    longest: Tensor | int = 0 if length is None else length
+    if length is None and rope.kind == "dynamic":
+        longest = positions.max() + 1
+    inverse = inverse_frequencies(rope, head_dim, longest, positions.device)
     angles = positions.float()[:, None, :, None] * inverse  # [B, 1, T, R/2]
     cos, sin = angles.cos(), angles.sin()
     if rope.attention_factor is not None:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from bevatron.errors import BevatronError
-from bevatron.nn.decoder import Decoder
+from bevatron.nn.decoder import Decoder  # with it bevatron's own operators
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -41,7 +41,7 @@ KEPT = {
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
-    torch.ops.higher_order.flex_attention,
+    torch.ops.bevatron.tiled_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
 }

@@ -119,8 +119,8 @@ def check(
             raise LayoutError(f"parallel.{name} is {getattr(layout, name)}, expected at least 1")
     if layout.cp > 1 and spec.head.kind != "causal_lm":
         raise LayoutError(
-            f"parallel.cp={layout.cp} needs a model with a causal_lm head, whose loss is a sum over "
-            f"tokens; this one has the head {spec.head.kind}; use cp: 1"
+            f"parallel.cp={layout.cp} needs a model with a causal_lm head, whose loss is a sum "
+            f"over tokens; this one has the head {spec.head.kind}; use cp: 1"
         )
     if layout.shard not in SHARD_MODES:
         raise LayoutError(
@@ -186,6 +186,18 @@ def in_rounds(count: int, pp: int) -> bool:
     return count % max(1, count // pp) == 0
 
 
+def check_documents(spec: ModelSpec, seq_len: int) -> None:
+    """Raise LayoutError if documents packed into sequences of `seq_len` would not be computed as
+    they are apart."""
+    rope, context = spec.rope, spec.rope.original_max_position_embeddings or 0
+    if rope.kind == "dynamic" and seq_len > context:
+        raise LayoutError(
+            f"data.document_mask: the rope of this model is dynamic, so beyond {context} tokens a "
+            f"document's rotation depends on its length, and documents of one sequence (seq_len="
+            f"{seq_len}) share a rotation; use data.seq_len: {context} or no document mask"
+        )
+
+
 def _check_tensor(layout: Layout, spec: ModelSpec) -> None:
     tp = layout.tp
     if tp == 1:
@@ -210,10 +222,10 @@ def _check_sequence(layout: Layout, seq_len: int) -> None:
     tp = layout.tp if layout.sequence_parallel else 1
     if layout.cp > 1 and seq_len % (unit := 2 * layout.cp * tp):
         wanted = f"2 x cp {layout.cp}" + (f" x tp {tp}" if tp > 1 else "")
+        below, above = seq_len // unit * unit, -(-seq_len // unit) * unit
         raise LayoutError(
             f"data.seq_len={seq_len} is not a multiple of {unit} ({wanted}), which context "
-            f"parallelism needs; use {seq_len // unit * unit or unit} or {-(-seq_len // unit) * unit}, "
-            "or another cp"
+            f"parallelism needs; use {f'{below} or ' if below else ''}{above}, or another cp"
         )
     if seq_len % tp:
         raise LayoutError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.layout import Layout, LayoutError, check
+from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.config import RunConfig, load_config, to_yaml
 from bevatron.train.stopping import Stopping, end_with_parent
 from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopped
@@ -136,6 +136,8 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
         recompute=config.train.recompute,
         compiled=config.train.compile,
     )
+    if config.data.document_mask:
+        check_documents(start.spec, config.data.seq_len)
     from bevatron.parallel.split import stage_ranges
 
     stage_ranges(
