@@ -223,6 +223,80 @@ def report(
     print(json.dumps(made) if as_json else made)
 
 
+@app.command()
+def doctor(
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes to try; default: one per GPU, at least 2.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for them to exchange.")] = 120,
+    as_json: Json = False,
+) -> None:
+    """Look at this machine and let processes exchange data; also under torchrun. Status 1 if they
+    cannot."""
+    from bevatron.train.doctor import doctor as look
+    from bevatron.train.doctor import text
+
+    report = look(nproc, timeout)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(report) if as_json else text(report))
+    if not report["ok"]:
+        raise CheckFailed("the processes could not exchange data; see above")
+
+
+launcher = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.add_typer(launcher, name="launch", help="Write what a cluster's scheduler runs.")
+
+
+@launcher.callback()
+def _launcher() -> None:
+    pass
+
+
+@launcher.command()
+def slurm(
+    config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: on CPUs, with --nproc.")] = 8,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes per node; default: one per GPU.")
+    ] = None,
+    time: Annotated[str, typer.Option(help="The job's time limit.")] = "04:00:00",
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    job_name: Annotated[str, typer.Option()] = "bevatron",
+    signal_before: Annotated[
+        int, typer.Option(min=1, help="Seconds before the limit at which the run saves.")
+    ] = 120,
+    max_restarts: Annotated[int, typer.Option(min=0, help="On a failed process.")] = 3,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="A further option of sbatch, such as --exclusive.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
+) -> None:
+    """Print a Slurm batch script for a run: it saves before the limit, requeues itself, goes on."""
+    from bevatron.train.slurm import script
+
+    text = script(
+        config,
+        overrides or [],
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        nproc=nproc,
+        time=time,
+        partition=partition,
+        account=account,
+        name=job_name,
+        signal_before_s=signal_before,
+        max_restarts=max_restarts,
+        sbatch=sbatch or [],
+    )
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
 @app.command(
     "transformers",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},

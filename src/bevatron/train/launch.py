@@ -73,6 +73,14 @@ def train(
         work(config, layout, allow_changed)
 
 
+def prepared(config_path: Path, overrides: list[str], world: int) -> tuple[RunConfig, Layout]:
+    """A configuration that can run on `world` processes, as far as that is known before."""
+    config = load_config(config_path, overrides)
+    layout = layout_of(config, world)
+    _check(config, layout)
+    return config, layout
+
+
 def layout_of(config: RunConfig, world: int) -> Layout:
     """The configured layout over `world` processes; `dp_shard` is what is left of them."""
     p = config.parallel

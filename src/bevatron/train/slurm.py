@@ -1,0 +1,123 @@
+"""`bevatron launch slurm`: the batch script of a run that outlives time limits and failed machines.
+
+One task per node runs `bevatron train --nproc G --nnodes N`, which is torchrun's agent; these meet
+on the first node. Before the time limit Slurm signals the script, which passes it on: the run
+saves, and the job is put back into the queue, to continue from there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bevatron.errors import BevatronError
+
+TIME = re.compile(r"(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2})$")
+WORD = re.compile(r"[\w.,:@/+=-]+$")
+
+
+def script(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    nproc: int | None = None,
+    time: str = "04:00:00",
+    partition: str | None = None,
+    account: str | None = None,
+    name: str = "bevatron",
+    signal_before_s: int = 120,
+    max_restarts: int = 3,
+    sbatch: Sequence[str] = (),
+) -> str:
+    """The text of the script, after checking the run's layout against `nodes` times `nproc`.
+
+    Args:
+        gpus_per_node: 0 for a run on CPUs.
+        nproc: processes per node; one per GPU if absent.
+        signal_before_s: how long before the time limit the run is asked to save: more than a step
+            and a save take.
+        sbatch: further options, such as `--exclusive`.
+    Raises BevatronError if the run could not start on so many processes.
+    """
+    from bevatron.train.launch import prepared
+
+    nproc = nproc or gpus_per_node
+    if nproc < 1:
+        raise BevatronError("--gpus-per-node 0 needs --nproc, the number of processes per node")
+    if not TIME.fullmatch(time):
+        raise BevatronError(f"--time {time!r}: expected minutes, HH:MM:SS or DAYS-HH:MM:SS")
+    prepared(config, list(overrides), nodes * nproc)
+    options = {
+        "job-name": name,
+        "partition": partition,
+        "account": account,
+        "nodes": str(nodes),
+        "ntasks-per-node": "1",
+        "gpus-per-node": str(gpus_per_node) if gpus_per_node else None,
+        "time": time,
+        "signal": f"B:USR1@{signal_before_s}",
+        "open-mode": "append",
+        "output": "%x-%j.out",
+    }
+    lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    lines += ["--requeue", *sbatch]
+    for line in lines:
+        if not WORD.match(line.replace("%", "_")):
+            raise BevatronError(
+                f"{line!r} cannot stand in an #SBATCH line; remove spaces or quotes"
+            )
+    train = [sys.executable, "-m", "bevatron", "train", str(config), *overrides]
+    train += ["--nproc", str(nproc), "--max-restarts", str(max_restarts)]
+    if nodes > 1:
+        train += ["--nnodes", str(nodes)]
+    command = shlex.join(train) + (' --rendezvous "$head:$port"' if nodes > 1 else "")
+    return TEMPLATE.format(
+        options="\n".join(f"#SBATCH {line}" for line in lines),
+        folder=shlex.quote(str(Path.cwd())),
+        train=command,
+    )
+
+
+TEMPLATE = """\
+#!/bin/bash
+{options}
+
+set -u
+cd -- {folder} || exit 2
+
+# Where the nodes meet: the first of them, at a port of this job's own.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+export PYTHONUNBUFFERED=1
+# NCCL_SOCKET_IFNAME, NCCL_IB_HCA, HF_HOME and the like go here.
+
+# Slurm's signal before the time limit comes to this shell alone; srun takes it to every node.
+asked=0
+pass_on() {{
+  asked=1
+  kill -USR1 "$step" 2>/dev/null
+}}
+trap pass_on USR1
+trap 'kill -TERM "$step" 2>/dev/null' TERM
+
+srun --kill-on-bad-exit=1 {train} &
+step=$!
+# A trapped signal ends `wait`, not srun.
+wait "$step"
+status=$?
+while kill -0 "$step" 2>/dev/null; do
+  wait "$step"
+  status=$?
+done
+
+# A run that has reached its last step ends with 0; one that was asked to save does not.
+if [ "$asked" = 1 ] && [ "$status" != 0 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
