@@ -37,10 +37,10 @@ def save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int = 400) ->
     return folder
 
 
-def save_llama(folder: Path, vocab_size: int = 400, **changes: Any) -> Path:
-    """A random causal language model."""
+def save_llama(folder: Path, head: str = "CausalLM", **changes: Any) -> Path:
+    """A random model of transformers' LlamaFor... class."""
     config = transformers.LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=400,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -51,7 +51,7 @@ def save_llama(folder: Path, vocab_size: int = 400, **changes: Any) -> Path:
         **changes,
     )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    getattr(transformers, f"LlamaFor{head}")(config).save_pretrained(folder)
     return folder
 
 

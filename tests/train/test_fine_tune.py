@@ -7,6 +7,7 @@ import email
 import encodings
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,14 @@ def overrides(kind: str, *more: str) -> list[str]:
 def kinds(work: Path) -> Path:
     for kind, rows in ROWS.items():
         write_rows(work / f"{kind}.jsonl", rows)
+    save_tokenizer(work / "other", ["another text"])
     tied = save_llama(work / "tied", tie_word_embeddings=True, initializer_range=0.05)
+    labels = dict(enumerate(PACKAGES))
+    own = save_llama(work / "classifier", "SequenceClassification", id2label=labels,
+                     problem_type="single_label_classification")  # fmt: skip
     for file in work.glob("hf/tokenizer*"):
-        (tied / file.name).write_bytes(file.read_bytes())
+        for folder in (tied, own):
+            (folder / file.name).write_bytes(file.read_bytes())
     import_checkpoint(tied, work / "native", show_progress=False)
     return work
 
@@ -225,20 +231,33 @@ def test_every_example_comes_once_an_epoch_and_validation_once_in_order(
         assert torch.equal(torch.cat([part[key] for part in parts]), whole)
 
 
+def test_a_question_that_is_too_long_is_found_before_the_first_step(
+    kinds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(kinds)
+    write_rows(
+        kinds / "long.jsonl", [ROWS["answers"][0], {**ROWS["answers"][0], "question": "?" * 99}]
+    )
+    options = overrides("answers", "data.train.0.path=long.jsonl", "run.dir=refused")
+    with pytest.raises(BevatronError, match=r"long\.jsonl: line 2: .*data\.seq_len 32"):
+        feed(options)
+
+
 MISMATCHES = [
     (["objective.name=classify"], "known are pretrain, sequence_classification"),
     (["objective.z_loss=0.1"], "z_loss means nothing to sequence_classification, only to pretrain"),
     (["objective.labels=[a, a]"], "labels has a name twice"),
     (["objective.labels=[]"], "objective.labels: missing"),
-    (["objective.name=pretrain", "objective.labels=[]", "model.init=out"],
+    (["objective.name=pretrain", "objective.labels=[]", "model.init=classifier"],
      "needs a model with a causal_lm head.*use objective.name: sequence_classification"),
-    (["objective.name=question_answering", "objective.labels=[]", "model.init=out"],
+    (["objective.name=question_answering", "objective.labels=[]", "model.init=classifier"],
      "use objective.name: sequence_classification, or set objective.new_head: true"),
-    (["objective.labels=[a, b]", "model.init=out"], "drop objective.labels to go on with these"),
-    (["objective.problem_type=regression", "model.init=out"], "is for single_label_class"),
-    (["model.init=out", "data.train.0.path=sequence.jsonl", "objective.labels=[]"],
+    (["objective.labels=[a, b]", "model.init=classifier"], "to go on with these"),
+    (["objective.problem_type=regression", "model.init=classifier"], "is for single_label_class"),
+    (["model.init=classifier", "data.train.0.path=sequence.jsonl", "objective.labels=[]"],
      None),
     (["data.train.0.path=multi.jsonl"], r"line 1: the label \[\] is not one of the model's"),
+    (["tokenizer=other"], "is not the tokenizer.json that lies with the model"),
     (["parallel.cp=2"], "use cp: 1"),
     (["data.document_mask=true"], "document_mask is for packed"),
     (["data.train.0.path=hf"], "is a folder; this objective reads labelled examples"),
@@ -261,3 +280,19 @@ def test_objective_model_and_data_that_do_not_fit_are_refused_with_advice(
         return
     with pytest.raises(BevatronError, match=message):
         check()
+
+
+def test_the_documentations_configurations_take_its_rows(
+    kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/finetune-heads.md").read_text()
+    configs = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert len(configs) == len(examples) == 3
+    monkeypatch.chdir(tmp_path)
+    for config, rows in zip(configs, examples, strict=True):
+        Path("run.yaml").write_text(config)
+        for name in ("train.jsonl", "validation.jsonl"):
+            Path(name).write_text(rows)
+        loaded = load_config(Path("run.yaml"), [f"model.init={kinds / 'hf'}"])
+        check_data(loaded, find_start(loaded))

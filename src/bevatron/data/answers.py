@@ -23,9 +23,10 @@ class Answers:
             None for its first window alone.
     """
 
+    windows = True  # or one only; but all are made once at the start, as a question may be too long
+
     def __init__(self, padded: Padded, stride: int | None) -> None:
         self.padded, self.stride = padded, stride
-        self.windows = stride is not None
 
     def check(self, row: Row) -> None:
         text_of(row, "question")
@@ -51,7 +52,7 @@ class Answers:
         encodings = self.padded.encode(pairs, context_only=True, share=self.stride or 0)
         out = []
         for row, encoding in zip(rows, encodings, strict=True):
-            windows = [encoding, *(encoding.overflowing if self.windows else ())]
+            windows = [encoding, *(() if self.stride is None else encoding.overflowing)]
             out.append([self._window(row, window) for window in windows])
         return out
 

@@ -29,17 +29,26 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Padded:
-    """A tokenizer for sequences of one length. `pad_id`: by default the tokenizer's pad token, its
-    eos if it has none, or 0: labels say which tokens count, whatever the padding is."""
+    """A tokenizer for sequences of one length.
+
+    Attributes:
+        pad_id: by default the tokenizer's pad token, its eos if it has none, or 0: labels say which
+            tokens count, whatever the padding is.
+        side: of a long text that is cut off, left or right.
+    """
 
     opened: OpenTokenizer
     length: int
     pad_id: int
+    side: str
 
     @classmethod
     def of(cls, opened: OpenTokenizer, length: int, pad_id: int | None = None) -> Padded:
         known = (pad_id, opened.pad_id, opened.eos_id, 0)
-        return cls(opened, length, next(i for i in known if i is not None))
+        path = opened.file.parent / "tokenizer_config.json"
+        side = read_object(path).get("truncation_side") if path.is_file() else None
+        found = next(i for i in known if i is not None)
+        return cls(opened, length, found, "left" if side == "left" else "right")
 
     def encode(
         self,
@@ -58,7 +67,7 @@ class Padded:
                 self.length,
                 stride=share,
                 strategy="only_second" if context_only else "longest_first",
-                direction="right" if context_only else self._truncation_side(),
+                direction="right" if context_only else self.side,
             )
             encoder.enable_padding(length=self.length, pad_id=self.pad_id, pad_token=pad or "")
             return encoder.encode_batch(list(texts), is_pretokenized=split)
@@ -68,14 +77,10 @@ class Padded:
                 "use longer sequences, or a shorter objective.stride"
             ) from error
 
-    def _truncation_side(self) -> str:
-        path = self.opened.file.parent / "tokenizer_config.json"
-        side = read_object(path).get("truncation_side") if path.is_file() else None
-        return side if side in ("left", "right") else "right"
-
 
 class Labelled(Protocol):
-    """How rows of one kind become arrays. `windows`: whether one may become several examples."""
+    """How rows of one kind become arrays. `windows`: whether one may become several examples, which
+    takes tokenizing all of them to know."""
 
     windows: bool
 

@@ -38,6 +38,11 @@ class Rows:
         file, begin, end, line = map(int, self._table[index])
         return self._parse(file, self._bytes[file][begin:end], line)
 
+    def where(self, index: int) -> str:
+        """The file and line of a row, for a message."""
+        file, _, _, line = map(int, self._table[index])
+        return f"{self.paths[file]}: line {line}"
+
     def _scan(self, number: int, path: Path) -> NDArray[np.int64]:
         if path.is_dir():
             raise BevatronError(

@@ -14,7 +14,7 @@ from bevatron.data.labelled import Arrays, Labelled, Padded, SequenceLabels, Tok
 from bevatron.data.rows import Rows
 from bevatron.data.sampler import Permutation, derive
 from bevatron.data.store import TokenStore
-from bevatron.data.tokenizer import open_tokenizer
+from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig, SourceConfig
 from bevatron.train.feed import Feed
@@ -72,9 +72,21 @@ class Examples:
         counts: list[int] = []
         for first in range(0, len(self.rows), ROWS):
             rows = [self.rows[i] for i in range(first, min(first + ROWS, len(self.rows)))]
-            counts += map(len, self.labelled.encode(rows))
+            try:
+                counts += map(len, self.labelled.encode(rows))
+            except BevatronError:
+                self._blame(range(first, first + len(rows)))
+                raise
         row = np.repeat(np.arange(len(counts)), counts)
         return np.stack((row, np.concatenate([np.arange(n) for n in counts])), 1)
+
+    def _blame(self, rows: range) -> None:
+        """Raise the error of the first of these rows that has one, naming its line."""
+        for i in rows:
+            try:
+                self.labelled.encode([self.rows[i]])
+            except BevatronError as error:
+                raise BevatronError(f"{self.rows.where(i)}: {error}") from None
 
 
 class LabelledFeed:
@@ -146,6 +158,14 @@ def _labelled(config: RunConfig, start: Start) -> Labelled:
             f"{config.objective.name} has one example a sequence, so drop it"
         )
     opened = open_tokenizer(tokenizer_of(config, start))
+    source = start.weights.source if start.weights else None
+    if source is not None and (source / TOKENIZER).is_file():
+        own = open_tokenizer(source)
+        if own.fingerprint != opened.fingerprint:
+            raise BevatronError(
+                f"tokenizer: {opened.file} is not the {TOKENIZER} that lies with the model and "
+                "that an export will hold; drop the key, or put this one into the model's folder"
+            )
     spec, objective = start.spec, config.objective
     padded = Padded.of(opened, config.data.seq_len, spec.head.pad_token_id)
     if objective.name == "sequence_classification":
