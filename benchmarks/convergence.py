@@ -1,6 +1,6 @@
 """AdamW beside Muon on real text: a small NanoChat-style model, to bits per byte.
 
-    OMP_NUM_THREADS=1 python benchmarks/convergence.py --dir DIR [--steps 800] [--tuning-steps 120]
+    OMP_NUM_THREADS=1 python benchmarks/convergence.py --dir DIR [--steps 400] [--tuning-steps 60]
 
 The text is Python's own library (some 25 MB of code and documentation below the interpreter's
 lib/python3.x), so nothing is downloaded; one file in twenty, chosen by the hash of its name, is
@@ -38,7 +38,7 @@ from bevatron.spec.json import to_json
 
 VOCAB_SIZE, WIDTH, DEPTH, HEAD_DIM = 4096, 192, 4, 64
 SEQ_LEN, BATCH = 256, 8
-VAL_BATCHES, POINTS = 24, 16  # validations of 49,152 tokens, so many over a run
+VAL_BATCHES, POINTS = 16, 10  # validations of 32,768 tokens, so many over a long run
 END = "<|end_of_text|>"
 SHARED: dict[str, Any] = {
     "data": {"seq_len": SEQ_LEN, "train": [{"path": "train"}], "validation": [{"path": "val"}]},
@@ -115,8 +115,10 @@ def bevatron(folder: Path, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "bevatron", *arguments], cwd=folder, check=True)
 
 
-def train(folder: Path, name: str, lr: float, steps: int, precision: str) -> dict[str, Any]:
-    """One run; its validations as (tokens, nats per token) and what it cost."""
+def train(
+    folder: Path, name: str, lr: float, steps: int, precision: str, points: int
+) -> dict[str, Any]:
+    """One run, validated so often; its validations as (tokens, nats per token) and what it cost."""
     run = f"{name}-{lr:g}-{steps}"
     config = {
         "model": {"spec": "spec.json"},
@@ -125,7 +127,7 @@ def train(folder: Path, name: str, lr: float, steps: int, precision: str) -> dic
             "global_batch": BATCH,
             "micro_batch": BATCH,
             "precision": precision,
-            "val_every": max(1, steps // POINTS),
+            "val_every": max(1, steps // points),
             "val_batches": VAL_BATCHES,
         },
         "optimizer": {**OPTIMIZERS[name], "lr": lr},
@@ -149,8 +151,8 @@ def train(folder: Path, name: str, lr: float, steps: int, precision: str) -> dic
 def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     options.add_argument("--dir", type=Path, required=True)
-    options.add_argument("--steps", type=int, default=800)
-    options.add_argument("--tuning-steps", type=int, default=120)
+    options.add_argument("--steps", type=int, default=400)
+    options.add_argument("--tuning-steps", type=int, default=60)
     options.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     chosen = options.parse_args()
     folder: Path = chosen.dir.absolute()
@@ -166,12 +168,12 @@ def main() -> None:
     for name, rates in RATES.items():
         tried = {}
         for lr in rates:
-            run = train(folder, name, lr, chosen.tuning_steps, chosen.precision)
+            run = train(folder, name, lr, chosen.tuning_steps, chosen.precision, 1)
             tried[lr] = run["curve"][-1][1] * per_nat
             print(f"{name} lr {lr:g}, {chosen.tuning_steps} steps: {tried[lr]:.4f} bits per byte")
         results["tuning"][name] = tried
         best = min(tried, key=lambda lr: tried[lr])
-        run = train(folder, name, best, chosen.steps, chosen.precision)
+        run = train(folder, name, best, chosen.steps, chosen.precision, POINTS)
         run["curve"] = [(t, loss * per_nat) for t, loss in run["curve"]]
         results["runs"][name] = run
         print(f"{name} lr {best:g}, {chosen.steps} steps: {run['curve'][-1][1]:.4f} bits per byte")
