@@ -91,7 +91,7 @@ class Muon:
 
     def _attention(self, number: int) -> Attention | None:
         """The attention whose QKV weight this is, if it is one."""
-        _, layer, _, part, *_ = (*self.names[number].split("."), "", "")
+        _, layer, _, part, _ = self.names[number].split(".")
         found = self.spec.layers[int(layer)].attention
         return found if part == "qkv" and isinstance(found, Attention) else None
 
