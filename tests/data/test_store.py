@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bevatron.data.store import DOCUMENTS, FILE_NAME, TOKENS, StoreWriter, TokenStore
+from bevatron.data.store import DOCUMENTS, FILE_NAME, TOKENS, TokenStore
+from bevatron.data.writer import StoreWriter
 from bevatron.errors import BevatronError
 
 
