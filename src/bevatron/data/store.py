@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bevatron.checkpoint.boxes import new_hasher, spell
@@ -80,8 +81,11 @@ class TokenStore:
     def __init__(self, path: Path, info: StoreInfo) -> None:
         self.path = path
         self.info = info
-        self._tokens: NDArray[Any] = np.memmap(path / TOKENS, dtype=DTYPES[info.dtype], mode="r")
-        self._documents: NDArray[Any] = np.memmap(path / DOCUMENTS, dtype="<i8", mode="r")
+        # Plain views: every slice of a memmap makes an object that costs more than its copy
+        tokens = np.memmap(path / TOKENS, dtype=DTYPES[info.dtype], mode="r")
+        self._tokens: NDArray[Any] = tokens.view(np.ndarray)
+        documents = np.memmap(path / DOCUMENTS, dtype="<i8", mode="r")
+        self._documents: NDArray[Any] = documents.view(np.ndarray)
 
     @classmethod
     def open(cls, path: Path) -> TokenStore:
@@ -106,30 +110,22 @@ class TokenStore:
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens `start` to `start + length`, as a copy. Raises StoreError beyond the ends."""
-        if start < 0 or length < 0 or start + length > self.tokens:
-            raise StoreError(
-                f"{self.path}: tokens {start} to {start + length} were asked for, it has "
-                f"{self.tokens}"
-            )
+        self._check_range(start, length)
         return self._tokens[start : start + length].astype(np.int64)
 
-    def read_many(self, starts: NDArray[np.int64], out: NDArray[np.int64]) -> None:
-        """Fill row i of `out` [n, length] with the tokens from `starts[i]` on. Raises StoreError
-        beyond the ends, and for an id above the largest that the store is said to hold.
-
-        A loop of slices copies straight from the map: twice as fast as one gather by index."""
-        length = out.shape[1]
-        if len(starts) and (starts.min() < 0 or int(starts.max()) + length > self.tokens):
-            self.read(int(starts.min()), length)
-            self.read(int(starts.max()), length)
-        tokens = self._tokens
-        for row, start in zip(out, starts.tolist(), strict=True):
-            row[:] = tokens[start : start + length]
-        if out.size and int(out.max()) > self.info.max_id:
+    def read_many(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """[n, length], in the store's dtype: the tokens from each of `starts` on. Raises StoreError
+        beyond the ends, and for an id above the largest that the store is said to hold."""
+        for start in (int(starts.min()), int(starts.max())) if len(starts) else ():
+            self._check_range(start, length)
+        # A gather of rows of overlapping windows: four times the speed of a loop of slices
+        rows: NDArray[Any] = sliding_window_view(self._tokens, length)[starts]
+        if rows.size and int(rows.max()) > self.info.max_id:
             raise StoreError(
-                f"{self.path / TOKENS}: is damaged: holds token {int(out.max())}, {FILE_NAME} says "
-                f"that {self.info.max_id} is the largest; restore the file, or {AGAIN}"
+                f"{self.path / TOKENS}: is damaged: holds token {int(rows.max())}, {FILE_NAME} "
+                f"says that {self.info.max_id} is the largest; restore the file, or {AGAIN}"
             )
+        return rows
 
     def documents(self, start: int, length: int) -> NDArray[np.int64]:
         """For tokens `start` to `start + length`: which of the documents that meet this range each
@@ -139,6 +135,13 @@ class TokenStore:
         numbers = np.zeros(length, dtype=np.int64)
         numbers[begins[begins < length]] = 1
         return np.cumsum(numbers)
+
+    def _check_range(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > self.tokens:
+            raise StoreError(
+                f"{self.path}: tokens {start} to {start + length} were asked for, it has "
+                f"{self.tokens}"
+            )
 
     def document_starts(self) -> NDArray[np.int64]:
         """[documents]: index of the first token of each."""

@@ -90,7 +90,7 @@ def layout_of(config: RunConfig, world: int) -> Layout:
 
 def _check(config: RunConfig, layout: Layout) -> None:
     """All that needs no process group: the start, the layout, the objective, the data."""
-    from bevatron.data.store import TokenStore
+    from bevatron.train.feed import check_data
     from bevatron.train.start import find_start
 
     start = find_start(config)
@@ -110,8 +110,7 @@ def _check(config: RunConfig, layout: Layout) -> None:
             f"objective.name pretrain needs a model with a causal_lm head; this one has the head "
             f"{start.spec.head.kind}"
         )
-    for source in [*config.data.train, *config.data.validation]:
-        TokenStore.open(Path(source.path)).check_vocab(start.spec.vocab_size)
+    check_data(config, start)
 
 
 def _objective(config: RunConfig) -> Any:

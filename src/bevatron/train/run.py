@@ -20,7 +20,7 @@ from bevatron.parallel.weights import stream
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance
 from bevatron.train.config import RunConfig, changed_keys, load_config
-from bevatron.train.feed import Feed
+from bevatron.train.feed import Feed, tokenizer_of
 from bevatron.train.meter import Meter
 from bevatron.train.objectives import Objective
 from bevatron.train.saving import Saver
@@ -83,6 +83,7 @@ class Run:
             dp_rank=self.trainer.dp_rank,
             dp=layout.dp,
             device=self.device,
+            tokenizer=tokenizer_of(config, self.start),
         )
 
     def _check_unchanged(self, allow_changed: bool) -> None:
