@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bevatron.data.store import DOCUMENTS, FILE_NAME, TOKENS, StoreWriter, TokenStore
+from bevatron.data.store import DOCUMENTS, FILE_NAME, TOKENS, TokenStore
+from bevatron.data.writer import StoreWriter
 from bevatron.errors import BevatronError
 
 
@@ -73,16 +75,69 @@ def test_flipped_bytes_are_found_by_verify(store: Path) -> None:
         TokenStore.open(store).verify()
 
 
-def test_documents_out_of_order_are_found_by_verify(store: Path) -> None:
-    (store / DOCUMENTS).write_bytes(np.array([0, 9], dtype="<i8").tobytes())
-    with pytest.raises(BevatronError, match="do not ascend"):
+@pytest.mark.parametrize("starts", [[0, 9], [1, 4], [-1, 4], [4, 0], [0, 7]])
+def test_an_index_that_begins_or_ends_wrong_is_refused_at_once(
+    store: Path, starts: list[int]
+) -> None:
+    (store / DOCUMENTS).write_bytes(np.array(starts, dtype="<i8").tobytes())
+    with pytest.raises(BevatronError, match=r"documents\.bin: is damaged: .* do not ascend"):
+        TokenStore.open(store)
+
+
+@pytest.mark.parametrize("starts", [[0, 5, 5, 6], [0, 5, 3, 6], [0, -9, 3, 6], [0, 99, 3, 6]])
+def test_an_index_that_does_not_ascend_is_found(tmp_path: Path, starts: list[int]) -> None:
+    store = write_store(tmp_path / "s", [[1, 2], [3, 4], [5, 6], [7]], vocab=10)
+    (store / DOCUMENTS).write_bytes(np.array(starts, dtype="<i8").tobytes())
+    opened = TokenStore.open(store)
+    for look in (opened.check_index, opened.verify):
+        with pytest.raises(BevatronError, match="do not ascend"):
+            look()
+
+
+def test_other_starts_than_were_written_are_found_by_verify(store: Path) -> None:
+    (store / DOCUMENTS).write_bytes(np.array([0, 5], dtype="<i8").tobytes())
+    TokenStore.open(store).check_index()
+    with pytest.raises(BevatronError, match=r"documents\.bin: is damaged: its hash is xxh3:"):
         TokenStore.open(store).verify()
+
+
+def test_a_store_of_the_first_version_is_read(store: Path) -> None:
+    """It had no hash of documents.bin, no engine, no sources."""
+    data = json.loads((store / FILE_NAME).read_text())
+    for key in ("encoding", "documents_hash", "engine", "sources"):
+        data.pop(key)
+    (store / FILE_NAME).write_text(json.dumps(data))
+    opened = TokenStore.open(store)
+    opened.verify()
+    assert opened.read(0, 3).tolist() == [1, 2, 3]
+    assert opened.describe()["documents_hash"] is None
+
+
+def test_many_windows_are_read_as_one_by_one(store: Path) -> None:
+    opened = TokenStore.open(store)
+    starts = np.array([4, 0, 2, 2, 5])
+    expected = [opened.read(int(s), 2).tolist() for s in starts]
+    assert opened.read_many(starts, 2).tolist() == expected
+    for bad in ([6], [0, -1], [0, 6, 1]):
+        with pytest.raises(BevatronError, match="it has 7"):
+            opened.read_many(np.array(bad), 2)
+
+
+def test_a_token_above_the_largest_is_found_when_it_is_read(store: Path) -> None:
+    tokens = np.fromfile(store / TOKENS, dtype="<u2")
+    tokens[4] = 500
+    tokens.tofile(store / TOKENS)
+    opened = TokenStore.open(store)
+    assert opened.read_many(np.array([0, 1]), 3).shape == (2, 3)
+    with pytest.raises(BevatronError, match=r"tokens\.bin: is damaged: holds token 500, .*99"):
+        opened.read_many(np.array([0, 3]), 3)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("version", 2, "format version 2, expected 1"),
+        ("documents_hash", 5, "documents_hash is 5, expected str"),
         ("dtype", "int8", "dtype is 'int8', expected uint16 or uint32"),
         ("tokens", "7", "tokens is '7', expected int"),
         ("tokens", -1, "names -1 tokens"),
@@ -131,3 +186,53 @@ def test_a_token_outside_of_the_vocabulary_is_not_written(tmp_path: Path) -> Non
     with pytest.raises(BevatronError, match="token 10 lies outside of the vocabulary of 10"):
         writer.add([1, 10], ends=True)
     writer.close()
+
+
+def test_pieces_in_batches_are_written_as_one_by_one(tmp_path: Path) -> None:
+    """Documents of several pieces, empty ones among them, whatever the batches."""
+    rng = np.random.default_rng(0)
+    pieces = [
+        (rng.integers(0, 100, rng.integers(0, 4)), bool(rng.random() < 0.6)) for _ in range(300)
+    ]
+    expected: list[list[int]] = [[]]
+    for ids, ends in pieces:
+        expected[-1] += ids.tolist()
+        if ends:
+            expected.append([])
+    expected = [[*ids, 7] for ids in expected[:-1] if ids] + [ids for ids in expected[-1:] if ids]
+    for size in (1, 7, 300):
+        (tmp_path / str(size)).mkdir()
+        writer = StoreWriter(tmp_path / str(size), 100, 7)
+        for begin in range(0, 300, size):
+            batch = pieces[begin : begin + size]
+            ids = np.concatenate([ids for ids, _ in batch])
+            writer.add_batch(ids, [len(i) for i, _ in batch], [ends for _, ends in batch])
+        writer.finish(tokenizer="toy", fingerprint="xxh3:0")
+        opened = TokenStore.open(tmp_path / str(size))
+        opened.verify()
+        ends_at = [*opened.document_starts().tolist(), opened.tokens]
+        found = [opened.read(a, b - a).tolist() for a, b in pairwise(ends_at)]
+        assert found == expected
+
+
+def test_parts_are_joined_as_if_written_in_one(tmp_path: Path) -> None:
+    """A document that goes on over parts, the first of which has no token of it."""
+    whole, parts = tmp_path / "whole", []
+    pieces = [([1, 2], True), ([], False), ([], False), ([3], False), ([4, 5], True), ([6], True)]
+    inside = False
+    for i, (ids, ends) in enumerate(pieces):
+        (tmp_path / str(i)).mkdir()
+        writer = StoreWriter(tmp_path / str(i), 100, 9, inside=inside)
+        writer.add(ids, ends)
+        parts.append((tmp_path / str(i), writer.close()))
+        inside = not ends
+    whole.mkdir()
+    joined = StoreWriter(whole, 100, 9)
+    assert all(joined.append(folder, written) for folder, written in parts)
+    joined.finish(tokenizer="toy", fingerprint="xxh3:0")
+    opened = TokenStore.open(whole)
+    opened.verify()
+    assert opened.read(0, opened.tokens).tolist() == [1, 2, 9, 3, 4, 5, 9, 6, 9]
+    assert opened.document_starts().tolist() == [0, 3, 7]
+    (parts[0][0] / TOKENS).write_bytes(b"\0" * 6)
+    assert not StoreWriter(whole, 100, 9).append(*parts[0])

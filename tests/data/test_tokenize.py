@@ -11,8 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bevatron.data import text as text_module
+from bevatron.data.parts import item_pieces
+from bevatron.data.sources import plan
 from bevatron.data.store import TokenStore
-from bevatron.data.text import find_files, pieces
+from bevatron.data.text import document
 from bevatron.data.tokenize import tokenize
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
@@ -134,26 +136,56 @@ def test_cutting_long_documents_changes_no_token(
     file.write_bytes(long.encode() if kind == "txt" else json.dumps({"text": long}).encode())
     whole = tokenize([file], tmp_path / "whole", tokenizer=model)
     monkeypatch.setattr(text_module, "PIECE", 1000)
-    monkeypatch.setattr(text_module, "READ", 333)  # within characters, too
-    parts = list(pieces([file], Counter()))
+    parts = list(document(long))
     assert len(parts) > 25
     assert "".join(p.text for p in parts) == long
-    assert sum(p.nbytes for p in parts) == file.stat().st_size
-    monkeypatch.setattr("bevatron.data.tokenize.BATCH", 2500)
+    assert [p.ends for p in parts] == [False] * (len(parts) - 1) + [True]
+    monkeypatch.setattr("bevatron.data.parts.BATCH", 2500)
     cut = tokenize([file], tmp_path / "cut", tokenizer=model)
     assert cut.info.hash == whole.info.hash
     assert cut.info.documents == whole.info.documents == 1
 
 
 @pytest.mark.parametrize("long", ["x" * 3000, "word " * 600, "\n" * 3000])
-def test_text_without_lines_is_cut_somewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: str
-) -> None:
+def test_text_without_lines_is_cut_somewhere(monkeypatch: pytest.MonkeyPatch, long: str) -> None:
     monkeypatch.setattr(text_module, "PIECE", 1000)
-    (tmp_path / "a").write_text(long)
-    parts = [p.text for p in pieces([tmp_path / "a"], Counter())]
+    parts = [p.text for p in document(long)]
     assert "".join(parts) == long
     assert 0 < max(map(len, parts)) <= 1000
+
+
+@pytest.mark.parametrize("part_bytes", [64, 333, 5000])
+def test_files_cut_into_parts_give_the_tokens_of_whole_ones(
+    tmp_path: Path, model: Path, part_bytes: int
+) -> None:
+    """Texts and .jsonl, longer and shorter than a part, with one that turns out as no text only
+    at its end: the store does not know the parts."""
+    root = tmp_path / "corpus"
+    root.mkdir()
+    long = "".join(f"{POEM}{i} {NOTE}." for i in range(40))
+    (root / "a.txt").write_bytes(b"\xef\xbb\xbf" + long.encode())
+    (root / "b.txt").write_bytes(long.encode() + b"\xff")
+    (root / "c.txt").write_text("short")
+    (root / "d.txt").write_bytes(long.encode() + b"\0")
+    records = [NOTE * (i % 7) for i in range(90)]
+    lines = "\r\n".join(json.dumps({"text": r}) for r in records)
+    (root / "e.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (root / "f.txt").touch()
+    assert len(plan([root], Counter(), part_bytes=part_bytes)) > 3
+    store = tokenize([root], tmp_path / "out", tokenizer=model, part_bytes=part_bytes)
+    store.verify()
+    assert documents(store, model) == [long, "short", *filter(None, records)]
+    assert store.info.skipped == {"not UTF-8": 1, "binary": 1, "empty": 14}
+    whole = tokenize([root], tmp_path / "whole", tokenizer=model)
+    assert whole.info == store.info
+
+
+def test_a_bad_line_far_into_a_file_is_named(tmp_path: Path, model: Path) -> None:
+    lines = [json.dumps({"text": NOTE})] * 50
+    lines[41] = "oops"
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    with pytest.raises(BevatronError, match=r"x\.jsonl: line 42 is not valid JSON"):
+        tokenize([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=model, part_bytes=200)
 
 
 def test_the_eos_is_found_where_it_is_named(tmp_path: Path, model: Path) -> None:
@@ -223,6 +255,16 @@ def test_a_store_is_replaced_only_on_request(tmp_path: Path, model: Path) -> Non
 def test_files_come_in_the_order_of_the_sources(tmp_path: Path) -> None:
     for name in ["b.txt", "a.txt"]:
         (tmp_path / name).write_text(name)
-    found = find_files([tmp_path / "b.txt", tmp_path], Counter())
-    assert [p.name for p in found.paths] == ["b.txt", "a.txt", "b.txt"]
-    assert found.nbytes == 15
+    parts = plan([tmp_path / "b.txt", tmp_path], Counter())
+    found = [Path(item.path).name for part in parts for item in part.items]
+    assert found == ["b.txt", "a.txt", "b.txt"]
+    assert sum(part.nbytes for part in parts) == 15
+
+
+def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    [part] = plan([file], Counter())
+    file.write_text("another")
+    with pytest.raises(BevatronError, match=r"a\.txt: changed while it was read"):
+        list(item_pieces(part.items[0], "text", Counter()))

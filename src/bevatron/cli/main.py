@@ -128,33 +128,67 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Hugging Face folder, native checkpoint or run.")],
+    path: Annotated[
+        str, typer.Argument(help="Hugging Face folder, native checkpoint, run or token store.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Say what a model is: family, layers, bytes, dtype, step."""
+    """Say what a model is: family, layers, bytes, dtype, step; or what a token store is."""
     from bevatron.bridge.inspect import inspect as look
+    from bevatron.data.store import TokenStore, is_store
 
-    _show(look(path), as_json)
+    if is_store(Path(path)):
+        _show(TokenStore.open(Path(path)).describe(), as_json)
+    else:
+        _show(look(path), as_json)
 
 
 @app.command()
 def tokenize(
-    paths: Annotated[list[str], typer.Argument(metavar="SRC... DST", help="Text, then target.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC... DST",
+            help="Text, .jsonl, .parquet, folders, datasets (org/name[:config]); then target.",
+        ),
+    ],
     tokenizer: Annotated[str, typer.Option(help="Folder with tokenizer.json, or Hub id.")],
+    text_field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    split: Annotated[
+        str | None, typer.Option(help="Of a dataset (train); makes a folder be read as one.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one per core.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto, tiktoken or tokenizers; all give the same ids.")
+    ] = "auto",
     overwrite: Overwrite = False,
     eos: Annotated[bool, typer.Option("--eos/--no-eos", help="End documents with eos.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Turn text files and folders into a memory-mapped token store."""
+    """Turn text into a memory-mapped token store. Killed, the same command goes on from there."""
+    from bevatron.data.encoder import ENGINES
     from bevatron.data.tokenize import tokenize as make
 
+    _known("--engine", engine, *ENGINES)
     if len(paths) < 2:
         raise BevatronError("tokenize needs at least one source and a target: SRC... DST")
     *sources, target = paths
     store = make(
-        list(sources), Path(target), tokenizer=tokenizer, overwrite=overwrite, append_eos=eos
+        list(sources),
+        Path(target),
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        append_eos=eos,
+        text_field=text_field,
+        split=split,
+        workers=workers,
+        engine=engine,  # type: ignore[arg-type]  # checked above
     )
-    _show({"path": target, "tokens": store.tokens, "documents": store.info.documents}, as_json)
+    info = store.info
+    shown = {"path": target, "tokens": info.tokens, "documents": info.documents}
+    _show({**shown, "skipped": dict(info.skipped), "engine": dict(info.engine or {})}, as_json)
 
 
 @app.command()

@@ -1,169 +1,121 @@
-"""The documents of text files, folders and .jsonl files, streamed as pieces of bounded size."""
+"""The documents of text and .jsonl files, as pieces of bounded size."""
 
 from __future__ import annotations
 
 import codecs
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from bevatron.errors import BevatronError
 
 PIECE = 1 << 18  # characters; more are cut
-READ = 1 << 20  # bytes
+WINDOW = 1 << 16  # bytes in which a place to cut a file is looked for
 LINE_END = re.compile(r"\S\n(?=\S)")
 SPACE = re.compile(r"\S(?=\s)")
 
-HIDDEN, BINARY, NOT_UTF8, EMPTY = "hidden", "binary", "not UTF-8", "empty"
+BINARY, NOT_UTF8, EMPTY = "binary", "not UTF-8", "empty"
+BOM = codecs.BOM_UTF8
 
 
 class Piece(NamedTuple):
-    """A part of a document: its text, whether the document ends with it, and how many bytes of
-    the sources were consumed since the piece before."""
+    """A part of a document, and whether the document ends with it."""
 
     text: str
     ends: bool
-    nbytes: int
 
 
-class Files(NamedTuple):
-    """The files to read, in order, and the bytes in them."""
-
-    paths: list[Path]
-    nbytes: int
+class Unfit(Exception):
+    """A file is no text; its argument says why: BINARY or NOT_UTF8."""
 
 
-def find_files(sources: Sequence[str | Path], skipped: Counter[str]) -> Files:
-    """Files as given, folders recursively and sorted by path. Hidden entries below a folder are
-    counted in `skipped`, a hidden folder as one.
+def text_pieces(data: bytes, *, first: bool, last: bool) -> Iterator[Piece]:
+    """The document that a text file is; line ends are kept as they are, a byte order mark is not.
 
-    Raises BevatronError for a source that does not exist."""
-    paths: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            paths += sorted(_walk(path, skipped), key=lambda p: p.parts)
-        elif path.is_file():
-            paths.append(path)
-        elif path.exists():
-            raise BevatronError(f"{path}: is neither a file nor a folder; expected text")
-        else:
-            raise BevatronError(f"{path}: does not exist; expected a text file, .jsonl or folder")
-    return Files(paths, sum(p.stat().st_size for p in paths))
-
-
-def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise BevatronError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-
-    for root, folders, files in os.walk(folder, onerror=refuse):
-        skipped[HIDDEN] += sum(name.startswith(".") for name in [*folders, *files])
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(root) / name
-            if not name.startswith(".") and path.is_file():
-                yield path
-
-
-def pieces(paths: Sequence[Path], skipped: Counter[str]) -> Iterator[Piece]:
-    """Every document of the files. A text file is one document, a .jsonl file one per line.
-
-    A file that is not text is read twice at most and then skipped as a whole. Raises BevatronError
-    for a file that cannot be read and for a .jsonl line without a "text".
-    """
-    for path in paths:
-        try:
-            why = _unfit(path)
-            if why is not None:
-                skipped[why] += 1
-                yield Piece("", True, path.stat().st_size)
-            elif path.suffix == ".jsonl":
-                yield from _jsonl(path, skipped)
-            else:
-                yield from _text(path)
-        except OSError as error:
-            raise BevatronError(f"{path}: cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise BevatronError(f"{path}: changed while it was read; run it again") from error
-
-
-def _unfit(path: Path) -> str | None:
-    """Why a file is no text, or None. It is scanned to its end, so that no half of it is used."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    empty = True
-    with path.open("rb") as file:
-        while data := file.read(READ):
-            empty = False
-            if b"\0" in data:
-                return BINARY
-            try:
-                decoder.decode(data)
-            except UnicodeDecodeError:
-                return NOT_UTF8
+    Args:
+        data: the file, or a range of it; `first`, `last`: whether the file begins and ends with it.
+    Raises Unfit."""
+    if b"\0" in data:
+        raise Unfit(BINARY)
     try:
-        decoder.decode(b"", final=True)
+        text = (data.removeprefix(BOM) if first else data).decode("utf-8")
     except UnicodeDecodeError:
-        return NOT_UTF8
-    return EMPTY if empty else None
+        raise Unfit(NOT_UTF8) from None
+    yield from document(text, ends=last)
 
 
-def _text(path: Path) -> Iterator[Piece]:
-    """One document; line ends are kept as they are, a byte order mark is not."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    rest, nbytes = "", 0
-    with path.open("rb") as file:
-        while data := file.read(READ):
-            nbytes += len(data)
-            rest += decoder.decode(data)
-            while len(rest) > PIECE:
-                at = cut(rest)
-                yield Piece(rest[:at], False, nbytes)
-                rest, nbytes = rest[at:], 0
-    yield Piece(rest + decoder.decode(b"", final=True), True, nbytes)
+def document(text: str, *, ends: bool = True) -> Iterator[Piece]:
+    """A document's text in pieces; `ends`: it is the end of its document, too."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        end = begin + cut(text[begin : begin + PIECE])
+        yield Piece(text[begin:end], False)
+        begin = end
+    yield Piece(text[begin:] if begin else text, ends)
 
 
-def _jsonl(path: Path, skipped: Counter[str]) -> Iterator[Piece]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _record(path, number, line)
-            nbytes = len(line)
-            if text == "":
-                skipped[EMPTY] += 1
-            begin = 0
-            while text is not None and len(text) - begin > PIECE:
-                end = begin + cut(text[begin : begin + PIECE])
-                yield Piece(text[begin:end], False, nbytes)
-                begin, nbytes = end, 0
-            yield Piece(text[begin:] if text else "", True, nbytes)
+def jsonl_pieces(
+    lines: Iterator[bytes], path: Path, field: str, skipped: Counter[str], before: int = 0
+) -> Iterator[Piece]:
+    """The documents of .jsonl lines.
+
+    Args:
+        before: bytes of the file that come before, for the line numbers of messages.
+    Raises BevatronError for a line that is no object with a string `field`.
+    """
+    for number, line in enumerate(lines):
+        try:
+            text = _record(line, field, first=number == 0 and before == 0)
+        except ValueError as error:
+            at = number + 1 + _lines_before(path, before)
+            raise BevatronError(f"{path}: line {at} {error}") from None
+        if text is None:
+            continue
+        if not text:
+            skipped[EMPTY] += 1
+        yield from document(text)
 
 
-def _record(path: Path, number: int, line: bytes) -> str | None:
-    """The text of a .jsonl line; None for a blank one."""
-    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+def _record(line: bytes, field: str, *, first: bool) -> str | None:
+    """The text of a .jsonl line; None for a blank one. Raises ValueError."""
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text; correct it or remove it") from None
     if not text:
         return None
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BevatronError(
-            f"{path}: line {number} is not valid JSON ({error}); correct it or remove it"
-        ) from error
-    found = record.get("text") if isinstance(record, dict) else None
+        raise ValueError(f"is not valid JSON ({error}); correct it or remove it") from None
+    found = record.get(field) if isinstance(record, dict) else None
     if not isinstance(found, str):
         what = (
             f"the keys {', '.join(map(repr, record))[:200]}"
             if isinstance(record, dict)
             else (f"a JSON {type(record).__name__}")
         )
-        raise BevatronError(
-            f'{path}: line {number} holds {what}, expected an object with a string "text"'
+        raise ValueError(
+            f'holds {what}, expected an object with a string "{field}"; name another with '
+            "--text-field"
         )
+    if found.isascii():
+        return found
     # JSON can spell half of a surrogate pair, which is no character and which no encoder takes
     return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _lines_before(path: Path, before: int) -> int:
+    count = 0
+    if before:
+        with path.open("rb") as file:
+            while before > 0 and (data := file.read(min(before, 1 << 20))):
+                before -= len(data)
+                count += data.count(b"\n")
+    return count
 
 
 def cut(text: str) -> int:
@@ -177,3 +129,35 @@ def cut(text: str) -> int:
             if ends:
                 return ends[-1]
     return PIECE
+
+
+# ---------------------------------------------------------------------------------------------
+# Where a long file may be cut
+# ---------------------------------------------------------------------------------------------
+
+
+def next_line(file: BinaryIO, at: int) -> int:
+    """The first beginning of a line at byte `at` or after it; the file's size if there is none."""
+    file.seek(at - 1)
+    position = at - 1
+    while data := file.read(WINDOW):
+        found = data.find(b"\n")
+        if found >= 0:
+            return position + found + 1
+        position += len(data)
+    return position
+
+
+def next_split(file: BinaryIO, at: int) -> int:
+    """Where to cut a text of UTF-8 at byte `at` or soon after it; as `cut`, forwards."""
+    file.seek(at)
+    data = file.read(WINDOW)
+    skip = 0
+    while skip < min(4, len(data)) and data[skip] & 0xC0 == 0x80:  # inside of a character
+        skip += 1
+    # An invalid byte changes where the cut is, but then the whole file is left out
+    text = codecs.getincrementaldecoder("utf-8")("ignore").decode(data[skip:])
+    for pattern in (LINE_END, SPACE):
+        if match := pattern.search(text):
+            return at + skip + len(text[: match.end()].encode())
+    return at + skip

@@ -1,19 +1,28 @@
-"""From text to a token store, in bounded memory."""
+"""From text to a token store: in parallel, in bounded memory, and from where it was if killed."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from bevatron.checkpoint.new_folder import check_target, new_folder
-from bevatron.data.store import StoreWriter, TokenStore
-from bevatron.data.text import Piece, find_files, pieces
+from bevatron.data.encoder import Choice, Engine, choose
+from bevatron.data.parts import DONE, Done, Job, find_done, item_pieces, make_part
+from bevatron.data.sources import DATASET, Part, plan
+from bevatron.data.store import TokenStore
+from bevatron.data.text import Unfit
 from bevatron.data.tokenizer import CONFIGS, OpenTokenizer, open_tokenizer
+from bevatron.data.workers import in_workers
+from bevatron.data.writer import StoreWriter
 from bevatron.errors import BevatronError
 
-BATCH = 2 << 20  # characters that are encoded at once, in some 250 MB
-BATCH_PIECES = 16 << 10
+PROBES, PROBE = 64, 4096  # pieces of the text itself on which engines are compared; characters
+HERE = 4 << 20  # bytes that are not worth starting other processes for
 
 
 def tokenize(
@@ -23,6 +32,11 @@ def tokenize(
     tokenizer: str | Path,
     overwrite: bool = False,
     append_eos: bool = True,
+    text_field: str = "text",
+    split: str | None = None,
+    workers: int | None = None,
+    engine: Engine = "auto",
+    part_bytes: int | None = None,
 ) -> TokenStore:
     """Write the token store `dst`, whole or not at all, and open it.
 
@@ -30,71 +44,221 @@ def tokenize(
     of a special token in the text becomes that token, as in transformers. A document of more than
     256K characters is cut, at a line end if it has one, and its parts are encoded apart.
 
+    The work is done in parts, which are kept beside `dst` until it is whole: the same call after a
+    killed one goes on from there, and gives the same bytes. So does any number of workers.
+
     Args:
-        sources: text files (a document each), .jsonl files with a "text" (a document per line),
-            folders of both. What is hidden, binary or not UTF-8 is left out and counted in the
-            store's `info.skipped`.
+        sources: text files (a document each), .jsonl (also .gz and .zst; a document per line),
+            .parquet (a document per row), folders of all of these; a dataset on the Hub
+            (`org/name`, `org/name:config`) if there is no such path. What is hidden, binary or not
+            UTF-8 is left out and counted in the store's `info.skipped`.
         tokenizer: see `open_tokenizer`.
         append_eos: the eos that the first of `tokenizer.CONFIGS` beside tokenizer.json names.
+        text_field: the key or column that holds the text.
+        split: of a dataset, default "train"; given with a folder, that is a dataset, too.
+        workers: processes; default: one per core. A small job is done in this one.
+        engine: see `choose`. All give the same ids.
+        part_bytes: how much a part is at most; default 16 MiB, less for little text.
     Raises BevatronError for a source or tokenizer that is missing or unreadable, for no text at
     all, for an unknown eos, and for a `dst` that exists or contains or lies in a source.
     """
-    skipped: Counter[str] = Counter()
-    files = find_files(sources, skipped)
+    if workers is not None and workers < 1:
+        raise BevatronError(f"the number of workers is {workers}, expected at least 1")
     check_target(dst, overwrite=overwrite)
     for source in sources:
         check_target(dst, overwrite=overwrite, apart_from=Path(source))
+    skipped: Counter[str] = Counter()
+    parts = plan(sources, skipped, split=split, text_field=text_field, part_bytes=part_bytes)
     opened = open_tokenizer(tokenizer)
     if append_eos and opened.eos_id is None:
         raise BevatronError(
             f"{opened.file}: no eos token is named beside it, in {', '.join(CONFIGS)}; pass the "
             "folder of the whole model, or tokenize without separators (append_eos off)"
         )
+    unknown = any(item.kind == DATASET for part in parts for item in part.items)
+    total = None if unknown else sum(part.nbytes for part in parts)
+    probes = islice(_texts(parts, text_field), PROBES)
+    choice = choose(engine, opened.file, opened.encoder, probes, total)
+    job = Job(
+        fingerprint=opened.fingerprint,
+        engine=choice.engine,
+        vocab_size=opened.vocab_size,
+        eos_id=opened.eos_id if append_eos else None,
+        text_field=text_field,
+    )
+    count = workers or cores()
     with new_folder(dst, overwrite=overwrite) as folder:
-        eos_id = opened.eos_id if append_eos else None
-        writer = StoreWriter(folder, opened.vocab_size, eos_id)
-        try:
-            _encode(pieces(files.paths, skipped), opened, writer, files.nbytes)
-        finally:
-            writer.close()
-        skipped = +skipped  # without zeros
+        writer = StoreWriter(folder, opened.vocab_size, job.eos_id)
+        with _parts_folder(dst) as beside:
+            try:
+                _run(parts, job, choice, opened, beside, count, writer, skipped)
+            finally:
+                writer.close()
         if not writer.tokens:
-            reasons = ", ".join(f"{n} {why}" for why, n in sorted(skipped.items())) or "none"
-            raise BevatronError(
-                f"{', '.join(map(str, sources)) or 'no source'}: no text found in "
-                f"{len(files.paths)} files (skipped: {reasons}); expected UTF-8 text or .jsonl"
-            )
+            shutil.rmtree(beside, ignore_errors=True)
+            raise BevatronError(_nothing(sources, parts, skipped))
         writer.finish(
             tokenizer=opened.name,
             fingerprint=opened.fingerprint,
             bos_id=opened.bos_id,
-            skipped=skipped,
+            skipped=+skipped,  # without zeros
+            encoding=opened.encoding,
+            engine=choice.describe(),
+            sources=[str(source) for source in sources],
         )
+    shutil.rmtree(_parts_path(dst), ignore_errors=True)
     return TokenStore.open(dst)
 
 
-def _encode(
-    stream: Iterator[Piece], tokenizer: OpenTokenizer, writer: StoreWriter, total: int
+def _run(
+    parts: Sequence[Part],
+    job: Job,
+    choice: Choice,
+    opened: OpenTokenizer,
+    beside: Path,
+    count: int,
+    writer: StoreWriter,
+    skipped: Counter[str],
 ) -> None:
+    """Tokenize what is not yet in `beside`, and join all parts in their order as they come."""
     from bevatron.progress import progress
 
-    with progress("tokenizing", total=total, unit="B") as advance:
-        for batch in _batches(stream):
-            texts = [piece.text for piece in batch]
-            encodings = tokenizer.encoder.encode_batch_fast(texts, add_special_tokens=False)
-            for piece, encoding in zip(batch, encodings, strict=True):
-                writer.add(encoding.ids, piece.ends)
-            advance(sum(piece.nbytes for piece in batch), tokens=writer.tokens)
+    folders = [beside / job.key(part) for part in parts]
+    _clear(beside, {folder.name for folder in folders})
+    todo = {f: p for f, p in zip(folders, parts, strict=True) if find_done(f) is None}
+    nbytes = sum(part.nbytes for part in parts)
+    before = nbytes - sum(part.nbytes for part in todo.values())
+    joiner = _Joiner(parts, folders, writer, skipped, job, choice, opened)
+    with progress("tokenizing", total=nbytes or None, unit="B") as advance:
+        if before:
+            advance(before)
+        if count == 1 or len(todo) <= 1 or 0 < nbytes - before < HERE:
+            encoder = choice.encoder(opened.encoder)
+            for folder, part in todo.items():
+                make_part(folder, part, job, encoder)
+                joiner.join()
+                advance(part.nbytes, tokens=writer.tokens)
+        else:
+            tasks = list(todo.items())
+            for number in in_workers(tasks, job, choice, opened.file, beside, count):
+                joiner.join()
+                advance(tasks[number][1].nbytes, tokens=writer.tokens)
+        joiner.join()
 
 
-def _batches(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in stream:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= BATCH or len(batch) >= BATCH_PIECES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+class _Joiner:
+    """Appends the parts to the store, each as soon as all before it are there."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        folders: Sequence[Path],
+        writer: StoreWriter,
+        skipped: Counter[str],
+        job: Job,
+        choice: Choice,
+        opened: OpenTokenizer,
+    ) -> None:
+        self.parts, self.folders, self.writer, self.skipped = parts, folders, writer, skipped
+        self.job, self.choice, self.opened = job, choice, opened
+        self.at = 0  # the first part that is not joined yet
+
+    def join(self) -> None:
+        while self.at < len(self.parts):
+            end = self._end_of_file(self.at)
+            done = [find_done(folder) for folder in self.folders[self.at : end]]
+            found = [one for one in done if one is not None]
+            if len(found) < len(done):
+                return
+            unfit = next((one.unfit for one in found if one.unfit is not None), None)
+            if unfit is not None:
+                self.skipped[unfit] += 1
+            else:
+                for number, one in enumerate(found, self.at):
+                    self._append(number, one)
+            self.at = end
+
+    def _end_of_file(self, begin: int) -> int:
+        """The end of the parts that are ranges of the same long text as part `begin`: it is used
+        as a whole or not at all."""
+        end = begin + 1
+        name = self.parts[begin].range_of
+        while (
+            name is not None
+            and end < len(self.parts)
+            and self.parts[end].range_of == name
+            and self.parts[end].items[0].begin > 0
+        ):
+            end += 1
+        return end
+
+    def _append(self, number: int, done: Done) -> None:
+        self.skipped.update(done.skipped)
+        if self.writer.append(done.folder, done.written):
+            return
+        # Its files are not what was written: after a loss of power, say. Once more
+        encoder = self.choice.encoder(self.opened.encoder)
+        make_part(done.folder, self.parts[number], self.job, encoder)
+        again = find_done(done.folder)
+        if again is None or not self.writer.append(again.folder, again.written):
+            raise BevatronError(f"{done.folder}: cannot be read back as written; check the disk")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _parts_path(dst: Path) -> Path:
+    dst = Path(os.path.abspath(dst))  # noqa: PTH100  (resolve() would follow a link target)
+    return dst.parent / f".{dst.name}.parts"
+
+
+@contextmanager
+def _parts_folder(dst: Path) -> Iterator[Path]:
+    """The folder of finished parts. On an error it stays if there are any, and the message says
+    so."""
+    folder = _parts_path(dst)
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    except BaseException as error:
+        _clear(folder, None)
+        if not any(folder.glob(f"*/{DONE}")):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif isinstance(error, BevatronError):
+            raise BevatronError(
+                f"{error} (what is done is kept in {folder}: the same command goes on from there; "
+                "remove it to start anew)"
+            ) from error
+        raise
+
+
+def _clear(folder: Path, keep: set[str] | None) -> None:
+    """Remove what a killed process left half done and, if `keep` is given, finished parts of
+    another job: other sources, another tokenizer or other options."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or (keep is not None and path.name not in keep):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _texts(parts: Sequence[Part], field: str) -> Iterator[str]:
+    """The beginnings of the first pieces."""
+    for part in parts:
+        for item in part.items:
+            with suppress(Unfit):
+                for piece in item_pieces(item, field, Counter()):
+                    yield piece.text[:PROBE]
+
+
+def _nothing(sources: Sequence[str | Path], parts: Sequence[Part], skipped: Counter[str]) -> str:
+    files = {item.path for part in parts for item in part.items}
+    reasons = ", ".join(f"{n} {why}" for why, n in sorted((+skipped).items())) or "none"
+    return (
+        f"{', '.join(map(str, sources)) or 'no source'}: no text found in {len(files)} files "
+        f"(skipped: {reasons}); expected UTF-8 text, .jsonl or .parquet"
+    )

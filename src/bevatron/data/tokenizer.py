@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,7 +33,8 @@ class OpenTokenizer:
 
     Attributes:
         name: the path or Hub id as the user gave it; `file`: its tokenizer.json.
-        fingerprint: `xxh3:...` of the bytes of tokenizer.json.
+        fingerprint: `xxh3:...` of the bytes of tokenizer.json; `encoding`: of what in it decides
+            the ids, whatever else was changed by saving it anew.
         vocab_size: one more than the largest id, added tokens included.
         eos_id, bos_id, pad_id: of the first of CONFIGS beside tokenizer.json that names one, or
             None.
@@ -42,6 +44,7 @@ class OpenTokenizer:
     file: Path
     encoder: Tokenizer
     fingerprint: str
+    encoding: str
     vocab_size: int
     eos_id: int | None
     bos_id: int | None
@@ -72,11 +75,31 @@ def open_tokenizer(source: str | Path) -> OpenTokenizer:
     ids = encoder.get_vocab(with_added_tokens=True).values()
     if not ids:
         raise BevatronError(f"{file}: has an empty vocabulary; expected at least one token")
-    hasher = new_hasher()
-    hasher.update(memoryview(data))
     size = max(ids) + 1
     eos, bos, pad = (_special(file, encoder, size, kind) for kind in ("eos", "bos", "pad"))
-    return OpenTokenizer(str(source), file, encoder, spell(hasher), size, eos, bos, pad)
+    return OpenTokenizer(
+        str(source), file, encoder, _hash(data), _encoding(encoder), size, eos, bos, pad
+    )
+
+
+def fingerprint(source: str | Path) -> str:
+    """`xxh3:...` of a tokenizer's tokenizer.json, without opening it."""
+    return _hash(_locate(source).read_bytes())
+
+
+def _hash(data: bytes) -> str:
+    hasher = new_hasher()
+    hasher.update(memoryview(data))
+    return spell(hasher)
+
+
+def _encoding(encoder: Tokenizer) -> str:
+    """The hash of what decides the ids, as this version of the library spells it."""
+    raw = json.loads(encoder.to_str())
+    decides = {
+        key: raw.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")
+    }
+    return _hash(json.dumps(decides, sort_keys=True).encode())
 
 
 def _locate(source: str | Path) -> Path:

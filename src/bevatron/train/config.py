@@ -101,13 +101,37 @@ class SourceConfig(Section):
     weight: float = Field(1.0, gt=0)
 
 
+class StageConfig(Section):
+    """A mixture that takes over at a step. A store that was used before goes on where it was."""
+
+    from_step: int = Field(ge=1)
+    train: list[SourceConfig] = Field(min_length=1)
+
+
 class DataConfig(Section):
-    """`seq_len` is in tokens. `document_mask`: tokens of a sample see their own document alone."""
+    """`train` is the mixture from step 0 on, `stages` are the later ones; `validation` is read in
+    order, so every run sees the same. `seq_len` is in tokens. `document_mask`: tokens of a sample
+    see their own document alone. `allow_other_tokenizer`: the stores need not be made with the
+    model's."""
 
     train: list[SourceConfig] = Field(min_length=1)
+    stages: list[StageConfig] = []
     validation: list[SourceConfig] = []
     seq_len: int = Field(gt=0)
     document_mask: bool = False
+    allow_other_tokenizer: bool = False
+
+    @model_validator(mode="after")
+    def _ascending(self) -> DataConfig:
+        steps = [stage.from_step for stage in self.stages]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"stages begin at steps {steps}, expected ascending ones")
+        return self
+
+    def sources(self) -> list[SourceConfig]:
+        """All that are named anywhere."""
+        later = [source for stage in self.stages for source in stage.train]
+        return [*self.train, *later, *self.validation]
 
 
 class ParallelConfig(Section):
@@ -426,6 +450,7 @@ def to_yaml(config: RunConfig) -> str:
 # Sections and keys whose change would change the numbers, or what a step is.
 FIXED: tuple[str, ...] = ("objective", "optimizer", "schedule", "data.train", "data.seq_len")
 FIXED += ("data.document_mask", "train.seed", "train.global_batch", "train.precision")
+FIXED += ("data.stages",)
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

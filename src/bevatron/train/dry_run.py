@@ -176,6 +176,7 @@ def _trainer(
 def _stage(
     trainer: Trainer, config: RunConfig, micro_batches: int, shares: list[float]
 ) -> StagePlan:
+    pp_rank = trainer.mesh.get_local_rank("pp")
     placed, layout, spec, train = trainer.placed, trainer.layout, trainer.spec, config.train
     parameters = placed.parameters
     layers = [int(i) for stage in placed.mine.values() for i in stage.decoder.layers]
@@ -184,7 +185,7 @@ def _stage(
     per_token = sum(
         footprint.layer_activations(spec, i, layout, itemsize, train.recompute) for i in layers
     )
-    at_once = footprint.in_flight(layout.schedule, layout.pp, placed.pp_rank, micro_batches)
+    at_once = footprint.in_flight(layout.schedule, layout.pp, pp_rank, micro_batches)
     working = 0.0
     if train.recompute == "full":  # one layer at a time is there in full again
         working = max(
@@ -196,7 +197,7 @@ def _stage(
     states = {id(state): state for _, state in trainer.optimizer.states().values()}
     head = footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
     return StagePlan(
-        stage=placed.pp_rank,
+        stage=pp_rank,
         layers=layers,
         parameters=sum(p.numel() for p in parameters.values()),
         parameters_per_rank=weights // footprint.FP32,

@@ -1,26 +1,30 @@
-"""The batches of a run: which samples a step takes, on this rank."""
+"""The batches of a run: which samples a step takes, on this rank, read a step ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bevatron.data.sampler import Sampler
-from bevatron.data.store import TokenStore
+from bevatron.data.store import StoreError, TokenStore
+from bevatron.data.tokenizer import TOKENIZER, fingerprint, open_tokenizer
 from bevatron.spec import ModelSpec
-from bevatron.train.config import DataConfig, SourceConfig
-from bevatron.train.objectives import Samples
+from bevatron.train.config import DataConfig, RunConfig, SourceConfig
+from bevatron.train.read_ahead import Batch, ReadAhead
+
+if TYPE_CHECKING:
+    from bevatron.train.start import Start
 
 
-class Feed:
-    """Samples as a function of the step: nothing to save, nothing to lose.
+class Feed(ReadAhead):
+    """Windows of token stores.
 
     Args:
-        global_batch: samples of a step over all ranks.
-        dp_rank, dp: which contiguous part of them is this rank's.
+        tokenizer: the model's own, if it has one; the data must be made with it.
     """
 
     def __init__(
@@ -33,32 +37,129 @@ class Feed:
         dp_rank: int,
         dp: int,
         device: torch.device,
+        tokenizer: Path | None = None,
     ) -> None:
-        self.data, self.spec, self.seed, self.device = data, spec, seed, device
-        self.global_batch, self.dp_rank, self.dp = global_batch, dp_rank, dp
-        self.training = self._sampler(data.train)
-        self.validation = self._sampler(data.validation) if data.validation else None
+        super().__init__(global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device)
+        self.data = data
+        stores = open_stores(data, spec, tokenizer)
+        self.training, self.validation = _samplers(data, stores, global_batch, seed)
 
-    def _sampler(self, sources: Sequence[SourceConfig]) -> Sampler:
-        stores = [(TokenStore.open(Path(s.path)), s.weight) for s in sources]
-        for store, _ in stores:
-            store.check_vocab(self.spec.vocab_size)
-        return Sampler(stores, self.data.seq_len, self.seed)
+    def read_training(self, positions: range) -> Batch:
+        return self._windows(self.training, positions)
 
-    def batch(self, step: int) -> Samples:
-        """This rank's samples of update number `step` (from 0)."""
-        return self._samples(self.training, step * self.global_batch)
-
-    def validation_batch(self, number: int) -> Samples:
-        """The same of validation batch `number`."""
+    def read_validation(self, positions: range) -> Batch:
         assert self.validation is not None
-        return self._samples(self.validation, number * self.global_batch)
+        return self._windows(self.validation, positions)
 
-    def _samples(self, sampler: Sampler, position: int) -> Samples:
-        n = self.global_batch // self.dp
-        first = position + self.dp_rank * n
-        numbers = range(first, first + n)
-        out = {"tokens": np.stack([sampler.sample(i) for i in numbers])}
+    def _windows(self, sampler: Sampler, positions: range) -> Batch:
+        at = np.array(positions, dtype=np.int64)
+        rows: Batch = {"tokens": sampler.samples(at)}
         if self.data.document_mask:
-            out["documents"] = np.stack([sampler.documents(i) for i in numbers])
-        return {name: torch.from_numpy(rows).to(self.device) for name, rows in out.items()}
+            rows["documents"] = sampler.documents(at)
+        return rows
+
+    def fingerprints(self) -> dict[str, str]:
+        """The hash of each training store, by the path under which the configuration has it."""
+        return {str(store.path): store.info.hash for store in self.training.stores}
+
+    def summary(self, steps: int) -> list[str]:
+        """A line per source: how much of it a run of so many steps takes, in samples and epochs;
+        and per later stage."""
+        sampler = self.training
+        counts = sampler.counts(steps * self.global_batch)
+        lines = []
+        for store, count, windows in zip(sampler.stores, counts, sampler.windows, strict=True):
+            share = count / max(1, sum(counts))
+            lines.append(
+                f"{store.path}: {count:,} samples ({share:.1%}), {count / windows:.2f} epochs of "
+                f"{windows:,}"
+            )
+            if windows < self.global_batch * share:
+                lines[-1] += f"; fewer than its share of a step of {self.global_batch:,}"
+        for stage in sampler.stages[1:]:
+            used = zip(sampler.stores, stage.quotas, strict=True)
+            mixture = ", ".join(f"{s.path} {q / sum(stage.quotas):.1%}" for s, q in used if q)
+            lines.append(f"from step {stage.begin // self.global_batch:,}: {mixture}")
+        if self.validation is not None:
+            sets = ", ".join(str(store.path) for store in self.validation.stores)
+            count = self.validation.epoch_length
+            lines.append(f"validation: {sets}, {count:,} samples, {self.global_batch:,} a batch")
+        return lines
+
+
+def check_data(config: RunConfig, start: Start) -> None:
+    """Everything that a Feed would refuse, without a process group. Raises BevatronError."""
+    stores = open_stores(config.data, start.spec, own_tokenizer(config, start))
+    _samplers(config.data, stores, config.train.global_batch, config.train.seed)
+
+
+def own_tokenizer(config: RunConfig, start: Start) -> Path | None:
+    """The tokenizer that the model comes with, or that will be saved with it."""
+    places = [start.weights.source] if start.weights is not None else []
+    if config.tokenizer is not None:
+        places.append(Path(config.tokenizer))
+    found = (place for place in places if place is not None and (place / TOKENIZER).is_file())
+    return next(found, None)
+
+
+def open_stores(data: DataConfig, spec: ModelSpec, tokenizer: Path | None) -> dict[str, TokenStore]:
+    """All stores of a configuration by path, checked against the model and its tokenizer."""
+    stores: dict[str, TokenStore] = {}
+    for source in data.sources():
+        if source.path not in stores:
+            store = stores[source.path] = TokenStore.open(Path(source.path))
+            store.check_vocab(spec.vocab_size)
+            if data.document_mask:
+                store.check_index()
+    if not data.allow_other_tokenizer:
+        _check_tokenizers(list(stores.values()), tokenizer)
+    return stores
+
+
+def _check_tokenizers(stores: Sequence[TokenStore], tokenizer: Path | None) -> None:
+    """All stores are of one tokenizer, and it is the model's."""
+    key = "set data.allow_other_tokenizer: true if that is meant"
+    first = stores[0]
+    for store in stores[1:]:
+        if not _same(store, first.info.fingerprint, first.info.encoding):
+            raise StoreError(
+                f"{store.path}: was made with another tokenizer ({_by(store)}) than {first.path} "
+                f"({_by(first)}); make them anew with one, or {key}"
+            )
+    if tokenizer is None:
+        return
+    own = fingerprint(tokenizer)
+    other = [store for store in stores if store.info.fingerprint != own]
+    if other:
+        encoding = open_tokenizer(tokenizer).encoding
+        for store in other:
+            if not _same(store, own, encoding):
+                raise StoreError(
+                    f"{store.path}: was made with another tokenizer ({_by(store)}) than the "
+                    f"model's own ({tokenizer / TOKENIZER}, {own}); make it anew with `bevatron "
+                    f"tokenize --tokenizer {tokenizer}`, or {key}"
+                )
+
+
+def _same(store: TokenStore, fingerprint: str, encoding: str | None) -> bool:
+    """Whether a store's tokenizer is this one, or was merely saved anew."""
+    if store.info.fingerprint == fingerprint:
+        return True
+    return encoding is not None and store.info.encoding == encoding
+
+
+def _by(store: TokenStore) -> str:
+    return f"{store.info.tokenizer}, {store.info.fingerprint}"
+
+
+def _samplers(
+    data: DataConfig, stores: Mapping[str, TokenStore], global_batch: int, seed: int
+) -> tuple[Sampler, Sampler | None]:
+    def mixture(sources: Sequence[SourceConfig]) -> list[tuple[TokenStore, float]]:
+        return [(stores[source.path], source.weight) for source in sources]
+
+    later: list[Any] = [(s.from_step * global_batch, mixture(s.train)) for s in data.stages]
+    training = Sampler(mixture(data.train), data.seq_len, seed, later=later)
+    if not data.validation:
+        return training, None
+    return training, Sampler(mixture(data.validation), data.seq_len, 0, shuffled=False)

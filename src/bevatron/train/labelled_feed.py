@@ -9,27 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from bevatron.checkpoint.run_folder import hash_file
 from bevatron.data.answers import Answers
 from bevatron.data.labelled import Arrays, Labelled, Padded, SequenceLabels, TokenLabels
+from bevatron.data.permutation import Permutation, derive
 from bevatron.data.rows import Rows
-from bevatron.data.sampler import Permutation, derive
-from bevatron.data.store import TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
+from bevatron.train import feed
 from bevatron.train.config import RunConfig, SourceConfig
-from bevatron.train.feed import Feed
+from bevatron.train.feed import Feed, own_tokenizer
 from bevatron.train.head_objectives import problem_type
-from bevatron.train.objectives import Samples
+from bevatron.train.read_ahead import Batch, ReadAhead
 from bevatron.train.start import Start, tokenizer_of
 
 ROWS = 1024  # that are tokenized at once where windows are counted
 SHUFFLE = 3  # tells these permutations from the sampler's
 
 
-def open_feed(config: RunConfig, start: Start, **options: Any) -> Feed | LabelledFeed:
+def open_feed(config: RunConfig, start: Start, **options: Any) -> ReadAhead:
     """What the objective reads: token stores, or labelled examples. Options as of `Feed`."""
     if config.objective.name == "pretrain":
-        return Feed(config.data, start.spec, **options)
+        return Feed(config.data, start.spec, tokenizer=own_tokenizer(config, start), **options)
     return LabelledFeed(config, start, **options)
 
 
@@ -39,8 +40,7 @@ def check_data(config: RunConfig, start: Start) -> None:
     if config.objective.name != "pretrain":
         Rows([Path(source.path) for source in sources], _labelled(config, start).check)
         return
-    for source in sources:
-        TokenStore.open(Path(source.path)).check_vocab(start.spec.vocab_size)
+    feed.check_data(config, start)
 
 
 class Examples:
@@ -89,9 +89,9 @@ class Examples:
                 raise BevatronError(f"{self.rows.where(i)}: {error}") from None
 
 
-class LabelledFeed:
-    """Samples as a function of the step, like `Feed`. Training goes through all examples in another
-    order every epoch; validation goes through them once, in order, and then has blank ones.
+class LabelledFeed(ReadAhead):
+    """Labelled examples. Training goes through all of them in another order every epoch; validation
+    goes through them once, in order, and then has blank ones.
 
     Raises BevatronError for a row that does not fit the model's head, naming its line."""
 
@@ -106,43 +106,45 @@ class LabelledFeed:
         dp: int,
         device: torch.device,
     ) -> None:
-        self.seed, self.device, self.vocab_size = seed, device, start.spec.vocab_size
-        self.global_batch, self.dp_rank, self.dp = global_batch, dp_rank, dp
+        super().__init__(global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device)
+        self.seed, self.vocab_size = seed, start.spec.vocab_size
+        self._hashes = {s.path: hash_file(Path(s.path)) for s in config.data.train}
         labelled = _labelled(config, start)
         self.training = Examples(config.data.train, labelled)
         validation = config.data.validation
         self.validation = Examples(validation, labelled) if validation else None
 
-    def batch(self, step: int) -> Samples:
-        """This rank's samples of update number `step` (from 0)."""
-        first = step * self.global_batch
-        return self._samples(self.training, [self._shuffled(p) for p in self._mine(first)])
+    def read_training(self, positions: range) -> Batch:
+        return self._samples(self.training, [self._shuffled(p) for p in positions])
 
-    def validation_batch(self, number: int) -> Samples:
-        """The same of validation batch `number`, in order."""
+    def read_validation(self, positions: range) -> Batch:
         assert self.validation is not None
-        return self._samples(self.validation, list(self._mine(number * self.global_batch)))
+        return self._samples(self.validation, list(positions))
 
-    def _mine(self, first: int) -> range:
-        n = self.global_batch // self.dp
-        return range(first + self.dp_rank * n, first + (self.dp_rank + 1) * n)
+    def fingerprints(self) -> dict[str, str]:
+        return self._hashes
+
+    def summary(self, steps: int) -> list[str]:
+        names = ", ".join(self._hashes)
+        taken = steps * self.global_batch
+        epochs = f"{taken / len(self.training):.2f} epochs of {len(self.training):,}"
+        return [f"{names}: {taken:,} examples, {epochs}"]
 
     def _shuffled(self, position: int) -> int:
         epoch, index = divmod(position, len(self.training))
-        return Permutation(len(self.training), derive(self.seed, SHUFFLE, epoch))(index)
+        permutation = Permutation(len(self.training), derive(self.seed, SHUFFLE, epoch))
+        return int(permutation(np.array([index]))[0])
 
-    def _samples(self, examples: Examples, numbers: Sequence[int]) -> Samples:
+    def _samples(self, examples: Examples, numbers: Sequence[int]) -> Batch:
         made = examples[numbers]
-        samples = {
-            name: torch.from_numpy(np.stack([one[name] for one in made])) for name in made[0]
-        }
-        highest = int(samples["tokens"].max())
+        rows: Batch = {name: np.stack([one[name] for one in made]) for name in made[0]}
+        highest = int(rows["tokens"].max())
         if highest >= self.vocab_size:
             raise BevatronError(
                 f"the tokenizer gave the token id {highest}, the model knows ids below "
                 f"{self.vocab_size}; use the tokenizer that belongs to the model"
             )
-        return {name: values.to(self.device) for name, values in samples.items()}
+        return rows
 
 
 def _labelled(config: RunConfig, start: Start) -> Labelled:

@@ -73,7 +73,7 @@ class Run:
             device=device,
         )
         self.device = device
-        on_all(self._open_feed)
+        on_all(lambda: self._open_feed(allow_changed))
         self._fill()
         self.made_with = made_with(layout, device)
         self.saver = Saver(config, start, self.folder, self.trainer, self._state)
@@ -89,7 +89,7 @@ class Run:
             step=self.step,
         )
 
-    def _open_feed(self) -> None:
+    def _open_feed(self, allow_changed: bool) -> None:
         config, layout = self.config, self.layout
         self.feed = open_feed(
             config,
@@ -100,10 +100,13 @@ class Run:
             dp=layout.dp,
             device=self.device,
         )
+        if self.start.state is not None and not allow_changed:
+            self.feed.check_unchanged(self.start.state.get("data", {}))
 
     def _state(self) -> dict[str, Any]:
         """What a step's train_state.json says besides."""
-        return {"made_with": self.made_with, "guard": self.guard.state()}
+        state = {"made_with": self.made_with, "guard": self.guard.state()}
+        return {**state, "data": self.feed.fingerprints()}
 
     def _check_unchanged(self, allow_changed: bool) -> None:
         """What decides the numbers may not change between starts of one run."""
@@ -148,6 +151,8 @@ class Run:
             return
         if self.start.resumed is not None:
             say(f"step {self.step}: {changes(self.start, config, self.made_with)}")
+        for line in self.feed.summary(steps):
+            say(line)
         shown = progress("training", total=steps, unit="steps", done=self.step)
         try:
             with shown if self.is_main else _Quiet() as advance:
@@ -156,6 +161,7 @@ class Run:
             self.saver.leave()
             raise
         finally:
+            self.feed.close()
             self.meter.close()
         if self.stopped:
             self._say_why(say)
@@ -168,7 +174,7 @@ class Run:
         """Drop what was logged after the step that is continued from, and say what starts now."""
         self.folder.drop_metrics_after(self.step)
         if self.step < self.config.train.steps:
-            line = start_line(self.config, self.start, self.made_with, {})
+            line = start_line(self.config, self.start, self.made_with, self.feed.fingerprints())
             self.folder.append(STARTS, line)
 
     def _loop(self, steps: int, advance: Advance) -> None:

@@ -207,7 +207,8 @@ def _examined(path: Path) -> tuple[Start | None, str]:
             state = read_state(path, opened.manifest.step)
             config = load_config(path / "config.yaml", [])
             family = opened.manifest.family
-            found.append(Start(opened.spec, opened, path, family, state, config, verified=True))
+            start = Start(opened.spec, opened, path, family, state=state, config=config)
+            found.append(replace(start, verified=True))
 
         return _damage(check)
 

@@ -1,0 +1,171 @@
+"""Several processes that tokenize parts. They talk in lines of JSON over pipes.
+
+A worker is `python -m bevatron.data.workers`, not a fork: a fork copies threads' locks but not the
+threads, and multiprocessing's spawn would run the user's script a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import bevatron
+from bevatron.data.encoder import Choice, Encoder, FastEncoder
+from bevatron.data.fast_bpe import FastBpe
+from bevatron.data.parts import Job, make_part
+from bevatron.data.sources import Part
+from bevatron.data.tokenizer import open_tokenizer
+from bevatron.errors import BevatronError
+
+BPE = "bpe.json"  # in the folder of the parts: what tiktoken needs, derived and proven once
+
+# What a worker is to do, and the folder to do it in.
+Task = tuple[Path, Part]
+
+
+def in_workers(
+    tasks: Sequence[Task], job: Job, choice: Choice, tokenizer: Path, folder: Path, count: int
+) -> Iterator[int]:
+    """Tokenize parts in `count` processes; yields the number of each as it is done, in any order.
+
+    Args:
+        tokenizer: its tokenizer.json; `folder`: where the processes find what they share.
+    Raises BevatronError with the message of the first worker that failed, or that died."""
+    if choice.bpe is not None:
+        (folder / BPE).write_text(choice.bpe.to_json(), encoding="utf-8")
+    setup = {
+        "tokenizer": str(tokenizer.resolve()),
+        "bpe": str((folder / BPE).resolve()) if choice.bpe is not None else None,
+        "job": asdict(job),
+    }
+    waiting = list(enumerate(tasks))[::-1]
+    workers: list[_Worker] = []
+    try:
+        with selectors.DefaultSelector() as selector:
+            for _ in range(min(count, len(tasks))):
+                worker = _Worker(setup)
+                workers.append(worker)
+                selector.register(worker.output, selectors.EVENT_READ, worker)
+                worker.give(waiting.pop())
+            busy = len(workers)
+            while busy:
+                for ready, _ in selector.select():
+                    worker = ready.data
+                    yield worker.answer()
+                    if waiting:
+                        worker.give(waiting.pop())
+                    else:
+                        busy -= 1
+                        selector.unregister(worker.output)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """One process, which does one part at a time."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        package = str(Path(bevatron.__file__).parent.parent)
+        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bevatron.data.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        assert self._process.stdout is not None
+        self.output = self._process.stdout
+        self._number = -1
+        self._say(setup)
+
+    def give(self, task: tuple[int, Task]) -> None:
+        self._number, (folder, part) = task
+        self._say({"folder": str(folder), "part": part.to_json()})
+
+    def answer(self) -> int:
+        """The number of the part that it has done."""
+        line = self.output.readline()
+        if not line:
+            status = self._process.wait()
+            how = signal.Signals(-status).name if status < 0 else f"status {status}"
+            hint = "; it may have been out of memory: use fewer --workers" if status == -9 else ""
+            raise BevatronError(f"a process that tokenizes ended with {how}{hint}")
+        error = json.loads(line).get("error")
+        if error is not None:
+            raise BevatronError(error)
+        return self._number
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+    def _say(self, value: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(value).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead: `answer` will say so
+
+
+def _serve() -> None:
+    """A worker's life: the setup, then a part per line, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it, too
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints is no answer
+    parent = os.getppid()
+    encoder: Encoder | None = None
+    job: Job | None = None
+    for line in sys.stdin.buffer:
+        given = json.loads(line)
+        answer: dict[str, str] = {}
+        try:
+            if job is None or encoder is None:
+                job = Job(**given["job"])
+                opened = open_tokenizer(Path(given["tokenizer"])).encoder
+                encoder = Encoder(opened)
+                if given["bpe"] is not None:
+                    text = Path(given["bpe"]).read_text(encoding="utf-8")
+                    encoder = FastEncoder(opened, FastBpe.from_json(text))
+                continue
+            part = Part.from_json(given["part"])
+            make_part(Path(given["folder"]), part, job, encoder, lambda: os.getppid() == parent)
+        except BevatronError as error:
+            answer["error"] = str(error)
+        except OSError as error:
+            answer["error"] = f"{error.filename or 'input/output'}: {error.strerror or error}"
+        except Exception as error:
+            last = error.__traceback__
+            while last is not None and last.tb_next is not None:
+                last = last.tb_next
+            line_number = last.tb_lineno if last is not None else 0
+            answer["error"] = f"unexpected {type(error).__name__} (line {line_number}): {error}"
+        if os.getppid() != parent:
+            return
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,114 @@
+"""The batches of a run, whatever they are made of, read a step ahead."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from bevatron.checkpoint.files import threads_are_free
+from bevatron.errors import BevatronError
+from bevatron.train.objectives import Samples
+
+Batch = dict[str, NDArray[Any]]
+
+
+class ReadAhead(ABC):
+    """Samples as a function of the step: nothing to save, nothing to lose.
+
+    While a step computes, a thread reads the next one's samples. An error on the way is raised when
+    that step asks for them.
+
+    Args:
+        global_batch: samples of a step over all ranks.
+        dp_rank, dp: which contiguous part of them is this rank's.
+
+    Attributes:
+        wait_s: seconds for which the last `batch` had to wait for its samples.
+    """
+
+    def __init__(self, *, global_batch: int, dp_rank: int, dp: int, device: torch.device) -> None:
+        self.global_batch, self.dp_rank, self.dp = global_batch, dp_rank, dp
+        self.device = device
+        self.wait_s = 0.0
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[Batch]] | None = None
+        if threads_are_free():
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
+
+    @abstractmethod
+    def read_training(self, positions: range) -> Batch:
+        """The samples at these positions of the endless training order. Runs in a thread."""
+
+    @abstractmethod
+    def read_validation(self, positions: range) -> Batch:
+        """The same of the validation order, which is the same in every run."""
+
+    @abstractmethod
+    def fingerprints(self) -> dict[str, str]:
+        """The hash of each training source, by the path under which the configuration has it."""
+
+    @abstractmethod
+    def summary(self, steps: int) -> list[str]:
+        """Lines about what a run of so many steps takes."""
+
+    def batch(self, step: int) -> Samples:
+        """This rank's samples of update number `step` (from 0)."""
+        began = time.perf_counter()
+        rows = self._take(step)
+        self.wait_s = time.perf_counter() - began
+        return self._to_device(rows)
+
+    def validation_batch(self, number: int) -> Samples:
+        """The same of validation batch `number`: the same samples in every run, in their order."""
+        return self._to_device(self.read_validation(self._mine(number)))
+
+    def close(self) -> None:
+        """Stop reading ahead. Batches can still be had."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+        self._reader = self._ahead = None
+
+    def check_unchanged(self, recorded: Mapping[str, str]) -> None:
+        """Refuse sources that are no longer those of `fingerprints()` when a checkpoint was saved:
+        samples would be lost and repeated. Raises BevatronError."""
+        for path, found in self.fingerprints().items():
+            expected = recorded.get(path, found)
+            if found != expected:
+                raise BevatronError(
+                    f"{path}: is not the data that this run was trained on so far (its hash is "
+                    f"{found}, was {expected}), so samples would be lost or repeated; put the old "
+                    "one back, start a new run from this checkpoint (model.init), or pass "
+                    "--allow-changed"
+                )
+
+    def _mine(self, number: int) -> range:
+        """This rank's positions of global batch `number`."""
+        n = self.global_batch // self.dp
+        first = number * self.global_batch + self.dp_rank * n
+        return range(first, first + n)
+
+    def _read(self, step: int) -> Batch:
+        return self.read_training(self._mine(step))
+
+    def _take(self, step: int) -> Batch:
+        ahead, self._ahead = self._ahead, None
+        if self._reader is None:
+            return self._read(step)
+        try:
+            if ahead is None or ahead[0] != step:  # the first step, or one that is done again
+                ahead = step, self._reader.submit(self._read, step)
+            following = self._reader.submit(self._read, step + 1)
+        except RuntimeError:  # no thread can be started
+            self._reader = None
+            return self._read(step)
+        self._ahead = step + 1, following
+        return ahead[1].result()
+
+    def _to_device(self, rows: Batch) -> Samples:
+        return {name: torch.from_numpy(array).to(self.device) for name, array in rows.items()}
