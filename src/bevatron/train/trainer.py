@@ -131,7 +131,8 @@ class Trainer:
         norm = global_norm(self.placed)
         clip(self.placed, norm, self.optimizer_config.clip_grad)
         self.optimizer.step(lr)
-        self.reported = self.objective.report(self._sum(sums), counts)
+        found = self.objective.report(self._sum(sums), counts)
+        self.reported = {name: float(value) for name, value in found.items()}
         return self.reported["loss"], norm
 
     def evaluate(self, samples: Samples) -> tuple[Vector, Vector]:
