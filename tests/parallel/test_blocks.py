@@ -38,7 +38,7 @@ def steps(case: Case, backend: str) -> tuple[list[float], int]:
     trainer = make(case, backend)
     counters.clear()
     out = [*trainer.step(samples(trainer, 0), 1e-2)]
-    out.append(trainer.evaluate(samples(trainer, 1))[0])
+    out.append(float(trainer.evaluate(samples(trainer, 1))[0][0]))
     out += trainer.step(samples(trainer, 1), 1e-2)
     assert not counters["graph_break"] and not counters["unimplemented"]
     return out, counters["stats"]["unique_graphs"]

@@ -87,7 +87,8 @@ def test_in_tiles_too(pool: Pool) -> None:
 
 def validate(case: Case) -> tuple[float, float]:
     trainer = make_trainer(case)
-    return trainer.evaluate(samples(trainer, 7, case.documents))
+    [total], [count] = trainer.evaluate(samples(trainer, 7, case.documents))
+    return float(total), float(count)
 
 
 def test_validation_counts_every_token_once(pool: Pool) -> None:

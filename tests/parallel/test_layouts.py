@@ -81,9 +81,9 @@ def evaluate_between_steps(case: Case) -> list[float]:
     """Sums of the objective over a batch before and after an update."""
     trainer, out = make_trainer(case), []
     for step in range(2):
-        out.append(trainer.evaluate(samples(trainer, 9))[0])
+        out.append(float(trainer.evaluate(samples(trainer, 9))[0][0]))
         trainer.step(samples(trainer, step), 1e-2)
-        out.append(trainer.evaluate(samples(trainer, 9))[0])
+        out.append(float(trainer.evaluate(samples(trainer, 9))[0][0]))
     return out
 
 

@@ -26,8 +26,8 @@ def packed(case: Case, dense: bool) -> tuple[float, Gradients, Gradients, Sample
         trainer = make_trainer(case)
         batch = samples(trainer, 0, documents=True)
         ids, extra = trainer.objective.batch(batch)
-        count = trainer.objective.count(extra)
-        loss = trainer.runner.step(ids, extra, 1.0 / count) / count
+        (count,) = trainer.objective.count(extra)
+        loss = trainer.runner.step(ids, extra, torch.tensor([1.0 / count])) / count
     finally:
         attend.DENSE = before
     parameters = trainer.placed.parameters
@@ -72,4 +72,4 @@ def test_no_token_predicts_the_next_document() -> None:
     assert ids.tolist() == [[5, 6, 7, 8]]
     assert batch["labels"].tolist() == [[6, IGNORE, 8, IGNORE]]
     assert batch["documents"].tolist() == [[0, 0, 1, 1]]
-    assert Pretrain().count(batch) == 2
+    assert Pretrain().count(batch) == (2,)

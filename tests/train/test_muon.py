@@ -177,7 +177,7 @@ def beside_references(spec: str, dtype: str, scale: str) -> dict[str, float]:
     )
     for step in range(3):
         ids, batch = trainer.objective.batch(samples(trainer, step))
-        trainer.runner.step(ids, batch, 1.0 / trainer.objective.count(batch))
+        trainer.runner.step(ids, batch, torch.tensor([1.0 / trainer.objective.count(batch)[0]]))
         momentum = min(step / 2, 1) * 0.95 + (1 - min(step / 2, 1)) * 0.85
         for name in names:
             grads = unfused(trainer, name, local(trainer.placed.parameters[name].grad))
@@ -288,7 +288,7 @@ def adamw_beside_unfused(fused_lr: float) -> float:
     )
     for step in range(3):
         ids, batch = trainer.objective.batch(samples(trainer, step))
-        trainer.runner.step(ids, batch, 1.0 / trainer.objective.count(batch))
+        trainer.runner.step(ids, batch, torch.tensor([1.0 / trainer.objective.count(batch)[0]]))
         for name, parameter in own.items():
             plain[name].grad = local(parameter.grad).clone()
         reference.step()

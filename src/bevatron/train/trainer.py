@@ -151,7 +151,8 @@ class Trainer:
         if replay:
             check_replay(self.placed, sums, lambda: self.runner.step(ids, batch, scale))
         *totals, squared = self._sums(self._counted(sums), squared_norm(self.placed)[None])
-        self.reported = self.objective.report(np.array(totals), counts)
+        found = self.objective.report(np.array(totals), counts)
+        self.reported = {name: float(value) for name, value in found.items()}
         loss, norm = self.reported["loss"], math.sqrt(squared)
         if admit(loss, norm):
             clip(self.placed, norm, self.optimizer_config.clip_grad)
