@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,19 @@ from tests.train.tiny_run import check_steps, metrics, prepare
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(tmp_path_factory.mktemp("killed"))
+
+
+def moment(run: Path, kind: str) -> Callable[[], bool]:
+    """When to kill: in a save after a step, after a step, or half a second after the start."""
+    lines, began = len(metrics(run)), time.monotonic()
+
+    def seen() -> bool:
+        if kind == "start":
+            return time.monotonic() > began + 0.5
+        stepped = len(metrics(run)) > lines
+        return stepped and (kind == "step" or any(run.glob(".step-*partial")))
+
+    return seen
 
 
 def survive(work: Path, kills: int, steps: int, *more: str) -> None:
@@ -31,15 +45,7 @@ def survive(work: Path, kills: int, steps: int, *more: str) -> None:
     while True:
         command = Command(work, "train", "run.yaml", f"run.dir={run}", *options)
         if killed < kills:
-            lines = len(metrics(run))
-            goes_on = randomly.choice(
-                (
-                    lambda: any(run.glob(".step-*partial")) and len(metrics(run)) > lines,
-                    lambda lines=lines: len(metrics(run)) > lines,
-                    lambda began=time.monotonic(): time.monotonic() > began + 0.5,
-                )
-            )
-            if command.wait_until(goes_on):
+            if command.wait_until(moment(run, randomly.choice(("save", "step", "start")))):
                 time.sleep(randomly.choice((0, 0, 0.003, 0.01, 0.05, 0.2)) * randomly.random())
                 command.kill()
                 killed += 1

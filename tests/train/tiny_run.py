@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bevatron.checkpoint.manifest import read_manifest
@@ -14,6 +16,8 @@ from bevatron.checkpoint.whole import check_whole
 from bevatron.data.tokenize import tokenize
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.spec.json import to_json
+from bevatron.train.config import load_config
+from bevatron.train.launch import layout_of, work
 
 SPEC = ModelSpec(300, 32, (LayerSpec(Attention(4, 2, 8), MLP(48)),) * 2)
 CONFIG = """\
@@ -24,6 +28,7 @@ optimizer: {lr: 1.0e-3}
 schedule: {name: constant}
 checkpoint: {every: 2, keep: 2}
 run: {dir: run}
+tokenizer: tokenizer
 """
 
 
@@ -41,6 +46,13 @@ def prepare(folder: Path) -> Path:
     (folder / "spec.json").write_text(to_json(SPEC))
     (folder / "run.yaml").write_text(CONFIG)
     return folder
+
+
+def train(folder: Path, *overrides: str) -> None:
+    """`bevatron train run.yaml`, as one of the ranks of a process group that exists already."""
+    with contextlib.chdir(folder):
+        config = load_config(Path("run.yaml"), list(overrides))
+        work(config, layout_of(config, dist.get_world_size()), allow_changed=False)
 
 
 def metrics(run: Path) -> list[tuple[int, float, float]]:

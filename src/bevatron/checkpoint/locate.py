@@ -57,4 +57,6 @@ def resolve(path: str | Path) -> Path:
 
 def _steps(path: Path) -> list[str]:
     """The complete step folders of a run, oldest first."""
-    return sorted(p.name for p in path.glob("step-*") if (p / FILE_NAME).is_file())
+    steps = (p.name for p in path.glob("step-*") if STEP.fullmatch(p.name))
+    complete = (name for name in steps if (path / name / FILE_NAME).is_file())
+    return sorted(complete, key=lambda name: int(name.removeprefix("step-")))
