@@ -190,6 +190,8 @@ def _run(
     with Watch(timeout_s, dist.get_rank(), dist.get_world_size(), store) as watch:
         start = find_start(config)
         run = Run(config, start, layout, _objective(config), device, allow_changed, stopping, watch)
+        if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            say(f"restart {restarts}: a process had failed")
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
         say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
         run.go(say)
