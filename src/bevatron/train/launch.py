@@ -234,6 +234,8 @@ def _run(
     ):
         objective = objective_of(config.objective, start.spec)
         run = Run(config, start, layout, objective, device, allow_changed, stopping, watch)
+        if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+            say(f"restart {restarts}: a process had failed")
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
         say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
         run.go(say)

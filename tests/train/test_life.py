@@ -1,0 +1,226 @@
+"""A run's life as its processes see it: signals, dead ranks, hung ranks. Nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Pool
+from tests.train import small_run
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+TIMEOUT_S = 240
+Start = Callable[..., "Started"]
+
+
+class Started:
+    """A command in a session of its own, whose output is kept."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder, self.output = folder, folder / f"output-{time.monotonic_ns()}"
+        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        with self.output.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def reach(self, step: int) -> None:
+        """Wait until metrics.jsonl has that step."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not any(line["step"] >= step for line in self.lines()):
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.02)
+
+    def lines(self) -> list[dict[str, object]]:
+        try:
+            return small_run.lines(self.folder / "run")  # type: ignore[return-value]
+        except ValueError:  # a line that is being written
+            return []
+
+    def workers(self) -> list[int]:
+        pid = self.process.pid
+        return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def end(self) -> str:
+        """Wait for the end; returns all that was said."""
+        self.process.wait(TIMEOUT_S)
+        return self.output.read_text()
+
+
+def gone(pids: list[int], within_s: float = 30) -> bool:
+    """Whether all processes have ended."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + within_s
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(runs, pids))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return small_run.make(tmp_path)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[Started] = []
+
+    def begin(*arguments: str) -> Started:
+        started.append(Started(tmp_path, *arguments))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+
+
+def uninterrupted(pool: Pool, config: Path, steps: int) -> list[tuple[int, float, float]]:
+    run = config.parent / "whole"
+    pool.run(2, small_run.train, config, [f"run.dir={run}", f"train.steps={steps}"])
+    return small_run.losses(run)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(
+    pool: Pool, config: Path, start: Start
+) -> None:
+    run = start("bevatron", "train", str(config), "--nproc", "2", "train.steps=100000")
+    run.reach(5)
+    workers = run.workers()
+    run.process.send_signal(signal.SIGTERM)
+    said = run.end()
+    assert run.process.returncode == 128 + signal.SIGTERM, said
+    assert gone(workers) and "Traceback" not in said
+    found = re.search(r"stopped by SIGTERM after step (\d+): saved", said)
+    assert found is not None, said
+    stopped = int(found[1])
+    assert (config.parent / "run" / "latest").read_text() == f"step-{stopped:08d}\n"
+    more = ["train.steps=100000", f"train.steps={stopped + 3}"]
+    assert pool.run(2, small_run.train, config, more) == ["done"] * 2
+    expected = uninterrupted(pool, config, stopped + 3)
+    assert small_run.losses(config.parent / "run") == expected, "bit for bit"
+
+
+def test_a_killed_worker_is_restarted_from_the_newest_step(
+    pool: Pool, config: Path, start: Start
+) -> None:
+    """torchrun restarts all; what they write together is what an uninterrupted run writes."""
+    run = start(*TORCHRUN, "2", "--max-restarts", "1", "-m", "bevatron", "train", str(config),
+                "train.steps=40", "checkpoint.every=5")  # fmt: skip
+    run.reach(7)
+    os.kill(run.workers()[1], signal.SIGKILL)
+    said = run.end()
+    assert run.process.returncode == 0, said
+    assert "restart 1" in said
+    assert small_run.losses(config.parent / "run") == uninterrupted(pool, config, 40)
+
+
+@pytest.mark.parametrize("what", ["raise", "bug"])
+def test_one_of_four_ranks_that_fails_stops_all_with_its_message(
+    config: Path, start: Start, what: str
+) -> None:
+    run = start(*TORCHRUN, "4", "-m", "tests.train.faulty", what, "2", "3", "train", str(config))
+    said = run.end()
+    ended = time.time()
+    raised = re.search(r"raised at ([\d.]+)", said)
+    assert raised is not None and run.process.returncode != 0
+    assert ended - float(raised[1]) < 10, "seconds from the failure to the end of all"
+    if what == "raise":
+        assert "error: rank 2: tokens.bin: Input/output error" in said
+    else:
+        assert "error: rank 2: " in said and "ValueError: a bug" in said
+    assert not re.search(r"error: rank [013]", said), "the others only lost a peer"
+
+
+def test_a_rank_that_hangs_is_named(
+    config: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 waits for data that never comes; the other one in a collective for it."""
+    os.mkfifo(config.parent / "fifo")
+    monkeypatch.setenv("FIFO", str(config.parent / "fifo"))
+    run = start(*TORCHRUN, "2", "-m", "tests.train.faulty", "fifo", "1", "3", "train", str(config),
+                "safety.hang_timeout_s=5")  # fmt: skip
+    said = run.end()
+    assert run.process.returncode != 0
+    assert re.search(r"nothing moved for 5 s .*the others wait for rank 1 \(.*waiting for data, "
+                     r"step 3\), which is behind", said), said  # fmt: skip
+    assert re.search(r"rank 1: waiting for data \(step 3\) at .*small_run.py:\d+ feeding", said)
+    assert re.search(r"rank 0: in its step \(step 3\) at .*all_reduce", said)
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_named(config: Path, start: Start) -> None:
+    """It cannot say anything itself; torch's agent kills it 30 s after the others have ended."""
+    run = start("bevatron", "train", str(config), "--nproc", "2", "train.steps=100000",
+                "safety.hang_timeout_s=5")  # fmt: skip
+    run.reach(3)
+    workers = run.workers()
+    os.kill(workers[1], signal.SIGSTOP)
+    said = run.end()
+    assert re.search(r"rank 1 \(.*\) is silent", said) and run.process.returncode == 2, said
+    assert gone(workers)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(config: Path, start: Start) -> None:
+    arguments = ["bevatron", "train", str(config), "--nproc", "4", "train.steps=100000"]
+    once = start(*arguments)
+    once.reach(3)
+    workers = once.workers()
+    os.killpg(once.process.pid, signal.SIGINT)
+    said = once.end()
+    assert once.process.returncode == 130 and "saved; start again" in said
+    assert gone(workers) and "Traceback" not in said
+    twice = start(*arguments)
+    twice.reach(small_run.losses(config.parent / "run")[-1][0] + 3)
+    workers = twice.workers()
+    began = time.monotonic()
+    for _ in range(2):
+        os.killpg(twice.process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    said = twice.end()
+    assert time.monotonic() - began < 5
+    assert twice.process.returncode == 130 and "error: interrupted" in said
+    assert gone(workers) and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_workers(config: Path, start: Start) -> None:
+    """They save, as at any other SIGTERM."""
+    run = start("bevatron", "train", str(config), "--nproc", "2", "train.steps=100000")
+    run.reach(3)
+    workers = run.workers()
+    run.process.kill()
+    assert gone(workers, TIMEOUT_S)
+    assert small_run.events(config.parent / "run")[-1][1] == "stopped"
+
+
+@pytest.mark.slow
+def test_the_launcher_restarts_a_killed_worker(pool: Pool, config: Path, start: Start) -> None:
+    run = start("bevatron", "train", str(config), "--nproc", "2", "--max-restarts", "1",
+                "train.steps=40", "checkpoint.every=5")  # fmt: skip
+    run.reach(7)
+    os.kill(run.workers()[0], signal.SIGKILL)
+    said = run.end()
+    assert run.process.returncode == 0, said
+    assert small_run.losses(config.parent / "run") == uninterrupted(pool, config, 40)
