@@ -4,11 +4,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: help demo test test-compat lint bench clean
+.PHONY: help demo test test-slow test-compat lint bench clean
 
 help:
 	@echo "make demo   set up .venv, then convert, train in 3D, resume, export, verify, generate"
-	@echo "make test   set up .venv, then all tests"
+	@echo "make test   set up .venv, then all tests but the slow ones"
+	@echo "make test-slow    the slow ones: all layouts, all resumes, thirty kills (an hour or two)"
 	@echo "make test-compat  the same with transformers 4.57 in .venv-compat: reading exports, bevatron.hf"
 	@echo "make lint   format, lint and types"
 	@echo "make bench  the benchmarks (minutes; see benchmarks/RESULTS.md)"
@@ -27,6 +28,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
 
 .venv-compat/ready: Makefile pyproject.toml
 	$(PYTHON) -m venv .venv-compat
