@@ -1,6 +1,7 @@
 """How attention is computed from queries, keys and values: the one place that chooses.
 
-- plain causal: torch's fused kernels
+- plain causal: torch's fused kernels; compiled on a CPU over short sequences, plain products, which
+  the compiler fuses with the softmax between them
 - a mask (documents, or a part of the queries under context parallel) over short sequences: the same
   kernels with the mask, made once per forward for all layers
 - a part of the queries on an accelerator: one fused causal call per run of positions
@@ -19,6 +20,9 @@ from torch.nn.attention.bias import causal_lower_right
 from bevatron.nn.comm import Context, Run
 from bevatron.nn.tiles import blocks_of, tiled
 
+# On a CPU, compiled products are faster than the fused kernel up to this length, in blocks of so many
+# queries that see no keys behind the block.
+PRODUCTS, BLOCK = 1024, 256
 # Largest mask [B, T, S], in elements, that is made as a whole.
 DENSE = {"cpu": 2**16}
 DENSE_ON_ACCELERATORS = 2**27
@@ -88,12 +92,31 @@ def _grouped(q: Tensor, k: Tensor) -> bool:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     new, held = q.shape[2], k.shape[2]
+    if q.device.type == "cpu" and torch.compiler.is_compiling() and new == held <= PRODUCTS:
+        return by_products(q, k, v)
     mask = None
     if 1 < new < held:  # a piece of a prompt: each token sees what came before it
         mask = torch.ones(new, held, dtype=torch.bool, device=q.device).tril(held - new)
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=new == held, enable_gqa=_grouped(q, k)
     )
+
+
+def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of all queries to themselves, as products and softmax in fp32."""
+    groups, scale = k.shape[1], q.shape[-1] ** -0.5
+    parts = []
+    for begin in range(0, q.shape[2], BLOCK):
+        part = q[:, :, begin : begin + BLOCK].unflatten(1, (groups, -1))  # [B, G, q, block, D]
+        end = begin + part.shape[3]
+        keys, values = k[:, :, :end], v[:, :, :end]
+        scores = (part.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, part.shape[2:4])
+        query = torch.arange(begin, end, device=q.device)[:, None]
+        seen = torch.arange(end, device=q.device) <= query
+        scores = torch.where(seen, scores.float() * scale, float("-inf"))
+        weights = scores.softmax(-1).to(v.dtype).flatten(2, 3)
+        parts.append((weights @ values).unflatten(2, part.shape[2:4]).flatten(1, 2))
+    return torch.cat(parts, dim=2)
 
 
 def by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:

@@ -6,6 +6,7 @@ At most `chunk x V/tp` fp32 logits exist at a time (the idea of Wijmans et al., 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,17 +39,19 @@ def cross_entropy_and_z(
     softcap: float | None,
     rows: int,
     z_loss: float,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum of -log p(label) + z_loss * logsumexp(logits)^2, and its second term's share without
     a gradient, to report it apart (Chowdhery et al., arXiv 2204.02311, section 5). Arguments as of
-    `cross_entropy_sum`."""
+    `cross_entropy_sum`; `compiled`: what is done with the logits is compiled, where no other rank
+    takes part in it."""
     first, _ = comm.bounds(rows)
     # By the largest share of an uneven vocabulary, so that all ranks have as many chunks.
     tokens = max(1, CHUNK_LOGITS // -(-rows // comm.size))
     keep = torch.is_grad_enabled()
     flat, targets = hidden.flatten(0, 1), labels.flatten()
     both: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets, first, tokens, comm, softcap, z_loss, keep
+        flat, weight, targets, first, tokens, comm, softcap, z_loss, keep, compiled
     )
     return both
 
@@ -66,21 +69,26 @@ class _Chunked(torch.autograd.Function):
         cap: float | None,
         z_loss: float,
         keep: bool,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
+        chunk = _compiled_chunk() if compiled and comm.size == 1 else _chunk
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         z_total = torch.zeros_like(total)
         dx = torch.empty_like(x) if keep else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if keep else None
         for begin in range(0, len(x), tokens):
             piece = slice(begin, begin + tokens)
-            loss, z, dlogits = _chunk(
+            loss, z, dlogits = chunk(
                 x[piece], weight, labels[piece], first, comm, cap, z_loss, keep
             )
             total += loss + z
             z_total += z
             if dlogits is not None and dx is not None and dweight is not None:
-                dx[piece] = dlogits @ weight
-                dweight += dlogits.T @ x[piece]
+                torch.mm(dlogits, weight, out=dx[piece])
+                if dweight.dtype == x.dtype:
+                    dweight.addmm_(dlogits.T, x[piece])
+                else:  # the product in x's dtype, the sum in fp32
+                    dweight += dlogits.T @ x[piece]
         if dx is not None and dweight is not None:
             ctx.save_for_backward(dx, dweight.to(weight.dtype))
         ctx.mark_non_differentiable(z_total)
@@ -89,7 +97,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 7
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 8
+
+
+@cache
+def _compiled_chunk() -> Any:
+    return torch.compile(_chunk, dynamic=False)
 
 
 def _chunk(

@@ -47,3 +47,19 @@ def memory_gib(device: torch.device) -> float:
         return float(torch.get_device_module(device).max_memory_allocated(device)) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def tune_allocator() -> None:
+    """Let this process keep the memory that it has once used, where the C library is glibc.
+
+    It would hand large blocks back to the system at every `free`, only to take them anew, page by
+    page, at the next step."""
+    import ctypes
+
+    m_trim_threshold, m_mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)

@@ -183,8 +183,11 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import default_device, world
+    from bevatron.train.hardware import tune_allocator
 
     device = default_device()
+    if device.type == "cpu":
+        tune_allocator()
     # Whoever hangs is named before its collectives give up.
     timeout_s = 2 * config.safety.hang_timeout_s + 600
     # Reports twice: of what fails inside the group before an end of the group that might hang.
@@ -232,7 +235,7 @@ def _run(
         Watch(timeout_s, dist.get_rank(), dist.get_world_size(), store) as watch,
         opened_run(config, say) as start,
     ):
-        objective = objective_of(config.objective, start.spec)
+        objective = objective_of(config.objective, start.spec, config.train.compile)
         run = Run(config, start, layout, objective, device, allow_changed, stopping, watch)
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             say(f"restart {restarts}: a process had failed")

@@ -62,13 +62,14 @@ class Pretrain:
     Args:
         z_loss: the weight of the mean of logsumexp(logits)^2, which is minimised along with the
             loss and reported apart, weight included.
+        compiled: whether the loss is compiled.
     """
 
     name = "pretrain"
     counted = 1
 
-    def __init__(self, z_loss: float = 0.0) -> None:
-        self.z_loss = z_loss
+    def __init__(self, z_loss: float = 0.0, compiled: bool = False) -> None:
+        self.z_loss, self.compiled = z_loss, compiled
         self.entries = 2 if z_loss else 1
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,7 +88,7 @@ class Pretrain:
         def loss(hidden: Tensor, weight: Tensor) -> Tensor:
             labels, cap = batch["labels"], spec.logit_softcap
             both = cross_entropy_and_z(
-                hidden, weight, labels, comm, cap, spec.vocab_size, self.z_loss
+                hidden, weight, labels, comm, cap, spec.vocab_size, self.z_loss, self.compiled
             )
             return torch.stack(both[: self.entries])
 
@@ -105,13 +106,13 @@ def mean_over(count: Any) -> float:
     return max(1.0, float(count))
 
 
-def objective_of(config: ObjectiveConfig, spec: ModelSpec) -> Objective:
+def objective_of(config: ObjectiveConfig, spec: ModelSpec, compiled: bool = False) -> Objective:
     """The configured objective for a model with the head that it needs (`new_head.py` sees to
     that)."""
     from bevatron.train import head_objectives
 
     if config.name == "pretrain":
-        return Pretrain(config.z_loss)
+        return Pretrain(config.z_loss, compiled)
     if config.name == "sequence_classification":
         return head_objectives.SequenceClassification(spec.head)
     if config.name == "token_classification":
