@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bevatron.checkpoint.run_folder import RunFolder
 from bevatron.checkpoint.sharded import box_reader, merge, write_rank
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
+from tests.parallel.layouts import case
 from tests.processes import Pool
 from tests.train_steps import STEPS, Case, make_trainer, samples
 
@@ -57,35 +59,69 @@ def resume(case: Case, path: Path) -> list[tuple[float, float]]:
     return [trainer.step(samples(trainer, s), 1e-2) for s in range(SAVED_AT, STEPS)]
 
 
-@pytest.mark.parametrize("spec", ["homogeneous", "heterogeneous"])
-def test_any_layout_continues_like_the_uninterrupted_run(
-    pool: Pool, spec: str, tmp_path: Path
-) -> None:
-    """Saved at TP2 x PP2 x FSDP2; fp32, relative 1e-5."""
-    expected = pool.run(1, whole_run, Case(spec))[0][SAVED_AT:]
-    pool.run(LARGE.world_size, save_after, Case(spec, LARGE), tmp_path)
-    for layout in (Layout(), Layout(tp=2), Layout(dp_shard=2), Layout(pp=2)):
-        got = pool.run(layout.world_size, resume, Case(spec, layout), tmp_path)[0]
-        for a, b in zip(got, expected, strict=True):
+# Two of a kind never: sizes, order of stages, sharding and replication all differ.
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(dp_shard=2, dp_replicate=2),
+    Layout(pp=2, dp_shard=2, schedule="interleaved_1f1b"),
+    Layout(pp=2, tp=2, schedule="zbv"),
+    Layout(tp=2, pp=2, dp_shard=2),
+]
+# (from, to): what each of the other tests does not do already
+FEW = [(LARGE, Layout()), (LAYOUTS[4], Layout(dp_shard=2)), (Layout(), LAYOUTS[3])]
+_uninterrupted: dict[str, list[tuple[float, float]]] = {}
+
+
+def assert_continues(pool: Pool, spec: str, layout: Layout, folder: Path) -> None:
+    """Like the run of one process that was never interrupted; fp32, relative 1e-5."""
+    if spec not in _uninterrupted:
+        _uninterrupted[spec] = pool.run(1, whole_run, Case(spec))[0][SAVED_AT:]
+    for got in pool.run(layout.world_size, resume, case(spec, layout), folder):
+        for a, b in zip(got, _uninterrupted[spec], strict=True):
             assert a == pytest.approx(b, rel=1e-5), str(layout)
 
 
+@pytest.mark.parametrize(("before", "after"), FEW, ids=str)
+def test_any_layout_continues_like_the_uninterrupted_run(
+    pool: Pool, before: Layout, after: Layout, tmp_path: Path
+) -> None:
+    pool.run(before.world_size, save_after, case("heterogeneous", before), tmp_path)
+    assert_continues(pool, "heterogeneous", after, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", LAYOUTS, ids=str)
+@pytest.mark.parametrize("spec", ["heterogeneous", "homogeneous"])
+def test_every_layout_continues_what_every_other_saved(
+    pool: Pool, spec: str, before: Layout, tmp_path: Path
+) -> None:
+    """All ordered pairs, and bit-equal at the same layout."""
+    saving = case(spec, before)
+    expected = pool.run(before.world_size, save_after, saving, tmp_path)
+    assert pool.run(before.world_size, resume, saving, tmp_path) == expected
+    for after in LAYOUTS:
+        if after != before:
+            assert_continues(pool, spec, after, tmp_path)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, schedule="zbv")], ids=str)
 def test_the_same_layout_continues_bit_equal(
     pool: Pool, layout: Layout, precision: str, tmp_path: Path
 ) -> None:
-    case = Case("heterogeneous", layout, precision=precision)
-    expected = pool.run(layout.world_size, save_after, case, tmp_path)
-    assert pool.run(layout.world_size, resume, case, tmp_path) == expected
+    same = replace(case("heterogeneous", layout), precision=precision)
+    expected = pool.run(layout.world_size, save_after, same, tmp_path)
+    assert pool.run(layout.world_size, resume, same, tmp_path) == expected
 
 
 def test_a_checkpoint_is_the_same_whatever_layout_wrote_it(pool: Pool, tmp_path: Path) -> None:
     """Global names and shapes; every tensor tiled once, replicated ones and tied ones included."""
-    layouts = [Layout(), LARGE, Layout(dp_replicate=2, dp_shard=2)]
+    layouts = [Layout(), LARGE, Layout(pp=2, dp_replicate=2, schedule="zbv")]
     manifests = []
     for i, layout in enumerate(layouts):
-        pool.run(layout.world_size, save_after, Case("heterogeneous", layout), tmp_path / str(i))
+        at = case("heterogeneous", layout)
+        pool.run(layout.world_size, save_after, at, tmp_path / str(i))
         manifests.append(read_manifest(tmp_path / str(i) / f"step-{SAVED_AT:08d}"))
     tables = [{n: (t.dtype, t.shape) for n, t in m.tensors.items()} for m in manifests]
     assert tables[0] == tables[1] == tables[2]

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -88,7 +88,7 @@ def _compiled(run: Any, *args: Any) -> Any:
     """Call a compiled layer, which compiles it the first time."""
     try:
         return run(*args)
-    except TorchDynamoException as error:
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         said = str(error).strip().partition("\n")[0]
         raise BevatronError(
             f"train.compile: a layer could not be compiled ({type(error).__name__}: {said}); "
