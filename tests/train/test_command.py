@@ -250,3 +250,35 @@ def test_a_nanotron_checkpoint_trains_where_it_lies(work: Path) -> None:
     assert (metas["last_train_step"], metas["consumed_train_samples"]) == (2, 16)
     export_checkpoint(run, work / "back-hf")
     transformers.AutoModelForCausalLM.from_pretrained(work / "back-hf")
+
+
+@pytest.mark.slow
+def test_documents_and_context_parallel_as_a_user_asks_for_them(work: Path) -> None:
+    """A store of several documents, masked from one another: two context-parallel ranks continue
+    what one process began, and validate, as it alone does."""
+    for i, name in enumerate(("a", "b", "c")):
+        (work / f"{name}.txt").write_text(Path(json.__file__).read_text()[i * 70 : i * 100 + 90])
+    tokenize([work / f"{name}.txt" for name in "abc"] * 20, work / "packed", tokenizer=work / "hf")
+    data = [
+        "data.train=[{path: packed}]",
+        "data.document_mask=true",
+        "data.validation=[{path: packed}]",
+    ]
+    for run, steps, layout in (
+        ("packed-one", 4, []),
+        ("packed-cp", 2, []),
+        ("packed-cp", 4, ["--nproc", "2", "parallel.cp=2"]),
+        ("unmasked", 1, ["data.document_mask=false"]),
+    ):
+        ran = bevatron(work, "bevatron", "train", "run.yaml", f"run.dir={run}",
+                       f"train.steps={steps}", *data, *layout)  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+    for key in ("loss", "grad_norm", "val_loss"):
+        expected = lines(work / "packed-one", key)
+        for got, want in zip(lines(work / "packed-cp", key), expected, strict=True):
+            assert got == (want[0], pytest.approx(want[1], rel=1e-5)), key
+    assert lines(work / "packed-one")[0][1] != lines(work / "unmasked")[0][1]
+    refused = bevatron(work, "bevatron", "train", "run.yaml", "--nproc", "4", "parallel.cp=4",
+                       "data.seq_len=20", *data)  # fmt: skip
+    assert refused.returncode == 2
+    assert "not a multiple of 8 (2 x cp 4)" in refused.stderr
