@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bevatron.data import tokenizer as tokenizer_module
-from bevatron.data.sampler import Sampler
 from bevatron.data.store import FILE_NAME, TOKENS, TokenStore
 from bevatron.data.writer import StoreWriter
 from bevatron.errors import BevatronError
 from bevatron.train import feed as feed_module
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig, StageConfig
-from bevatron.train.feed import Feed, check_data, tokenizer_of
+from bevatron.train.feed import Feed, check_data
 from bevatron.train.start import Start
 from tests.specs import ALL
 
@@ -144,10 +144,11 @@ def test_the_next_batch_is_read_while_the_step_computes(
     order: list[tuple[int, str]] = []
     finished = {number: threading.Event() for number in range(10)}
 
-    def slow(sampler: Sampler, number: int) -> dict[str, NDArray[np.int64]]:
+    def slow(*arguments: Any) -> Any:
+        number = arguments[-1]
         order.append((number, threading.current_thread().name))
         time.sleep(0.2)
-        rows = read(sampler, number)
+        rows = read(*arguments)
         finished[number].set()
         return rows
 
@@ -261,7 +262,6 @@ def test_the_data_is_checked_before_anything_starts(tmp_path: Path, model_tokeni
     start = Start(SPEC, None, None, "llama")
     check_data(RunConfig.model_validate(raw), start)
     config = RunConfig.model_validate(raw | {"tokenizer": str(model_tokenizer)})
-    assert tokenizer_of(config, start) == model_tokenizer
     with pytest.raises(BevatronError, match=r"s: was made with another tokenizer .* model's own"):
         check_data(config, start)
     small = dataclasses.replace(SPEC, vocab_size=100)
