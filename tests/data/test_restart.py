@@ -93,54 +93,44 @@ def test_engines_write_the_same_tokens(
     assert b.info.engine["name"] == "tiktoken"
 
 
-def killed(folder: Path, model: Path, workers: int, after: float) -> bool:  # noqa: F811
-    """Start, kill after some seconds unless it ended; whether it was killed. The workers must end
-    by themselves."""
-    command = [
-        sys.executable,
-        "-c",
-        SCRIPT.format(part=PART),
-        str(folder),
-        str(model),
-        str(workers),
-    ]
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        assert process.wait(timeout=after) == 0
-        return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
+def killed(folder: Path, model: Path, parts: int, pause: float) -> bool:  # noqa: F811
+    """Start it with two workers, and kill it some time after it has finished so many parts, unless
+    it ends before; whether it was killed. Its workers must end by themselves."""
+    script = SCRIPT.format(part=PART)
+    command = [sys.executable, "-c", script, str(folder), str(model), "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if len(list((folder / ".out.parts").glob(f"*/{DONE}"))) >= parts:
+            time.sleep(pause)
+            process.kill()
+        time.sleep(0.001)
+    assert process.returncode in (0, -signal.SIGKILL)
+    return process.returncode != 0
 
 
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
     corpus: Path,
     model: Path,  # noqa: F811
+    kills: int,
 ) -> None:
+    count = len(plan([corpus], Counter(), part_bytes=PART))
+    assert count > 32
     whole = corpus.parent / "whole"
     tokenize([corpus], whole, tokenizer=model, workers=1, part_bytes=PART)
     out, parts = corpus.parent / "out", corpus.parent / ".out.parts"
     rng = random.Random(0)
-    began = time.monotonic()
-    assert not killed(corpus.parent, model, 2, 300.0)
-    lasted = time.monotonic() - began
-    assert content(out)[:2] == content(whole)[:2]
-    progress = []
-    for _ in range(6):
-        shutil.rmtree(out)
-        for _ in range(20):
-            if not killed(corpus.parent, model, 2, lasted * rng.uniform(0.3, 1.0)):
-                break
-            if not out.exists():
-                progress.append(len(list(parts.glob(f"*/{DONE}"))))
-        else:
-            assert not killed(corpus.parent, model, 2, 300.0)
-        assert content(out) == content(whole)
-        assert sorted(p.name for p in corpus.parent.iterdir()) == ["in", "out", "whole"]
-        if progress:
-            break
-    assert progress, "never killed in the middle"
+    halves = []
+    for target in sorted(rng.sample(range(1, count), kills)):
+        if killed(corpus.parent, model, target, rng.uniform(0, 0.02)) and not out.exists():
+            halves.append(len(list(parts.glob(f"*/{DONE}"))))
+        if out.exists():  # killed too late, or not at all
+            shutil.rmtree(out)
+    assert halves, "never killed in the middle"
+    assert halves == sorted(halves)
+    assert not killed(corpus.parent, model, count + 1, 0)
+    assert content(out) == content(whole)
+    assert sorted(p.name for p in corpus.parent.iterdir()) == ["in", "out", "whole"]
 
 
 def prepared(corpus: Path, model: Path) -> tuple[list[Path], Job, Path]:  # noqa: F811

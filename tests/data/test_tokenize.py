@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bevatron.cli.main import app
 from bevatron.data import text as text_module
 from bevatron.data.parts import item_pieces
 from bevatron.data.sources import plan
@@ -154,7 +155,7 @@ def test_text_without_lines_is_cut_somewhere(monkeypatch: pytest.MonkeyPatch, lo
     assert 0 < max(map(len, parts)) <= 1000
 
 
-@pytest.mark.parametrize("part_bytes", [64, 333, 5000])
+@pytest.mark.parametrize("part_bytes", [64, 333, 1500])
 def test_files_cut_into_parts_give_the_tokens_of_whole_ones(
     tmp_path: Path, model: Path, part_bytes: int
 ) -> None:
@@ -162,12 +163,12 @@ def test_files_cut_into_parts_give_the_tokens_of_whole_ones(
     at its end: the store does not know the parts."""
     root = tmp_path / "corpus"
     root.mkdir()
-    long = "".join(f"{POEM}{i} {NOTE}." for i in range(40))
+    long = "".join(f"{POEM}{i} {NOTE}." for i in range(12))
     (root / "a.txt").write_bytes(b"\xef\xbb\xbf" + long.encode())
     (root / "b.txt").write_bytes(long.encode() + b"\xff")
     (root / "c.txt").write_text("short")
     (root / "d.txt").write_bytes(long.encode() + b"\0")
-    records = [NOTE * (i % 7) for i in range(90)]
+    records = [NOTE * (i % 7) for i in range(30)]
     lines = "\r\n".join(json.dumps({"text": r}) for r in records)
     (root / "e.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     (root / "f.txt").touch()
@@ -175,7 +176,7 @@ def test_files_cut_into_parts_give_the_tokens_of_whole_ones(
     store = tokenize([root], tmp_path / "out", tokenizer=model, part_bytes=part_bytes)
     store.verify()
     assert documents(store, model) == [long, "short", *filter(None, records)]
-    assert store.info.skipped == {"not UTF-8": 1, "binary": 1, "empty": 14}
+    assert store.info.skipped == {"not UTF-8": 1, "binary": 1, "empty": 6}
     whole = tokenize([root], tmp_path / "whole", tokenizer=model)
     assert whole.info == store.info
 
@@ -268,3 +269,27 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path) -> None:
     file.write_text("another")
     with pytest.raises(BevatronError, match=r"a\.txt: changed while it was read"):
         list(item_pieces(part.items[0], "text", Counter()))
+
+
+def test_the_command_makes_a_store_and_inspect_tells_what_it_is(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"body": t}) for t in (POEM, NOTE)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    made = ["tokenize", str(tmp_path / "x.jsonl"), str(tmp_path / "out"), "--tokenizer", str(model)]
+    app([*made, "--text-field", "body", "--workers", "2", "--json"], standalone_mode=False)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["documents"] == 2
+    assert shown["engine"] == {"name": "tokenizers", "why": "under 16 MB of text"}
+    app(["inspect", str(tmp_path / "out"), "--json"], standalone_mode=False)
+    seen = json.loads(capsys.readouterr().out)
+    info = TokenStore.open(tmp_path / "out").info
+    assert seen["kind"] == "token store"
+    assert (seen["tokens"], seen["hash"]) == (shown["tokens"], info.hash)
+    assert seen["fingerprint"] == open_tokenizer(model).fingerprint
+    assert seen["sources"] == [str(tmp_path / "x.jsonl")]
+    assert seen["bytes"] == 2 * info.tokens + 8 * 2
+    app(["inspect", str(tmp_path / "out")], standalone_mode=False)
+    assert "tokenizers" in capsys.readouterr().out
+    with pytest.raises(BevatronError, match="--engine fast: not supported"):
+        app([*made, "--engine", "fast"], standalone_mode=False)

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bevatron.data import tokenizer as tokenizer_module
-from bevatron.data.sampler import Sampler
 from bevatron.data.store import FILE_NAME, TOKENS, TokenStore
 from bevatron.data.writer import StoreWriter
 from bevatron.errors import BevatronError
 from bevatron.train import feed as feed_module
-from bevatron.train.config import DataConfig, SourceConfig, StageConfig
-from bevatron.train.feed import Feed
+from bevatron.train.config import DataConfig, RunConfig, SourceConfig, StageConfig
+from bevatron.train.feed import Feed, check_data
+from bevatron.train.start import Start
 from tests.specs import ALL
 
 SPEC = dataclasses.replace(ALL["homogeneous"], vocab_size=30_000)
@@ -141,27 +142,32 @@ def test_the_next_batch_is_read_while_the_step_computes(
     one = feed(staged)
     read = one._read
     order: list[tuple[int, str]] = []
+    finished = {number: threading.Event() for number in range(10)}
 
-    def slow(sampler: Sampler, number: int) -> dict[str, NDArray[np.int64]]:
+    def slow(*arguments: Any) -> Any:
+        number = arguments[-1]
         order.append((number, threading.current_thread().name))
         time.sleep(0.2)
-        return read(sampler, number)
+        rows = read(*arguments)
+        finished[number].set()
+        return rows
 
     monkeypatch.setattr(one, "_read", slow)
     one.batch(0)
     assert one.wait_s >= 0.2
-    time.sleep(0.5)  # the step
+    assert finished[1].wait(60)  # the step: the next batch comes by itself
+    assert not finished[2].wait(0.5)  # and no other
     one.batch(1)
-    assert one.wait_s < 0.1
-    time.sleep(0.5)
-    assert [number for number, _ in order] == [0, 1, 2]  # one ahead, never more
+    assert one.wait_s < 0.2
+    assert finished[2].wait(60)
+    assert [number for number, _ in order] == [0, 1, 2]
     assert all(name.startswith("feed") for _, name in order)
     assert torch.equal(one.batch(7)["tokens"], torch.from_numpy(whole(staged, 7)))  # a jump
     assert torch.equal(one.batch(6)["tokens"], torch.from_numpy(whole(staged, 6)))  # and back
+    threads = list(one._reader._threads) if one._reader is not None else []
     one.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("feed") and t.is_alive()] or (
-        one._reader is None
-    )
+    assert threads
+    assert not any(thread.is_alive() for thread in threads)
     assert torch.equal(one.batch(8)["tokens"], torch.from_numpy(whole(staged, 8)))
 
 
@@ -241,6 +247,26 @@ def test_data_of_another_tokenizer_is_refused_unless_allowed(
         ):
             feed(data)
         feed(data.model_copy(update={"allow_other_tokenizer": True}))
+
+
+def test_the_data_is_checked_before_anything_starts(tmp_path: Path, model_tokenizer: Path) -> None:
+    """With the tokenizer that the configuration names for a model of random weights."""
+    source = store(tmp_path / "s", 20)
+    raw = {
+        "model": {"spec": "any"},
+        "data": {"train": [{"path": source.path}], "seq_len": SEQ},
+        "train": {"steps": 1, "global_batch": BATCH},
+        "optimizer": {"lr": 1e-3},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    start = Start(SPEC, None, None, "llama")
+    check_data(RunConfig.model_validate(raw), start)
+    config = RunConfig.model_validate(raw | {"tokenizer": str(model_tokenizer)})
+    with pytest.raises(BevatronError, match=r"s: was made with another tokenizer .* model's own"):
+        check_data(config, start)
+    small = dataclasses.replace(SPEC, vocab_size=100)
+    with pytest.raises(BevatronError, match="holds token 160, the model has a vocabulary of 100"):
+        check_data(RunConfig.model_validate(raw), Start(small, None, None, "llama"))
 
 
 def test_a_tokenizer_that_was_saved_anew_is_the_same(tmp_path: Path, model_tokenizer: Path) -> None:

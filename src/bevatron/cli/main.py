@@ -134,13 +134,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a model is: family, layers, bytes, dtype, step; or what a token store is."""
-    from bevatron.bridge.inspect import inspect as look
-    from bevatron.data.store import TokenStore, is_store
+    if (Path(path) / "store.json").is_file():
+        from bevatron.data.store import TokenStore
 
-    if is_store(Path(path)):
         _show(TokenStore.open(Path(path)).describe(), as_json)
-    else:
-        _show(look(path), as_json)
+        return
+    from bevatron.bridge.inspect import inspect as look
+
+    _show(look(path), as_json)
 
 
 @app.command()

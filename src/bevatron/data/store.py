@@ -211,11 +211,6 @@ class TokenStore:
         }
 
 
-def is_store(path: Path) -> bool:
-    """Whether this is a folder with a store.json."""
-    return (path / FILE_NAME).is_file()
-
-
 def hash_array(data: NDArray[Any]) -> str:
     """`xxh3:...` of an array's bytes, read through in small parts."""
     hasher = new_hasher()
