@@ -165,14 +165,12 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
 
 def _check_export(config: RunConfig, start: Start) -> None:
     """A run may not find out at its end that it cannot write there."""
-    from bevatron.checkpoint.new_folder import check_target
-
+    target = config.checkpoint.export
     done = start.weights.manifest.step if start.weights is not None and start.resumed else 0
-    if config.checkpoint.export is not None and done < config.train.steps:
-        try:
-            check_target(Path(config.checkpoint.export), overwrite=False)
-        except BevatronError as error:
-            raise BevatronError(f"checkpoint.export: {error}") from error
+    if target is not None and done < config.train.steps and os.path.lexists(target):
+        raise BevatronError(
+            f"checkpoint.export: {target} already exists; remove it, or name another folder"
+        )
 
 
 def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
