@@ -177,6 +177,8 @@ def reporting(worker: bool, stopping: Stopping) -> Iterator[None]:
 def _fail(error: BaseException, stopping: Stopping) -> NoReturn:
     if isinstance(error, BevatronError):
         last_words(str(error), error.exit_status)
+    if isinstance(error, OSError):
+        last_words(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
     if _is_lost_peer(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the launcher ends this process
         time.sleep(PATIENCE_S if stopping.asked is None else 0)
