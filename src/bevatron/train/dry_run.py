@@ -240,8 +240,7 @@ def to_text(plan: Plan) -> str:
         "",
         "GiB per rank, first rank of each stage. weights, gradients, optimizer, gathered: exact;",
         "activations (of the micro-batches in flight) and head: estimated, eager execution.",
-        f"{state / GIB:,.1f} GiB of state on one rank of every stage. "
-        f"Placed in {plan.seconds:.1f} s; nothing was started.",
+        f"{state / GIB:,.1f} GiB of state on one rank of every stage. Nothing was started.",
     ]
     return "\n".join([*lines, *(f"warning: {w}" for w in plan.warnings)])
 
