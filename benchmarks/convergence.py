@@ -8,7 +8,8 @@ held out. A byte-level BPE tokenizer is trained on the rest. Each optimizer trie
 rates in short runs with a schedule of their own, then trains once with the best, on the same
 samples in the same order. Everything is done with the commands that a user has.
 
-Writes results.json and convergence.svg into DIR; docs/convergence.md shows them.
+Writes results.json and convergence.svg into DIR and prints the tables of docs/convergence.md. Runs
+that are done are not repeated.
 
     bits per byte = nats per token * tokens / bytes / ln 2, tokens and bytes of the held-out text
 """
@@ -180,8 +181,27 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     curves = {name: run["curve"] for name, run in results["runs"].items()}
     (folder / "convergence.svg").write_text(plot(curves), encoding="utf-8")
+    print(table(results))
 
 
+def table(results: dict[str, Any]) -> str:
+    """What was tried and what came of it, in Markdown."""
+    runs = results["runs"]
+    lines = ["| optimizer | tuning: learning rate -> bits per byte | trained at | CPU seconds |"]
+    lines.append("|---|---|---|---|")
+    for name, run in runs.items():
+        tried = ", ".join(f"{lr:g} -> {b:.3f}" for lr, b in results["tuning"][name].items())
+        lr = run["config"]["optimizer"]["lr"]
+        lines.append(f"| {LABELS[name]} | {tried} | {lr:g} | {run['cpu_seconds']} |")
+    lines += ["", f"| tokens | {' | '.join(LABELS[name] for name in runs)} |"]
+    lines.append("|--:|" + "--:|" * len(runs))
+    for points in zip(*(run["curve"] for run in runs.values()), strict=True):
+        values = " | ".join(f"{bits:.3f}" for _, bits in points)
+        lines.append(f"| {points[0][0]:,} | {values} |")
+    return "\n".join(lines)
+
+
+LABELS = {"adamw": "AdamW", "muon": "Muon"}
 COLOURS = {"adamw": "#c0504d", "muon": "#1f6fb4"}
 
 
@@ -218,9 +238,8 @@ def plot(curves: dict[str, list[tuple[int, float]]]) -> str:
         line = " ".join(at(*point) for point in curve)
         colour, y = COLOURS[name], top + 20 + 18 * i
         out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        label = {"adamw": "AdamW", "muon": "Muon"}[name]
         out.append(f'<text x="{left + width - 110}" y="{y}" fill="{colour}">')
-        out.append(f"{label} {curve[-1][1]:.3f}</text>")
+        out.append(f"{LABELS[name]} {curve[-1][1]:.3f}</text>")
     return "\n".join([*out, "</svg>"]) + "\n"
 
 

@@ -60,10 +60,8 @@ class Muon:
         grads = [local(p.grad) for p in self.sources.values() if p.grad is not None]
         torch._foreach_lerp_(self.momentum, grads, 1 - beta)
         torch._foreach_lerp_(grads, self.momentum, beta)  # Nesterov; the gradients end here
-        whole = self.owners.gather([g.to(self.dtype) for g in grads])
-        parts = self.owners.scatter(
-            self._orthogonal(whole), grads[0].new_empty(0, dtype=self.dtype)
-        )
+        updates = [g.to(self.dtype) for g in grads]
+        parts = self.owners.scatter(self._orthogonal(self.owners.gather(updates)), updates[0])
         for name, shard, part in zip(self.names, self.shards, parts, strict=True):
             rule = self.rules[name]
             rate = lr * rule.lr_scale
