@@ -78,6 +78,7 @@ CONTENDERS = ("bevatron", "bevatron eager", "transformers", "transformers compil
 
 def bevatron(shape: Shape, bf16: bool, compiled: bool) -> Step:
     import torch
+
     from bevatron.parallel.layout import Layout
     from bevatron.parallel.world import mesh, world
     from bevatron.spec import MLP, Attention, Init, LayerSpec, ModelSpec, Rope
@@ -311,8 +312,8 @@ def show(found: dict[str, Any]) -> None:
     precision = "bf16" if found["bf16"] else "fp32"
     print(
         f"\n{found['shape']}: hidden {found['hidden']}, {found['layers']} layers, vocabulary "
-        f"{found['vocab']}, {found['batch']} x {found['length']} tokens, {precision}; products alone "
-        f"{found['limit_s']:.2f} CPU-s"
+        f"{found['vocab']}, {found['batch']} x {found['length']} tokens, {precision}; products "
+        f"alone {found['limit_s']:.2f} CPU-s"
     )
     print(f"{'':<22} CPU-s/step  wall-s  tokens/CPU-s  of limit  peak GiB  ours is faster by")
     for name, r in found["rows"].items():

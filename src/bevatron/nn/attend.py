@@ -20,8 +20,8 @@ from torch.nn.attention.bias import causal_lower_right
 from bevatron.nn.comm import Context, Run
 from bevatron.nn.tiles import blocks_of, tiled
 
-# On a CPU, compiled products are faster than the fused kernel up to this length, in blocks of so many
-# queries that see no keys behind the block.
+# On a CPU, compiled products are faster than the fused kernel up to this length, in blocks of so
+# many queries that see no keys behind the block.
 PRODUCTS, BLOCK = 1024, 256
 # Largest mask [B, T, S], in elements, that is made as a whole.
 DENSE = {"cpu": 2**16}
