@@ -11,7 +11,8 @@ autocast over fp32 weights, its usual way) where products of bf16 are faster tha
 fp32 for all. Contenders:
 
 - bevatron: as `bevatron train` runs with train.compile, and without
-- transformers: LlamaForCausalLM, sdpa, fused AdamW; plainly, and compiled with our allocator settings
+- transformers: LlamaForCausalLM, sdpa, fused AdamW; plainly, and compiled with our allocator
+  settings
 - litgpt: GPT, fused AdamW, if litgpt is installed, or in the environment whose python is given
 
 The limit is the time that the matrix products of a step take on their own, at the best rate that

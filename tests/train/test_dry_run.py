@@ -71,7 +71,7 @@ def test_published_models_at_512_to_16384_ranks(
 
 def _really(case: Case) -> tuple[int, int, int, int]:
     trainer = make_trainer(case)
-    mine = [p.to_local() for p in trainer.placed.by_checkpoint_name().values()]
+    mine = [p.to_local() for p in trainer.placed.parameters.values()]
     states = {id(s): s for _, s in trainer.optimizer.states().values()}
     coordinates = trainer.mesh.get_coordinate()
     first = coordinates is not None and not any(coordinates[1:])
