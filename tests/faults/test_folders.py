@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.parallel.split import split
+from bevatron.parallel.split import Load, split
 from tests.bridge.hf_folders import assert_same_folder, edit_config, rewrite
 from tests.faults.refusal import (
     EMBED,
@@ -257,7 +257,8 @@ def test_fault_26_unknown_rope_type(model) -> None:
 
 @pytest.mark.parametrize(("layers", "stages"), [(126, 16), (30, 4), (3, 8)])
 def test_fault_29_every_layer_is_in_exactly_one_stage(layers: int, stages: int) -> None:
-    ranges = split([1.0] * layers, stages, first=0.5, last=1.5)
+    one, half = Load(1.0, 1.0, 1.0), Load(0.5, 0.5, 0.5)
+    ranges = split([one] * layers, stages, first=half, last=one)
     assert len(ranges) == stages
     assert [i for r in ranges for i in r] == list(range(layers))
 

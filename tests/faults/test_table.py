@@ -54,9 +54,9 @@ TABLE = {
 ELSEWHERE = {
     25: ("bridge/test_round_trip.py", "test_rotary_buffers_are_carried"),
     26: ("families/test_families.py", "test_rope_spellings_have_transformers_precedence"),
-    27: ("parallel/test_layouts.py", "test_loss_and_gradient_norm_equal_one_process"),
-    28: ("parallel/test_layouts.py", "test_loss_and_gradient_norm_equal_one_process"),
-    29: ("parallel/test_split.py", "test_the_split_is_optimal_and_complete"),
+    27: ("parallel/test_layouts.py", "test_training_equals_one_process"),
+    28: ("parallel/test_layouts.py", "test_training_equals_one_process"),
+    29: ("parallel/test_split.py", "test_every_layer_is_in_exactly_one_stage"),
     30: ("bridge/test_properties.py", "test_any_model_comes_back_as_it_was"),
 }
 
@@ -79,10 +79,10 @@ def test_every_fault_has_a_test(number: int) -> None:
 def test_layouts_have_what_their_faults_are_about() -> None:
     """27, 28 and 30: TP of two meets an odd vocabulary, 1 and 3 KV heads, and every layer kind."""
     from bevatron.spec import Attention, Linear
-    from tests.parallel.test_layouts import LAYOUTS
+    from tests.parallel.layouts import LAYOUTS
     from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 
-    assert any(layout.tp == 2 and layout.pp == 2 for layout in LAYOUTS.values())
+    assert any(layout.tp == 2 and layout.pp == 2 for layout in LAYOUTS)
     assert HOMOGENEOUS.vocab_size % 2 == HETEROGENEOUS.vocab_size % 2 == 1
     assert len(HETEROGENEOUS.layers) % 2 == 1
     heads = {

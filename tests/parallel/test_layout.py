@@ -32,7 +32,6 @@ def test_what_a_layout_refuses_names_the_valid_sizes() -> None:
     refused(Layout(tp=2), "not a multiple of tp=2", seq_len=15)
     refused(Layout(dp_shard=3), "multiple of 3")
     refused(Layout(pp=4), "needs at least 4 micro-batches", global_batch=2)
-    refused(Layout(cp=2), "cp=2 is not supported")
     refused(Layout(shard="zero3"), "expected full or gradients")
     refused(Layout(pp=2, schedule="dualpipe"), "expected one of 1f1b, gpipe, interleaved_1f1b")
     refused(Layout(pp=2, virtual_stages=2), "expected always 1, or leave it out")

@@ -76,7 +76,7 @@ def _really(case: Case) -> tuple[int, int, int, int]:
     coordinates = trainer.mesh.get_coordinate()
     first = coordinates is not None and not any(coordinates[1:])
     return (
-        trainer.placed.pp_rank if first else -1,
+        trainer.mesh.get_local_rank("pp") if first else -1,
         sum(p.numel() for p in mine),
         sum(p.numel() * p.element_size() for p in mine),
         sum(s.numel() * s.element_size() for s in states.values()),

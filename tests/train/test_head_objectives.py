@@ -139,9 +139,9 @@ def one_step(head: str) -> tuple[float, float, float]:
     ids, batch = trainer.objective.batch(whole)
     named = dict(trainer.placed.stage.decoder.named_parameters())
     weights = {n: p.full_tensor().detach().clone() for n, p in named.items()}
-    counts = trainer._total(trainer.objective.count(batch))
+    counts = np.array(trainer.objective.count(batch), dtype=np.float64)
     sums = trainer.runner.step(ids, batch, torch.tensor(1 / counts, dtype=torch.float32))
-    loss = trainer.objective.report(trainer._sum(sums), counts)["loss"]
+    loss = trainer.objective.report(sums.double().numpy(), counts)["loss"]
     grads = {n: p.grad.full_tensor() for n, p in named.items()}  # type: ignore[union-attr]
 
     model, names = theirs(trainer.spec, weights)
