@@ -68,8 +68,8 @@ FEW = [
 
 
 def case(spec: str, layout: Layout) -> Case:
-    """The layout with the largest micro-batch that leaves a pipeline one per stage of it."""
-    fits = (n for n in (2, 1) if GLOBAL_BATCH // layout.dp // n >= layout.pp)
+    """The layout with several micro-batches per step, and at least as many as its ranks of pp."""
+    fits = (n for n in (2, 1) if GLOBAL_BATCH // layout.dp // n >= max(2, layout.pp))
     return Case(spec, layout, micro_batch=next(fits, 1))
 
 
