@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ class Run:
         on_all(self._open_feed)
         self._fill()
         self.made_with = made_with(layout, device)
-        state = {"made_with": self.made_with}
+        self.recorded: dict[str, Any] = {}  # of the data, in every step and at every start
+        state = {"made_with": self.made_with, **self.recorded}
         self.saver = Saver(config, start, self.folder, self.trainer, state)
         self.meter = Meter(
             start.spec,
@@ -151,7 +153,7 @@ class Run:
         """Drop what was logged after the step that is continued from, and say what starts now."""
         self.folder.drop_metrics_after(self.step)
         if self.step < self.config.train.steps:
-            line = start_line(self.config, self.start, self.made_with, {})
+            line = start_line(self.config, self.start, self.made_with, self.recorded)
             self.folder.append(STARTS, line)
 
     def _one_step(self, advance: Advance) -> None:
