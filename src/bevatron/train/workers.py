@@ -181,7 +181,9 @@ def _fail(error: BaseException, stopping: Stopping) -> NoReturn:
         last_words(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
     if _is_lost_peer(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the launcher ends this process
-        time.sleep(PATIENCE_S if stopping.asked is None else 0)
+        if stopping.asked is signal.SIGTERM:
+            os._exit(1)
+        time.sleep(PATIENCE_S)
         first = str(error).strip().splitlines()[0]
         last_words(f"lost its connection to another rank, which failed or was killed ({first})", 1)
     last_words("".join(traceback.format_exception(error)), 1)
