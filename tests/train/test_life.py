@@ -25,12 +25,12 @@ Start = Callable[..., "Started"]
 class Started:
     """A command in a session of its own, whose output is kept."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *command: str) -> None:
         self.folder, self.output = folder, folder / f"output-{time.monotonic_ns()}"
         path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         with self.output.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                command,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -60,6 +60,11 @@ class Started:
         self.process.wait(TIMEOUT_S)
         return self.output.read_text()
 
+    def kill(self) -> None:
+        """If a test has failed and left it behind."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
 
 def gone(pids: list[int], within_s: float = 30) -> bool:
     """Whether all processes have ended."""
@@ -86,13 +91,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Started] = []
 
     def begin(*arguments: str) -> Started:
-        started.append(Started(tmp_path, *arguments))
+        started.append(Started(tmp_path, sys.executable, "-m", *arguments))
         return started[-1]
 
     yield begin
     for one in started:
-        if one.process.poll() is None:
-            os.killpg(one.process.pid, signal.SIGKILL)
+        one.kill()
 
 
 def uninterrupted(pool: Pool, config: Path, steps: int) -> list[tuple[int, float, float]]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SRUN = """\
 #!{python}
 import os, signal, subprocess, sys
 command = [a for a in sys.argv[1:] if not a.startswith("--kill")]
-tasks = [subprocess.Popen(command, start_new_session=True) for _ in range({nodes})]
+tasks = [subprocess.Popen(command) for _ in range({nodes})]
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda n, frame: [os.kill(t.pid, n) for t in tasks if t.poll() is None])
 sys.exit(max(task.wait() for task in tasks))
@@ -38,13 +39,27 @@ def config(tmp_path: Path) -> Path:
     return small_run.make(tmp_path)
 
 
+@pytest.fixture
+def batch() -> Iterator[Callable[[Path], Started]]:
+    """Starts a batch script as Slurm does."""
+    started: list[Started] = []
+
+    def begin(job: Path) -> Started:
+        started.append(Started(job.parent, "bash", str(job)))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.kill()
+
+
 def make_script(config: Path, *overrides: str, nodes: int = 2) -> str:
     return script(config, overrides, nodes=nodes, gpus_per_node=0, nproc=1, max_restarts=0)
 
 
 @pytest.mark.slow
 def test_the_script_trains_on_two_nodes_saves_before_the_limit_and_requeues(
-    config: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, batch: Callable[[Path], Started], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = config.parent
     commands = folder / "bin"
@@ -62,7 +77,7 @@ def test_the_script_trains_on_two_nodes_saves_before_the_limit_and_requeues(
     job = folder / "job.sh"
 
     job.write_text(make_script(config, "train.steps=100000"))
-    run = Batch(folder, job)
+    run = batch(job)
     run.reach(5)
     run.process.send_signal(signal.SIGUSR1)
     said = run.end()
@@ -73,22 +88,11 @@ def test_the_script_trains_on_two_nodes_saves_before_the_limit_and_requeues(
     assert (folder / "run" / "latest").read_text() == f"step-{last:08d}\n"
 
     job.write_text(make_script(config, f"train.steps={last + 2}"))
-    run = Batch(folder, job)
+    run = batch(job)
     said = run.end()
     assert run.process.returncode == 0, said
     assert [s for s, *_ in small_run.losses(folder / "run")] == list(range(1, last + 3))
     assert (folder / "scontrol").read_text().count("requeue") == 1, "a finished run is not requeued"
-
-
-class Batch(Started):
-    """A batch script as Slurm starts it."""
-
-    def __init__(self, folder: Path, job: Path) -> None:
-        self.folder, self.output = folder, folder / f"{job.name}.out"
-        with self.output.open("w") as out:
-            self.process = subprocess.Popen(
-                ["bash", str(job)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
 
 
 def test_the_script_is_valid_whatever_its_words_hold(

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import Store
 from bevatron.train.workers import last_words
 
 # What a rank may be doing, in the order in which one step goes through it.
-PHASES = ("starting", "waiting for data", "in its step", "validating", "saving")
+PHASES = ("starting", "waiting for data", "in its step", "validating", "saving", "exporting")
 BEAT_S = (0.2, 15.0)  # at most a tenth of the timeout, within these limits
 SHOWN = 8  # ranks, or groups of ranks, in a message
 FRAMES = 4
