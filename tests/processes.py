@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "numpy"]
+PRELOAD += ["bevatron.train.trainer"]
 TIMEOUT_S = 180
 RUNS = 10  # gloo leaves three threads per process group behind, which wake up for ever
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from bevatron.parallel.layout import Layout
 from tests.parallel.layouts import FEW, Piece, case, pairs, train_and_collect, whole
 from tests.processes import Pool
-from tests.train_steps import Case, make_trainer, samples, train
+from tests.train_steps import Case, make_trainer, samples
 
 Outcome = tuple[list[tuple[float, float]], dict[str, Tensor]]
 _reference: dict[str, Outcome] = {}
@@ -63,7 +63,8 @@ def test_training_equals_one_process_at_every_layout(pool: Pool, spec: str, layo
 def test_micro_batches_change_nothing(pool: Pool) -> None:
     expected, _ = reference(pool, "heterogeneous")
     for micro_batch in (1, 8):
-        got = pool.run(1, train, Case("heterogeneous", micro_batch=micro_batch))[0]
+        many = Case("heterogeneous", micro_batch=micro_batch)
+        got = pool.run(1, train_and_collect, many)[0][0]
         for a, b in zip(got, expected, strict=True):
             assert a == pytest.approx(b, rel=1e-5)
 
@@ -72,7 +73,8 @@ def test_bf16_stays_near_fp32_at_every_layout(pool: Pool) -> None:
     """bf16 has 8 bits of mantissa: losses within 2%, at one process and in three dimensions."""
     expected, _ = reference(pool, "heterogeneous")
     for layout in (Layout(), Layout(tp=2, pp=2, dp_shard=2, schedule="zbv")):
-        got = pool.run(layout.world_size, train, Case("heterogeneous", layout, precision="bf16"))[0]
+        rounded = Case("heterogeneous", layout, precision="bf16", micro_batch=1)
+        got = pool.run(layout.world_size, train_and_collect, rounded)[0][0]
         for a, b in zip(got, expected, strict=True):
             assert a[0] == pytest.approx(b[0], rel=2e-2)
 

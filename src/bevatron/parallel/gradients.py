@@ -34,4 +34,5 @@ def clip(placed: Placed, norm: float, limit: float) -> None:
     """Scale all gradients so that their global norm is at most `limit`."""
     if limit > 0 and norm > limit:
         grads: list[Tensor] = [local(p.grad) for p in placed.trainable() if p.grad is not None]
-        torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        if grads:  # a stage may have no parameters
+            torch._foreach_mul_(grads, limit / (norm + 1e-6))
