@@ -1,4 +1,4 @@
-"""The list of bad inputs to the converter, complete: each has a test, here or where it says."""
+"""The list of faults, complete so far: each has a test, here or where it says."""
 
 from __future__ import annotations
 
@@ -49,6 +49,31 @@ TABLE = {
     38: "source that changes while it is read",
     39: "JSON that readers disagree about",
     40: "tensor names that are not UTF-8, or very long",
+    41: "killed at each stage of a save",
+    42: "killed while the pointer is moved",
+    43: "temporary folder that a killed save left",
+    44: "partial folder under the next step's name",
+    45: "pointer to a missing step",
+    46: "damaged newest step",
+    47: "resume between all layouts",
+    48: "optimizer, schedule, random state and data position, each deleted",
+    49: "changed batch or sequence length",
+    50: "changed tokenizer or data",
+    51: "checkpoint of a newer format",
+    52: "one rank raises",
+    53: "one rank hangs",
+    54: "SIGTERM in warm-up, validation, save and wait for data",
+    55: "disk full in a save",
+    56: "clock that goes back",
+    57: "retention and the only good step",
+    58: "NaN loss on one rank only",
+    59: "infinite gradient",
+    60: "spike of the loss",
+    61: "empty and long documents, ids outside of the vocabulary, truncated files, bad index",
+    62: "dataset shorter than a batch",
+    63: "world size that is not the product",
+    64: "replicas that drift",
+    65: "bit flip in a gradient",
 }
 # Promises of training and of the families, kept by their own tests.
 ELSEWHERE = {
@@ -58,6 +83,46 @@ ELSEWHERE = {
     28: ("parallel/test_layouts.py", "test_training_equals_one_process"),
     29: ("parallel/test_split.py", "test_every_layer_is_in_exactly_one_stage"),
     30: ("bridge/test_properties.py", "test_any_model_comes_back_as_it_was"),
+    41: ("checkpoint/test_killed_saves.py", "test_faults_41_42_killed_at_every_call"),
+    42: ("checkpoint/test_killed_saves.py", "test_faults_41_42_killed_at_every_call"),
+    43: ("checkpoint/test_run_folder.py", "test_faults_43_44_what_killed_runs_left_is_cleared"),
+    44: (
+        "checkpoint/test_run_folder.py",
+        "test_fault_44_a_partial_folder_under_the_same_name_is_not_mixed_in",
+    ),
+    45: ("checkpoint/test_run_folder.py", "test_fault_45_a_pointer_to_a_missing_step"),
+    46: ("train/test_fallback.py", "test_faults_46_48_the_step_before_is_continued_from"),
+    47: ("train/test_resume.py", "test_every_layout_continues_what_every_other_saved"),
+    48: ("train/test_fallback.py", "test_faults_46_48_the_step_before_is_continued_from"),
+    49: ("train/test_start.py", "test_fault_49_a_changed_batch_or_length_is_refused"),
+    50: ("train/test_feed.py", "test_a_store_that_changed_since_the_checkpoint_is_refused"),
+    51: (
+        "train/test_fallback.py",
+        "test_fault_51_what_cannot_be_continued_is_refused_and_left_as_it_is",
+    ),
+    52: ("train/test_life.py", "test_one_of_four_ranks_that_fails_stops_all_with_its_message"),
+    53: ("train/test_life.py", "test_a_rank_that_hangs_is_named"),
+    54: ("train/test_life.py", "test_sigterm_saves_and_the_run_goes_on_from_there"),
+    55: ("train/test_start.py", "test_fault_55_a_full_disk_stops_the_run_and_harms_no_step"),
+    56: ("checkpoint/test_run_folder.py", "test_fault_56_a_clock_that_goes_back_changes_nothing"),
+    57: (
+        "checkpoint/test_run_folder.py",
+        "test_fault_57_retention_keeps_the_newest_and_the_multiples",
+    ),
+    58: ("train/test_guard.py", "test_nan_on_one_rank_stops_all_before_the_update"),
+    59: ("train/test_guard.py", "test_a_skipped_step_leaves_weights_and_moments_as_they_were"),
+    60: ("train/test_guard.py", "test_a_spike_is_judged_alike_on_all_ranks_and_after_a_resume"),
+    61: ("data/test_store.py", "test_a_truncated_file_is_named"),
+    62: (
+        "train/test_feed.py",
+        "test_a_store_shorter_than_a_batch_works_by_epochs_and_is_announced",
+    ),
+    63: ("train/test_dry_run.py", "test_refuses_with_the_words_of_a_real_start"),
+    64: ("parallel/test_sameness.py", "test_a_flipped_bit_in_one_copy_names_parameter_and_ranks"),
+    65: (
+        "parallel/test_sameness.py",
+        "test_a_bit_that_flips_in_a_gradient_is_caught_by_the_replay",
+    ),
 }
 
 
