@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bevatron.nn.comm import LOCAL
-from bevatron.nn.decoder import Layer
+from bevatron.nn.decoder import Decoder, Layer
 from bevatron.nn.rope import rotation
-from bevatron.parallel.footprint import bubble, head_bytes, in_flight, layer_activations
+from bevatron.parallel.blocks import KEPT, prepare
+from bevatron.parallel.footprint import bubble, head_bytes, layer_activations
 from bevatron.parallel.layout import Layout
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
 from bevatron.train import cross_entropy
@@ -93,11 +95,38 @@ def test_tensor_parallel_ranks_share_what_lies_between_their_products() -> None:
     assert layer_activations(empty, 0, Layout(), 2, "none") == 0
 
 
-def test_published_formula_of_the_bubble_and_of_micro_batches_in_flight() -> None:
+def test_selective_recomputation_keeps_about_what_is_estimated() -> None:
+    """The input and the products' outputs, through the checkpoint that a run uses."""
+    decoder = Decoder(SPEC, layers=[0], embed=False, head=False)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    prepare(decoder, "selective", compiled=False)
+    x = torch.randn(1, T, H, requires_grad=True)
+    angles = rotation(SPEC.rope, 64, torch.arange(T)[None], torch.float32)
+    kept = layer_activations(SPEC, 0, Layout(), 4, "selective")
+    everything = layer_activations(SPEC, 0, Layout(), 4, "none")
+    assert 0.3 * everything < kept < 0.6 * everything
+
+    class Seen(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func in KEPT:
+                outs = out if isinstance(out, tuple) else (out,)
+                self.nbytes += sum(o.nbytes for o in outs if isinstance(o, torch.Tensor))
+            return out
+
+    with Seen() as seen:
+        decoder.layers["0"].run(x, {64: angles}, None, None)
+    assert seen.nbytes + x.nbytes == pytest.approx(T * kept, rel=0.01)
+
+
+def test_published_formulas_of_the_bubble() -> None:
     """Narayanan et al. (arXiv 2104.04473), section 2.2: idle over ideal time is (p - 1) / (v m)."""
     for p, m, v in ((4, 8, 1), (8, 64, 1), (8, 64, 4)):
-        share = bubble("1f1b", p, m, v)
+        schedule = "1f1b" if v == 1 else "interleaved_1f1b"
+        share = bubble(Layout(pp=p, schedule=schedule, virtual_stages=v), m)
         assert share / (1 - share) == pytest.approx((p - 1) / (v * m))
-    assert [in_flight("1f1b", 4, s, 8) for s in range(4)] == [4, 3, 2, 1]
-    assert in_flight("1f1b", 4, 0, 2) == 2
-    assert in_flight("gpipe", 4, 3, 8) == 8
+    assert bubble(Layout(pp=8, schedule="zbv"), 64) == 0
+    assert bubble(Layout(), 8) == 0

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bevatron.checkpoint.shard import local
-from bevatron.parallel.layout import Layout
-from bevatron.spec import MLP, Attention, ModelSpec
+from bevatron.parallel.layout import ZERO_BUBBLE, Layout
+from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 
 FP32 = 4
 
@@ -67,6 +67,8 @@ def layer_activations(
         return 0.0
     if recompute == "full":
         return h * itemsize / shares  # what came in
+    if recompute == "selective":
+        return _products(spec, layer, layout, itemsize) + h * itemsize / shares
     total = 0.0
     for sublayer in (layer.attention, layer.mlp):
         if sublayer is None:
@@ -86,6 +88,26 @@ def layer_activations(
     return total
 
 
+def _products(spec: ModelSpec, layer: LayerSpec, layout: Layout, itemsize: int) -> float:
+    """Bytes per token of what selective recomputation keeps: the outputs of products, of attention
+    and of the sums over tensor-parallel ranks."""
+    h, tp = spec.hidden_size, layout.tp
+    shares = tp if layout.sequence_parallel else 1
+    elements = bytes_ = 0.0
+    for sublayer in (layer.attention, layer.mlp):
+        if sublayer is None:
+            continue
+        elements += h + (h / shares if tp > 1 else 0)
+        if isinstance(sublayer, Attention):
+            heads, width = sublayer.num_attention_heads, sublayer.head_dim
+            groups = max(sublayer.num_key_value_heads, tp)
+            elements += (2 * heads + 2 * groups) * width / tp
+            bytes_ += FP32 * heads / tp
+        elif isinstance(sublayer, MLP):
+            elements += (2 if sublayer.gated else 1) * sublayer.intermediate_size / tp
+    return elements * itemsize + bytes_
+
+
 def head_bytes(
     spec: ModelSpec, layout: Layout, tokens: int, itemsize: int, chunk_logits: int
 ) -> float:
@@ -98,15 +120,11 @@ def head_bytes(
     return kept + rows * h * FP32 + 3 * FP32 * chunk
 
 
-def in_flight(schedule: str, pp: int, stage: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at once at the most."""
-    if schedule == "gpipe":
-        return micro_batches
-    # 1F1B; schedules with several stages per rank hold about as much in all as its first stage.
-    return min(micro_batches, pp - stage if schedule == "1f1b" else pp)
-
-
-def bubble(schedule: str, pp: int, micro_batches: int, stages_per_rank: int = 1) -> float:
-    """Share of a step in which a rank of an otherwise balanced pipeline waits."""
-    idle = (pp - 1) / stages_per_rank
+def bubble(layout: Layout, micro_batches: int) -> float:
+    """Share of a step in which a rank of an otherwise balanced pipeline waits, if a stage's
+    forward, backward for its input and backward for its weights take equally long (Narayanan et
+    al., arXiv 2104.04473; Qi et al., arXiv 2401.10241)."""
+    idle = (layout.pp - 1) / layout.stages_per_rank
+    if layout.schedule in ZERO_BUBBLE:
+        idle *= 0.0 if layout.schedule == "zbv" else 1 / 3
     return idle / (micro_batches + idle)

@@ -13,8 +13,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from bevatron.parallel.footprint import layer_activations
 from bevatron.parallel.layout import Layout, LayoutError
-from bevatron.spec import MLP, Attention, ModelSpec
+from bevatron.spec import ModelSpec
 from bevatron.spec.count import layer_flops
 
 # Stages may be slower than the best split's slowest by this share, if that balances memory.
@@ -149,8 +150,8 @@ def layer_load(
     forward = layer_cost(spec, index, seq_len)
     again = forward if recompute == "full" else 0.0
     numel = sum(p.numel for p in spec.layer_parameters(index))
-    bytes_kept = 2 * kept_per_token(spec, index, recompute) * tokens / (layout.tp * layout.cp)
-    return Load(3 * forward + again, _state_bytes(numel, layout), bytes_kept)
+    kept = layer_activations(spec, index, layout, 2, recompute) * tokens / layout.cp
+    return Load(3 * forward + again, _state_bytes(numel, layout), kept)
 
 
 def end_loads(spec: ModelSpec, layout: Layout, tokens: int) -> tuple[Load, Load]:
@@ -172,28 +173,6 @@ def _state_bytes(numel: int, layout: Layout) -> float:
     """Sharded fp32 master, gradient and two moments; under a pipeline the gathered bf16 parameter
     and its gradient, accumulated in fp32, besides."""
     return numel / layout.tp * (16 / layout.dp_shard + 6)
-
-
-def kept_per_token(spec: ModelSpec, index: int, recompute: str) -> float:
-    """Elements per token that one layer keeps for its backward, on all tensor ranks together: its
-    input, the outputs of its products and, unless they are recomputed, of its norms, rotations and
-    activations."""
-    layer, h = spec.layers[index], spec.hidden_size
-    if recompute == "full":
-        return float(h)
-    kept, cheap = 0.0, 0.0
-    for sublayer in (layer.attention, layer.mlp):
-        if sublayer is None:
-            continue
-        kept += 2 * h  # the residual stream before, the last product
-        cheap += h  # the norm
-        if isinstance(sublayer, Attention):
-            kept += sublayer.qkv_rows + sublayer.num_attention_heads * sublayer.head_dim
-            cheap += sublayer.qkv_rows
-        elif isinstance(sublayer, MLP):
-            kept += sublayer.intermediate_size * (2 if sublayer.gated else 1)
-            cheap += sublayer.intermediate_size * (2 if sublayer.gated else 1)
-    return kept if recompute == "selective" else kept + cheap
 
 
 def in_flight(layout: Layout) -> list[float]:

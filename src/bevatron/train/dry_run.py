@@ -1,8 +1,9 @@
 """What a run of any size would be, without starting it: `bevatron train CONFIG --dry-run`.
 
 The mesh, the stages and the placement are built by the code that a run uses, on a world on paper
-(`parallel/paper.py`) and with tensors that have shapes and no memory, once per pipeline stage, as
-the first rank of that stage. What cannot be placed is refused here as it would be there.
+(`parallel/paper.py`) and with tensors that have shapes and no memory, once per rank of the
+pipeline, as the first of the ranks at its place. What cannot be placed is refused as it would be
+there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from bevatron.parallel import footprint
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.paper import paper_mesh, paper_world
-from bevatron.parallel.split import layer_cost, stage_ranges
+from bevatron.parallel.split import end_loads, in_flight, layer_load, stage_ranges
 from bevatron.parallel.world import mesh
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, parameter_count
@@ -34,16 +35,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The first rank of one pipeline stage. Bytes are this rank's.
+    """The first rank of one place in the pipeline. Bytes are this rank's.
 
     Attributes:
+        stage: its place, and `layers` those of all of its stages.
         parameters_per_rank: elements of its shards, exact.
         weights, optimizer: bytes of its shards and of the optimizer's states, exact.
         gradients: fp32; its shards, and with several micro-batches the unsharded sums.
         gathered: weights in the run's precision, as they are used.
         activations: estimate, of all micro-batches in flight.
         head: estimate, what the last stage's loss holds.
-        flops: share of a step's forward and backward.
+        flops: share of a step's forward and backward, what is recomputed included.
     """
 
     stage: int
@@ -54,7 +56,7 @@ class StagePlan:
     gradients: int
     optimizer: int
     gathered: int
-    in_flight: int
+    in_flight: float
     activations: int
     head: int
     flops: float
@@ -109,7 +111,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
     start = find_start(config)
     spec, train = start.spec, config.train
     micro_batches = train.global_batch // (layout.dp * train.micro_batch)
-    shares = flops_shares(spec, layout, config.data.seq_len)
+    shares = _time_shares(config, spec, layout)
     ranges = stage_ranges(
         spec,
         layout,
@@ -141,7 +143,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
         steps=train.steps,
         flops_per_step=tokens * flops_per_token(spec, config.data.seq_len, causal=True),
         schedule=layout.schedule,
-        bubble=footprint.bubble(layout.schedule, layout.pp, micro_batches, layout.stages_per_rank),
+        bubble=footprint.bubble(layout, micro_batches),
         imbalance=max(flops) * len(flops),
         stages=stages,
         optimizer=[str(group) for group in groups(spec, config.optimizer)],
@@ -150,11 +152,15 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
     )
 
 
-def flops_shares(spec: ModelSpec, layout: Layout, seq_len: int) -> list[float]:
-    """Each layer's share of a token's FLOPs, and the head's, last."""
-    costs = [layer_cost(spec, i, seq_len) for i in range(len(spec.layers))]
-    costs.append(2.0 * spec.head_rows * spec.hidden_size)
-    return [cost / sum(costs) for cost in costs]
+def _time_shares(config: RunConfig, spec: ModelSpec, layout: Layout) -> list[float]:
+    """Each layer's share of a step's FLOPs, and the head's, last."""
+    seq_len, tokens = config.data.seq_len, config.train.micro_batch * config.data.seq_len
+    again = config.train.recompute
+    times = [
+        layer_load(spec, i, layout, seq_len, tokens, again).time for i in range(len(spec.layers))
+    ]
+    times.append(end_loads(spec, layout, tokens)[1].time)
+    return [time / sum(times) for time in times]
 
 
 def _trainer(
@@ -176,28 +182,32 @@ def _trainer(
 def _stage(
     trainer: Trainer, config: RunConfig, micro_batches: int, shares: list[float]
 ) -> StagePlan:
-    pp_rank = trainer.mesh.get_local_rank("pp")
     placed, layout, spec, train = trainer.placed, trainer.layout, trainer.spec, config.train
-    parameters = placed.parameters
-    layers = [int(i) for stage in placed.mine.values() for i in stage.decoder.layers]
+    parameters = dict(placed.parameters)
+    if placed.tied is not None and placed.tied.head is not None:
+        parameters["head.weight"] = placed.tied.head  # a copy of the embedding
     itemsize = 4 if train.precision == "fp32" else 2
     tokens = train.micro_batch * config.data.seq_len // layout.cp
+    flights = [
+        micro_batches if layout.schedule == "gpipe" else min(n, micro_batches)
+        for n in in_flight(layout)
+    ]
+
+    def kept(i: int, recompute: str) -> float:
+        return footprint.layer_activations(spec, i, layout, itemsize, recompute)
+
     per_token = sum(
-        footprint.layer_activations(spec, i, layout, itemsize, train.recompute) for i in layers
+        flights[n] * kept(i, train.recompute) for n in placed.mine for i in placed.stages[n]
     )
-    at_once = footprint.in_flight(layout.schedule, layout.pp, pp_rank, micro_batches)
-    working = 0.0
-    if train.recompute == "full":  # one layer at a time is there in full again
-        working = max(
-            (footprint.layer_activations(spec, i, layout, itemsize, "none") for i in layers),
-            default=0.0,
-        )
+    layers = [i for n in placed.mine for i in placed.stages[n]]
+    if train.recompute != "none":  # one layer at a time is there in full again
+        per_token += max((kept(i, "none") for i in layers), default=0.0)
     weights = footprint.local_bytes(list(parameters.values()))
     accumulated = sum(footprint.unsharded(p) for p in parameters.values())
     states = {id(state): state for _, state in trainer.optimizer.states().values()}
     head = footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
     return StagePlan(
-        stage=pp_rank,
+        stage=placed.mesh.get_local_rank("pp"),
         layers=layers,
         parameters=sum(p.numel() for p in parameters.values()),
         parameters_per_rank=weights // footprint.FP32,
@@ -205,8 +215,8 @@ def _stage(
         gradients=weights + (footprint.FP32 * accumulated if micro_batches > 1 else 0),
         optimizer=sum(s.numel() * s.element_size() for s in states.values()),
         gathered=itemsize * footprint.gathered_elements(parameters, layout.regathers),
-        in_flight=at_once,
-        activations=int(tokens * (per_token * at_once + working)),
+        in_flight=sum(flights[n] for n in placed.mine),
+        activations=int(tokens * per_token),
         head=int(head) if placed.is_last else 0,
         flops=sum(shares[i] for i in layers) + (shares[-1] if placed.is_last else 0.0),
     )
@@ -229,24 +239,24 @@ def to_text(plan: Plan) -> str:
     ]
     if last:
         lines.append(
-            f"pipeline    {plan.schedule}: bubble {plan.bubble:.1%}, heaviest stage "
+            f"pipeline    {plan.schedule}: bubble {plan.bubble:.1%}, heaviest rank "
             f"{plan.imbalance:.2f} x the mean, so ranks are busy {plan.busy:.1%} at best"
         )
     lines += [
-        f"memory      at most {heaviest.peak / GIB:.1f} GiB per rank (stage {heaviest.stage}), of "
-        f"which {heaviest.state / GIB:.1f} GiB stay between steps",
+        f"memory      at most {heaviest.peak / GIB:.1f} GiB per rank (pipeline rank "
+        f"{heaviest.stage}), of which {heaviest.state / GIB:.1f} GiB stay between steps",
         "",
         *_table(plan),
         "",
-        "GiB per rank, first rank of each stage. weights, gradients, optimizer, gathered: exact;",
-        "activations (of the micro-batches in flight) and head: estimated, eager execution.",
-        f"{state / GIB:,.1f} GiB of state on one rank of every stage. Nothing was started.",
+        "GiB per rank, for the first rank at each place of the pipeline. weights, gradients,",
+        "optimizer, gathered: exact; activations (of what is in flight), head: estimated, eager.",
+        f"{state / GIB:,.1f} GiB of state on one pipeline. Nothing was started.",
     ]
     return "\n".join([*lines, *(f"warning: {w}" for w in plan.warnings)])
 
 
 HEADER = (
-    "stage  layers     parameters/rank  weights  gradients  optimizer  gathered  "
+    "rank   layers     parameters/rank  weights  gradients  optimizer  gathered  "
     "activations   head   peak  in flight  FLOPs"
 )
 
@@ -258,7 +268,7 @@ def _table(plan: Plan) -> list[str]:
         w, g, o, a, x, h, p = (f"{n / GIB:.2f}" for n in gib)
         rows.append(
             f"{s.stage:<6} {_ranges(s.layers):<9} {s.parameters_per_rank:>16,}  {w:>7}  {g:>9}  "
-            f"{o:>9}  {a:>8}  {x:>11}  {h:>5}  {p:>5}  {s.in_flight:>9}  {s.flops:>5.1%}"
+            f"{o:>9}  {a:>8}  {x:>11}  {h:>5}  {p:>5}  {s.in_flight:>9g}  {s.flops:>5.1%}"
         )
     return rows
 
