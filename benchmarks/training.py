@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def bevatron(shape: Shape, bf16: bool, compiled: bool) -> Step:
     import torch
 
     from bevatron.parallel.layout import Layout
-    from bevatron.parallel.world import mesh, world
+    from bevatron.parallel.world import mesh
     from bevatron.spec import MLP, Attention, Init, LayerSpec, ModelSpec, Rope
     from bevatron.train.config import OptimizerConfig, TrainConfig
     from bevatron.train.hardware import tune_allocator
@@ -98,7 +98,6 @@ def bevatron(shape: Shape, bf16: bool, compiled: bool) -> Step:
         init=Init(std=0.02),
     )
     device = torch.device("cpu")
-    world(device).__enter__()
     train = TrainConfig(
         steps=1,
         global_batch=shape.batch,
@@ -172,7 +171,8 @@ def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
     batch = tokens(shape)
 
     def loss_of(batch: Any) -> Any:
-        return model(input_ids=batch[:, :-1], labels=batch[:, :-1], shift_labels=batch[:, 1:]).loss
+        ids, next_ids = batch[:, :-1], batch[:, 1:].contiguous()
+        return model(input_ids=ids, labels=ids, shift_labels=next_ids).loss
 
     return plain_loop(model, loss_of, bf16, batch)
 
@@ -216,11 +216,20 @@ def build(name: str, shape: Shape, bf16: bool) -> Step:
 
 
 def child(name: str, shape: Shape, bf16: bool, threads: int) -> None:
-    """Read numbers of steps from stdin, take them, and print what they cost."""
+    """A contender's process."""
     import torch
 
     torch.set_num_threads(threads)
-    step = build(name, shape, bf16)
+    with ExitStack() as stack:
+        if name.startswith("bevatron"):
+            from bevatron.parallel.world import world
+
+            stack.enter_context(world(torch.device("cpu")))
+        serve(build(name, shape, bf16))
+
+
+def serve(step: Step) -> None:
+    """Read numbers of steps from stdin, take them, and print what they cost."""
     for line in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in range(count := int(line)):
@@ -281,8 +290,6 @@ def take(process: Any, steps: int) -> list[float]:
 
 
 def measure(shape_name: str, options: argparse.Namespace, bf16: bool) -> dict[str, Any]:
-    from contextlib import ExitStack
-
     shape = SHAPES[shape_name]
     names = [n for n in CONTENDERS if n != "litgpt" or options.litgpt]
     times: dict[str, list[list[float]]] = {name: [] for name in names}
