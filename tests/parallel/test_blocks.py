@@ -56,7 +56,6 @@ def assert_compiled_equals_eager(
     return ranks[0][1]
 
 
-@pytest.mark.slow
 def test_a_model_with_many_shapes_is_compiled_to_the_last_layer(pool: Pool) -> None:
     """Every shape once for training and once for evaluation."""
     graphs = assert_compiled_equals_eager(pool, "many", Layout(), "none", "aot_eager")
@@ -105,7 +104,6 @@ def test_a_layer_that_is_not_compiled_stops_the_run(pool: Pool) -> None:
     assert "train.compile: a layer could not be compiled" in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputing_activations_changes_nothing(pool: Pool, recompute: str) -> None:
     """Bit-equal in one process; at a layout as close as the layout itself."""

@@ -66,7 +66,6 @@ def survive(work: Path, kills: int, steps: int, *more: str) -> None:
     assert found == [steps - 1, steps]
 
 
-@pytest.mark.slow
 def test_a_killed_run_continues_bit_equal(work: Path) -> None:
     survive(work, 4, 16)
 

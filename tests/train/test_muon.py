@@ -89,7 +89,6 @@ def check_layout(pool: Pool, spec: str, layout: Layout) -> None:
     assert covered == {name: values.size for name, (_, values) in whole.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_layout_changes_nothing(pool: Pool, name: str) -> None:
     """fp32, five steps: loss and gradient norm to 1e-5, weights and optimizer state to 1e-4."""

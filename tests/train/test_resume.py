@@ -115,7 +115,6 @@ def test_the_same_layout_continues_bit_equal(
     assert pool.run(layout.world_size, resume, same, tmp_path) == expected
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_the_same_whatever_layout_wrote_it(pool: Pool, tmp_path: Path) -> None:
     """Global names and shapes; every tensor tiled once, replicated ones and tied ones included."""
     layouts = [Layout(), LARGE, Layout(pp=2, dp_replicate=2, schedule="zbv")]
