@@ -140,7 +140,6 @@ def test_a_killed_worker_is_restarted_from_the_newest_step(
     assert small_run.losses(config.parent / "run") == uninterrupted(pool, config, 40)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["raise", pytest.param("bug", marks=pytest.mark.slow)])
 def test_one_of_four_ranks_that_fails_stops_all_with_its_message(
     config: Path, start: Start, what: str

@@ -101,7 +101,6 @@ def test_the_layout_changes_nothing_in_the_long_run(pool: Pool, name: str) -> No
     check_layout(pool, *LONG[name])
 
 
-@pytest.mark.slow
 def test_another_layout_continues_the_momentum(pool: Pool, tmp_path: Path) -> None:
     """Saved at TP2 x PP2 x FSDP2 as `optimizer/momentum/...`; momentum is still warming up."""
     case = Case("heterogeneous", optimizer="muon")
