@@ -2,7 +2,7 @@
 
     python benchmarks/checkpointing.py --dir DIR [--rounds 5] [--tables 0]
 
-One process, a Llama of 58M parameters in bf16 with fp32 masters and moments, on the CPU. The
+One process, a Llama of 58M parameters in fp32 with its moments, on the CPU. The
 contenders take turns in one process, on the same state. `blocked` is the time inside the call that
 saves; `steps` is the median time of the training steps that are done while the rest is written,
 and `whole` the time from the call until everything is on the disk and committed. Bevatron hashes
@@ -50,7 +50,7 @@ def configured(run: Path, is_async: bool) -> RunConfig:
         {
             "model": {"spec": "s"},
             "data": {"train": [{"path": "t"}], "seq_len": SEQ_LEN},
-            "train": {"steps": 1000, "global_batch": 1, "precision": "bf16"},
+            "train": {"steps": 1000, "global_batch": 1, "precision": "fp32"},
             "optimizer": {"lr": 1e-4},
             "checkpoint": {"async": is_async, "keep": 1},
             "run": {"dir": str(run)},
