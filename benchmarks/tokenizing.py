@@ -45,7 +45,8 @@ tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
 eos = tokenizer.token_to_id("{eos}")
 with out.open("wb") as file:
     for path in sorted(p for p in text.rglob("*") if p.is_file()):
-        ids = tokenizer.encode(path.read_bytes().decode(), add_special_tokens=False).ids
+        document = path.read_bytes().decode("utf-8-sig")
+        ids = tokenizer.encode(document, add_special_tokens=False).ids
         file.write(np.array([*ids, eos], dtype="<u{size}").tobytes())
 """
 
