@@ -6,10 +6,12 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from bevatron.errors import BevatronError
+from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.template import ChatTemplate
 from bevatron.generate.engine import Engine
 from bevatron.generate.request import LARGEST_SEED, Piece, Request, Sampling
@@ -41,7 +43,8 @@ class Serving:
         self.stop_tokens = self.engine.stop_tokens  # of chats
         if self.template is not None:
             self.template.where = "chat template"  # what messages say, and clients need no paths
-            self.stop_tokens |= self.template.stop_tokens
+            with suppress(ChatError):  # every chat will be told; completions need no template
+                self.stop_tokens |= self.template.stop_tokens
         self.defaults = published_defaults(self.engine)
 
     def check_model(self, name: str | None) -> None:
