@@ -60,7 +60,7 @@ export function inline(text, budget, open = false) {
       return;
     }
     const before = text[start - 1] ?? " ";
-    const after = text[start + size] ?? " ";
+    const after = text[start + size] ?? (open ? "x" : " ");
     const left = !/\s/.test(after) && (!MARK.test(after) || /\s/.test(before) || MARK.test(before));
     const right = !/\s/.test(before) && (!MARK.test(before) || /\s/.test(after) || MARK.test(after));
     const opens = left && (mark !== "_" || !right || MARK.test(before));
@@ -114,6 +114,7 @@ export function inline(text, budget, open = false) {
     for (const inner of node.querySelectorAll("a")) inner.replaceWith(inner.textContent);
     out[opener.at].data = "";
     stack.length = k;
+    for (let i = k - 1; i >= 0; i -= 1) if (stack[i].mark === "[") stack.splice(i, 1); // no link in a link
     if (!node.textContent.trim()) node.append(address);
     else showHost(node);
     return end + 1;

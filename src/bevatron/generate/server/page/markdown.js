@@ -48,7 +48,7 @@ export class Markdown {
       }
       fresh.push(block);
     }
-    this.replace(fresh.map((block) => block.node));
+    this.replace(fresh);
     this.nodes = fresh.filter((block) => !block.settled).map((block) => block.node);
     for (let i = 0; i < settled; i += 1) this.offset = text.indexOf("\n", this.offset) + 1;
   }
@@ -56,14 +56,11 @@ export class Markdown {
   /** New nodes for those of the last blocks; growing code keeps its element, scrolling and button. */
   replace(fresh) {
     const [old] = this.nodes;
-    if (this.nodes.length === 1 && fresh.length && sameCode(old, fresh[0])) {
-      old.querySelector("code").replaceChildren(...fresh[0].querySelector("code").childNodes);
-      fresh[0] = old;
-      this.root.append(...fresh.slice(1));
-      return;
-    }
-    for (const node of this.nodes) node.remove();
-    this.root.append(...fresh);
+    if (this.nodes.length === 1 && fresh.length && sameCode(old, fresh[0].node)) {
+      old.querySelector("code").replaceChildren(...fresh[0].node.querySelector("code").childNodes);
+      fresh[0].node = old;
+    } else for (const node of this.nodes) node.remove();
+    this.root.append(...fresh.map((block) => block.node));
   }
 }
 
@@ -130,6 +127,7 @@ function indented(lines, i) {
 
 export function codeBlock(code, language, budget) {
   const body = el("code", {}, ...highlight(code, language.toLowerCase(), budget));
+  budget.left -= 16;
   const bar = el("div", { class: "bar" }, el("span", {}, language || "text"),
     copyButton(() => body.textContent, "Copy code"));
   return el("div", { class: "code", "data-language": language }, bar, el("pre", { tabindex: "0" }, body));
@@ -213,7 +211,7 @@ function aligned(lines, i) {
 function row(line) {
   const cells = [];
   let cell = "";
-  for (const [part] of line.trim().matchAll(/\\[^]|`[^`|]*`|[|]|[^\\`|]+|`/g)) {
+  for (const [part] of line.trim().matchAll(/\\[^]|`[^`]*`|[|]|[^\\`|]+|`/g)) {
     if (part !== "|") cell += part === "\\|" ? "|" : part;
     else {
       cells.push(cell);
