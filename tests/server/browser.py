@@ -55,9 +55,13 @@ class Browser:
             if page := self.pages.get(reply.get("sessionId", "")):
                 page.heard(reply["method"], reply["params"])
 
-    def page(self, width: int = 1280, height: int = 800, *, phone: bool = False, dark: bool = False) -> Page:
+    def page(
+        self, width: int = 1280, height: int = 800, *, phone: bool = False, dark: bool = False
+    ) -> Page:
         context = self.send("Target.createBrowserContext")["browserContextId"]
-        target = self.send("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        target = self.send("Target.createTarget", url="about:blank", browserContextId=context)[
+            "targetId"
+        ]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = self.pages[session] = Page(self, session, target)
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -122,7 +126,11 @@ class Page:
     def wait(self, expression: str, seconds: float = 30) -> Any:
         deadline = time.monotonic() + seconds
         while not (value := self.js(expression)):
-            assert time.monotonic() < deadline, (expression, self.js("document.body.innerText"), self.problems)
+            assert time.monotonic() < deadline, (
+                expression,
+                self.js("document.body.innerText"),
+                self.problems,
+            )
             time.sleep(0.03)
         return value
 
@@ -153,7 +161,9 @@ class Page:
         self.send("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(
+            base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+        )
 
     def close(self) -> None:
         self.browser.send("Target.closeTarget", targetId=self.target)

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import torch
@@ -26,7 +28,13 @@ TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 日�
 CONTEXT = 256
 
 
-def make_model(folder: Path, *, template: str | None = TEMPLATE, eos: int | None = 1) -> Path:
+def make_model(
+    folder: Path,
+    *,
+    template: str | None = TEMPLATE,
+    eos: int | None = 1,
+    context: int = CONTEXT,
+) -> Path:
     """A random Llama with a byte-level tokenizer, whose answers are arbitrary bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -49,7 +57,7 @@ def make_model(folder: Path, *, template: str | None = TEMPLATE, eos: int | None
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=eos,
@@ -66,6 +74,34 @@ def make_model(folder: Path, *, template: str | None = TEMPLATE, eos: int | None
     return folder
 
 
+def make_obedient(folder: Path, pieces: list[str], *, template: str) -> Path:
+    """A model that answers with these pieces, whatever it is asked: each token has one successor,
+    which its row of the embedding and of the head spell out; layers add nothing."""
+    from tokenizers import AddedToken, Tokenizer
+
+    make_model(folder, template=template)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chain = [tokenizer.token_to_id(t) for t in ("<|assistant|>", *pieces, "<|end|>")]
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    config.vocab_size = tokenizer.get_vocab_size()
+    config.hidden_size = config.num_attention_heads * -(-config.vocab_size // 4)
+    config.hidden_size += config.hidden_size % 8
+    config.head_dim = 16
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.zero_()
+        for token in range(config.vocab_size):
+            model.model.embed_tokens.weight[token, token] = 1.0
+        for token, following in pairwise(chain):
+            model.lm_head.weight[following, token] = 1.0
+    model.save_pretrained(folder)
+    return folder
+
+
 @dataclass
 class Served:
     """A server that runs."""
@@ -73,16 +109,21 @@ class Served:
     process: subprocess.Popen[str]
     port: int
     model: str
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=60, headers=self.headers, **options)
 
     def post(self, path: str, body: object, **options: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=60, headers=self.headers, **options)
+
+    def post_raw(self, path: str, content: Any, headers: dict[str, str]) -> httpx.Response:
+        given = {**self.headers, **headers}
+        return httpx.post(self.url + path, content=content, timeout=60, headers=given)
 
     def metric(self, name: str) -> float:
         found = re.search(rf"^bevatron_{name} (\S+)$", self.get("/metrics").text, re.MULTILINE)

@@ -16,7 +16,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bevatron.generate.server.page import files
 
-Answer = list[str | dict[str, Any]]  # pieces of text, deltas, or {"error": ...}; then it is finished
+Answer = list[
+    str | dict[str, Any]
+]  # pieces of text, deltas, or {"error": ...}; then it is finished
 
 
 @dataclass

@@ -360,15 +360,13 @@ def generate(
     top_p: Annotated[float, typer.Option()] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
-    tp: Annotated[int, typer.Option(help="1 for now.")] = 1,
-    pp: Annotated[int, typer.Option(help="1 for now.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Processes that share each layer.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Processes that share the layers.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Complete a prompt."""
     from bevatron.generate.engine import generate as complete
 
-    if tp != 1 or pp != 1:
-        raise BevatronError("generate runs in one process for now; use --tp 1 --pp 1")
     out = complete(
         ckpt,
         prompt,
@@ -377,6 +375,8 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        tp=tp,
+        pp=pp,
     )
     if as_json:
         _show({"text": out.text, "tokens": out.tokens, "finish_reason": out.finish_reason}, True)

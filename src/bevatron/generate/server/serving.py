@@ -6,17 +6,19 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from bevatron.errors import BevatronError
+from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.template import ChatTemplate
 from bevatron.generate.engine import Engine
 from bevatron.generate.request import LARGEST_SEED, Piece, Request, Sampling
 from bevatron.generate.server.fields import Common
 from bevatron.generate.server.metrics import Metrics
 from bevatron.generate.server.refusal import Refusal, bad
-from bevatron.generate.server.settings import MAX_CHOICES, Settings
+from bevatron.generate.server.settings import Settings
 from bevatron.generate.server.tokens import TokenTexts
 
 DEFAULTS = {
@@ -32,6 +34,7 @@ DEFAULTS = {
 class Serving:
     """
     Attributes:
+        context: tokens of a prompt and its answer.
         defaults: sampling settings for requests that name none: those of the model's
             generation_config.json, and OpenAI's where that has none.
     """
@@ -42,12 +45,14 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        self.context = min(self.engine.context, self.engine.max_tokens)
         self.texts = TokenTexts(self.engine.tokenizer)
         self.template = ChatTemplate.of(self.engine.opened, self.engine.tokenizer)
         self.stop_tokens = self.engine.stop_tokens  # of chats
         if self.template is not None:
             self.template.where = "chat template"  # what messages say, and clients need no paths
-            self.stop_tokens |= self.template.stop_tokens
+            with suppress(ChatError):  # every chat will be told; completions need no template
+                self.stop_tokens |= self.template.stop_tokens
         self.defaults = published_defaults(self.engine)
 
     def check_model(self, name: str | None) -> None:
@@ -71,8 +76,8 @@ class Serving:
     ) -> list[Request]:
         """One per prompt and choice. `limit`: new tokens; None: until the context is full."""
         n = asked.n or 1
-        if len(prompts) * n > MAX_CHOICES:
-            raise bad(f"n: {len(prompts)} prompts times {n} are over {MAX_CHOICES} answers", "n")
+        if len(prompts) * n > (most := self.settings.max_choices):
+            raise bad(f"n: {len(prompts)} prompts times {n} are over {most} answers", "n")
         stops = frozenset() if asked.ignore_eos else stop_tokens
         fields = {
             "stop_tokens": stops | frozenset(asked.stop_token_ids or ()),
@@ -99,11 +104,11 @@ class Serving:
         if (found := max(ids)) >= self.engine.spec.vocab_size:
             vocabulary = self.engine.spec.vocab_size
             raise bad(f"prompt: has token {found}, the model has {vocabulary} tokens", "prompt")
-        room = self.engine.context - len(ids)
+        room = self.context - len(ids)
         if room < (1 if limit is None else limit):
             wanted = "" if limit is None else f" and {limit} new ones were asked for"
             raise bad(
-                f"the model's context is {self.engine.context} tokens; the prompt has "
+                f"the model's context is {self.context} tokens; the prompt has "
                 f"{len(ids)}{wanted}. Shorten the prompt or lower max_tokens",
                 "max_tokens" if room > 0 else "prompt",
                 "context_length_exceeded",
