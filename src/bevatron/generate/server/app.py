@@ -91,6 +91,7 @@ def _models(app: FastAPI, serving: Serving) -> None:
         "owned_by": "bevatron",
         "context": serving.context,
         "chat": serving.template is not None,
+        "sampling": serving.defaults,
     }
 
     @app.get("/v1/models", responses=_errors(401, 403))
