@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from bevatron.generate.chat.error import ChatError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names for one thing
+ROLE = re.compile(r"[\w-]{1,40}")
 DEEPEST = 100
 
 Message = dict[str, Any]
@@ -36,7 +38,8 @@ def _message(where: str, message: Any, template: str) -> Message:
     role = made.get("role")
     if not isinstance(role, str):
         raise ChatError(f"{where}.role is {_kind(role)}, expected a text such as 'user'")
-    if role not in ROLES and not (f"'{role}'" in template or f'"{role}"' in template):
+    quoted = f"'{role}'" in template or f'"{role}"' in template
+    if role not in ROLES and not (quoted and ROLE.fullmatch(role)):
         known = ", ".join(ROLES)
         raise ChatError(f"{where}.role is {role[:40]!r}, expected one of {known}")
     if role == "developer" and "developer" not in template:

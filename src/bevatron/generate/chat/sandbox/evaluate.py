@@ -78,7 +78,6 @@ class _Evaluator:
         self.filters = Filters(self.values)
         self.globals = functions(self.values, now)
         self.depth = 0  # of macros
-        self.loops = 0
         self.does: dict[type, Callable[[Any, Scope, list[str]], None]] = {
             nodes.Output: self._output,
             nodes.For: self._for,
@@ -170,8 +169,7 @@ class _Evaluator:
         items = self.values.items(self.give(node.iter, scope))
         if node.test is not None:
             items = [item for item in items if self._passes(node, item, scope)]
-        loop = Loop(items, self.loops)
-        self.loops += 1
+        loop = Loop(items)
         for index, item in enumerate(items):
             self.budget.spend()
             loop.index0 = index
@@ -182,7 +180,6 @@ class _Evaluator:
             except _Jump as jump:
                 if jump.ends:
                     break
-        self.loops -= 1
         if not items:
             self.run(node.else_, Scope(scope, {}), out)
 

@@ -82,7 +82,6 @@ class Loop:
     """The variable `loop`."""
 
     items: list[Any]
-    depth0: int
     index0: int = -1
 
     def get(self, name: str) -> Any:
@@ -90,7 +89,7 @@ class Loop:
         values: dict[str, Any] = {"index0": at, "index": at + 1, "length": n}
         values |= {"revindex0": n - at - 1, "revindex": n - at}
         values |= {"first": at == 0, "last": at == n - 1}
-        values |= {"depth0": self.depth0, "depth": self.depth0 + 1}
+        values |= {"depth0": 0, "depth": 1}  # of recursion, which there is none of
         if name == "previtem":
             return self.items[at - 1] if at > 0 else Undefined("there is no previous item")
         if name == "nextitem":
@@ -133,7 +132,7 @@ class Values:
             self.budget.weigh(key)
         if isinstance(key, slice):
             if not isinstance(value, str | list | tuple):
-                return Undefined(obj=value, name="slice")
+                raise TypeError(f"{type(value).__name__!r} object has no slices")
             part = len(range(*key.indices(len(value))))
             self.budget.make(part * (1 if isinstance(value, str) else NODE))
         if isinstance(value, str | list | tuple | dict | range):
@@ -299,6 +298,8 @@ class Values:
         if symbol in ("in", "notin"):
             if isinstance(right, ITERATOR):
                 right = self.items(right)
+            if isinstance(right, range) and not isinstance(left, int):
+                self.budget.spend(len(right))  # compared with each
             if isinstance(right, str):
                 self.budget.read(len(right))
             elif not (scalar and isinstance(right, dict | range | type({}.keys()))):
