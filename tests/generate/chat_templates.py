@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates have long lines)
 """Chat templates in the conventions of published models, and a tokenizer that has their tokens.
 
 Written for these tests after the models' documentation: the same markers, order and whitespace.
@@ -199,9 +200,25 @@ TOKENS = {
     "nanochat": ("<|bos|>", "<|assistant_end|>"),
 }
 LLAMA3_TOKENS = ("<|begin_of_text|>", "<|eot_id|>")
-SPECIALS = """<unk> <s> </s> <|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|>
-<|eom_id|> <|eot_id|> <|python_tag|> <extra_id_0> <extra_id_1> <|bos|> <|user_start|> <|user_end|>
-<|assistant_start|> <|assistant_end|>""".split()
+SPECIALS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<extra_id_0>",
+    "<extra_id_1>",
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+]
 
 
 @lru_cache
@@ -227,7 +244,7 @@ def of_family(name: str) -> tuple[str, str]:
     return TOKENS.get(name, LLAMA3_TOKENS)
 
 
-def save_tokenizer(folder: Path, name: str, vocab: int | None = None) -> None:
+def save_tokenizer(folder: Path, name: str) -> None:
     """tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers writes them."""
     reference(name).save_pretrained(folder)
 

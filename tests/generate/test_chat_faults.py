@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates have long lines)
 """Chat templates and messages that harm: stopped within seconds, with one sentence."""
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from bevatron.errors import BevatronError
-from bevatron.generate.chat.sandbox import budget
 from bevatron.generate.chat.error import ChatError
+from bevatron.generate.chat.sandbox import budget
 from bevatron.generate.chat.template import ChatTemplate
 from tests.generate.chat_templates import TEMPLATES, tokenizer
 
@@ -234,9 +235,9 @@ def test_fault_70_a_missing_template_says_what_to_do(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     opened = open_weights(folder)
     assert ChatTemplate.of(opened, tokenizer()) is None
-    with pytest.raises(ChatError, match="has no chat template.*--prompt.*--chat-template FILE"):
+    with pytest.raises(ChatError, match=r"has no chat template.*--prompt.*--chat-template FILE"):
         ChatTemplate.needed(opened, tokenizer())
-    with pytest.raises(ChatError, match="nowhere.jinja: cannot be read"):
+    with pytest.raises(ChatError, match=r"nowhere\.jinja: cannot be read"):
         ChatTemplate.needed(opened, tokenizer(), "nowhere.jinja")
     (tmp_path / "own.jinja").write_text("{{ messages[0].role }}")
     own = ChatTemplate.needed(opened, tokenizer(), tmp_path / "own.jinja")

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates have long lines)
 """Rendering equals transformers' apply_chat_template; special tokens in messages stay text."""
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ from hypothesis import strategies as st
 
 from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.template import ChatTemplate
-from tests.generate.chat_templates import NANOCHAT, SPECIALS, TEMPLATES, of_family, reference, tokenizer
+from tests.generate.chat_templates import (
+    NANOCHAT,
+    SPECIALS,
+    TEMPLATES,
+    of_family,
+    reference,
+    tokenizer,
+)
 
-USER = {"role": "user", "content": "  What is <b>2 + 2</b> & \"why\"?\n"}
+USER = {"role": "user", "content": '  What is <b>2 + 2</b> & "why"?\n'}
 ANSWER = {"role": "assistant", "content": "4.\n\nBecause  of é and 数学 🙂 "}
 SYSTEM = {"role": "system", "content": "detailed thinking on"}
 TOOL = {
     "type": "function",
     "function": {
         "name": "weather",
-        "description": "The weather <now> in a city's \"centre\" & around.",
+        "description": 'The weather <now> in a city\'s "centre" & around.',
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
@@ -84,7 +92,11 @@ def test_tools_equal_transformers(name: str, options: dict[str, Any]) -> None:
 
 def test_built_in_tools_equal_transformers() -> None:
     call = {"name": "search", "arguments": {"query": "x", "site": "y"}}
-    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}, RESULT]
+    chat = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [{"function": call}]},
+        RESULT,
+    ]
     options = {"builtin_tools": ["search", "code_interpreter"]}
     want = theirs("llama31", chat, add_generation_prompt=True, **options)
     assert template("llama31").render(chat, **options) == want
@@ -99,14 +111,18 @@ def test_the_last_message_is_continued_as_transformers_does(name: str, ends: str
 
 
 def test_templates_are_found_where_transformers_finds_them(tmp_path: Path) -> None:
-    from tests.bridge.hf_folders import make
-    from bevatron.bridge.opened import open_weights
     import transformers
+
+    from bevatron.bridge.opened import open_weights
+    from tests.bridge.hf_folders import make
 
     folder = make(tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
     (folder / "chat_template.jinja").unlink()
-    config: dict[str, Any] = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>"}
+    config: dict[str, Any] = {
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
+        "eos_token": "</s>",
+    }
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     tokenizer().save(str(folder / "tokenizer.json"))
 
@@ -171,7 +187,9 @@ def test_fault_71_special_tokens_in_messages_stay_text(name: str, token: str) ->
     want = [i for i in ours.encode([plain, ANSWER, plain]) if i in control]
     ids = ours.encode([attack, ANSWER, attack])
     assert [i for i in ids if i in control] == want
-    assert tokenizer().decode(ids, skip_special_tokens=False) == ours.render([attack, ANSWER, attack])
+    assert tokenizer().decode(ids, skip_special_tokens=False) == ours.render(
+        [attack, ANSWER, attack]
+    )
     assert tokenizer().encode(f" {token} ".strip()).ids == [tokenizer().token_to_id(token)]
 
 
@@ -214,13 +232,27 @@ def test_fault_71_everywhere_a_user_can_write() -> None:
 @settings(max_examples=40)
 @given(st.data())
 def test_fault_71_no_text_makes_special_tokens(data: st.DataObject) -> None:
-    bits = ["<", "<|", "eot_id", "|>", "/no_think", "</think>", "<think>", " ", "\n", "é", *SPECIALS]
+    bits = [
+        "<",
+        "<|",
+        "eot_id",
+        "|>",
+        "/no_think",
+        "</think>",
+        "<think>",
+        " ",
+        "\n",
+        "é",
+        *SPECIALS,
+    ]
     text = "".join(data.draw(st.lists(st.sampled_from(bits), max_size=8)))
     name = data.draw(st.sampled_from(sorted(TEMPLATES)))
     role = data.draw(st.sampled_from(["user", "assistant"]))
-    chat = [USER, {"role": "assistant", "content": text}, USER] if role != "user" else [
-        {"role": "user", "content": text}
-    ]
+    chat = (
+        [USER, {"role": "assistant", "content": text}, USER]
+        if role != "user"
+        else [{"role": "user", "content": text}]
+    )
     ours = template(name)
     control = {tokenizer().token_to_id(t) for t in SPECIALS}
     plain = [{**m, "content": "x"} for m in chat]

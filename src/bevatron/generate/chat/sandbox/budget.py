@@ -90,4 +90,4 @@ class Budget:
             self.make(self.weigh(value)[0])
 
 
-VIEWS = (type({}.items()), type({}.keys()), type({}.values()))
+VIEWS: tuple[type, ...] = (type({}.items()), type({}.keys()), type({}.values()))

@@ -112,7 +112,9 @@ class _Evaluator:
             nodes.List: lambda n, s: self.all(n.items, s),
             nodes.Tuple: lambda n, s: tuple(self.all(n.items, s)),
             nodes.Dict: self._dict,
-            nodes.Slice: lambda n, s: slice(*(self._bound(x, s) for x in (n.start, n.stop, n.step))),
+            nodes.Slice: lambda n, s: slice(
+                *(self._bound(x, s) for x in (n.start, n.stop, n.step))
+            ),
         }
 
     def render(self, tree: nodes.Template, variables: dict[str, Any]) -> str:
@@ -289,7 +291,7 @@ class _Evaluator:
         self, node: nodes.Call | nodes.Filter | nodes.Test, scope: Scope
     ) -> tuple[list[Any], dict[str, Any]]:
         args = self.all(node.args, scope)
-        kwargs = {pair.key: self.give(pair.value, scope) for pair in node.kwargs}
+        kwargs = {str(pair.key): self.give(pair.value, scope) for pair in node.kwargs}
         if node.dyn_args is not None:
             args += self.values.items(self.give(node.dyn_args, scope))
         if node.dyn_kwargs is not None:
