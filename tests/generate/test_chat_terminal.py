@@ -148,31 +148,33 @@ def test_a_conversation_in_a_terminal(screen: Screen, talker: Path, tmp_path: Pa
     time.sleep(1.5)
     screen.type("\x03")
     assert "interrupted" in screen.until(PROMPT)
-    cut = saved()
-    assert [m["role"] for m in cut[-2:]] == ["user", "assistant"]
+    assert [m["role"] for m in saved()[-2:]] == ["user", "assistant"]
     screen.say("/set max_new_tokens 4")
     assert "4 tokens" in screen.say("Go on")
     screen.type("half a line\x03")
     assert "Ctrl-D or /quit ends" in screen.until(PROMPT)
-
-    # forgetting and remembering
-    messages = len(saved())
-    screen.say("/reset")
-    assert [m["role"] for m in json.loads(json.dumps(saved()))] == ["system"]
-    assert "nothing to answer" in screen.say("/retry")
-    assert "nowhere.json" in screen.say("/load nowhere.json")
-    (tmp_path / "precious.json").write_text("[5]")
-    assert "exists and is no conversation" in screen.say("/save precious.json")
-    (tmp_path / "old.json").write_text(json.dumps(cut))
-    assert f"loaded {len(cut)}" in screen.say("/load old.json")
-    assert "4 tokens" in screen.say("And now?")
-    assert messages > len(cut)
-
     screen.type("\x04")
     assert screen.end() == 0
     history = tmp_path / "state" / "bevatron" / "chat_history"
     assert "Hello there" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_conversations_are_saved_loaded_and_forgotten(screen: Screen, tmp_path: Path) -> None:
+    old = [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert "loaded 3 messages" in screen.say("/load old.json")
+    assert "8 tokens" in screen.say("And now?")
+    assert "saved 5 messages" in screen.say("/save chat.json")
+    assert "forgotten" in screen.say("/reset")
+    assert "nothing to answer" in screen.say("/retry")
+    screen.say("/save chat.json")
+    assert json.loads((tmp_path / "chat.json").read_text())["messages"] == old[:1]
+    assert "nowhere.json" in screen.say("/load nowhere.json")
+    (tmp_path / "precious.json").write_text("[5]")
+    assert "exists and is no conversation" in screen.say("/save precious.json")
+    screen.type("/quit\n")
+    assert screen.end() == 0
 
 
 def test_what_a_terminal_would_obey_is_made_visible() -> None:
