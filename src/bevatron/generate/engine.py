@@ -1,33 +1,275 @@
-"""Text from a checkpoint: greedy or sampled, with a KV cache, in one process."""
+"""One model, many requests at once: continuous batching over one KV cache."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.errors import BevatronError
-from bevatron.generate.cache import make_caches
-from bevatron.generate.load import load_opened
-from bevatron.generate.sampling import Sampling, choose
-from bevatron.nn.decoder import Decoder
+from bevatron.generate.model import Model
+from bevatron.generate.request import (
+    Generation,
+    Loglikelihood,
+    QueueFull,
+    Request,
+    Sampling,
+    Stats,
+)
+from bevatron.generate.scheduler import Scheduler
+from bevatron.generate.stream import Stream
+from bevatron.generate.text import Vocabulary
+from bevatron.generate.workers import Group, open_group
+from bevatron.parallel.agree import explain
 from bevatron.parallel.world import default_device
 
+__all__ = ["Engine", "Generation", "generate"]
 
-@dataclass(frozen=True)
-class Generation:
-    """A completion: its text without special tokens, its token ids (a stop token included), and
-    `stop` (a stop token came) or `length`."""
+SHARE = 0.25  # of the free memory that the cache may take if nothing is said
 
-    text: str
-    tokens: list[int]
-    finish_reason: str
+
+class Engine:
+    """A model that answers requests. Use as a context, or `close()` it.
+
+    Attributes:
+        opened: the checkpoint; spec: the model.
+        context: positions that the model was made for. The engine computes beyond it, as
+            transformers does; what that is worth depends on the model's rope.
+        stop_tokens: end-of-sequence tokens that the checkpoint names.
+        max_tokens: positions that the cache may have, over all sequences.
+    """
+
+    def __init__(
+        self, opened: Opened, group: Group, *, max_batch: int, max_tokens: int | None, queue: int
+    ) -> None:
+        self.opened, self.spec, self.group = opened, opened.spec, group
+        self._tokenizer = load_tokenizer(opened) if tokenizer_file(opened) else None
+        self.context = self.spec.max_position_embeddings
+        self.stop_tokens = stop_tokens(opened)
+        self.max_tokens = max_tokens or _default_tokens(group.model, self.context)
+        self._queue = queue
+        vocabulary = Vocabulary(self._tokenizer)
+        self._scheduler = Scheduler(vocabulary, self.spec.vocab_size, max_batch, self.max_tokens)
+        self._changed = threading.Condition()
+        self._incoming: list[tuple[Stream, bool]] = []
+        self._cancelled: set[Stream] = set()
+        self._closed = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="bevatron-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(
+        cls,
+        ckpt: str | Path,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        int8: bool = False,
+        max_batch: int = 32,
+        max_tokens: int | None = None,
+        queue: int = 128,
+    ) -> Engine:
+        """Open a native checkpoint, a run, an HF folder or a Hub id.
+
+        Args:
+            tp, pp: processes that share the model; they are started here, on this machine. Under
+                torchrun its processes are used, and this returns on rank 0 alone.
+            device: this process's accelerator if there is one, else the CPU.
+            dtype: of the weights; that of the stored ones if absent.
+            int8: on a CPU, matrices rounded to 8 bits, row by row.
+            max_batch: sequences that run at once.
+            max_tokens: positions that the cache may have; from the free memory if absent.
+            queue: requests that may wait.
+        Raises BevatronError for what cannot generate text, whichever process found it out.
+        """
+        for name, value in (("tp", tp), ("pp", pp), ("max_batch", max_batch)):
+            if value < 1:
+                raise BevatronError(f"{name} is {value}, expected at least 1")
+        opened = open_weights(ckpt)
+        if opened.spec.head.kind != "causal_lm":
+            raise BevatronError(
+                f"{opened.folder}: has the head {opened.spec.head.kind}; only a model with a "
+                "causal_lm head can generate text"
+            )
+        where = torch.device(device) if device is not None else default_device()
+        group = open_group(opened, str(ckpt), tp, pp, where, dtype, int8, batches=max_batch > 1)
+        try:
+            return cls(opened, group, max_batch=max_batch, max_tokens=max_tokens, queue=queue)
+        except BaseException:
+            group.close()
+            raise
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the tokenizers library. Raises BevatronError if the checkpoint has none: then only
+        token ids go in and out."""
+        return self._tokenizer or load_tokenizer(self.opened)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def submit(self, request: Request) -> Stream:
+        """Begin an answer. Raises BevatronError for a request that can never run, QueueFull when
+        too many wait."""
+        self._check(request)
+        with self._changed:
+            waiting = len(self._scheduler.waiting) + len(self._incoming)
+            if waiting >= self._queue + self._scheduler.max_batch - len(self._scheduler.running):
+                raise QueueFull(f"{waiting} requests are waiting, which is the limit; try again")
+            return self._add(request, True)
+
+    def complete(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answer all of these, however many; results in their order."""
+        for request in requests:
+            self._check(request)
+        with self._changed:
+            streams = [self._add(request, True) for request in requests]
+        return [stream.result() for stream in streams]
+
+    def loglikelihoods(self, sequences: Sequence[Sequence[int]]) -> list[Loglikelihood]:
+        """Of every next token of each sequence, however many sequences; results in their order."""
+        requests = [Request(tuple(ids), prompt_logprobs=0) for ids in sequences]
+        for request in requests:
+            self._check(request, answers=False)
+        with self._changed:
+            streams = [
+                self._add(request, False) if len(request.prompt) > 1 else None
+                for request in requests
+            ]
+        out = []
+        for stream in streams:
+            scored = []
+            if stream is not None:
+                if stream.result().finish_reason == "cancelled":
+                    raise BevatronError("the engine was closed")
+                scored = [p.logprob for p in stream.prompt_logprobs or () if p is not None]
+            out.append(Loglikelihood(scored, stream.greedy if stream is not None else []))
+        return out
+
+    def stats(self) -> Stats:
+        """Now, and in all."""
+        scheduler = self._scheduler
+        with self._changed:
+            return Stats(
+                len(scheduler.running),
+                len(scheduler.waiting) + len(self._incoming),
+                scheduler.cached_tokens,
+                scheduler.finished,
+                scheduler.prompt_tokens,
+                scheduler.new_tokens,
+            )
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be answered any more, if that is so."""
+        return self._failure
+
+    def close(self) -> None:
+        """End the thread and the other processes; streams that run or wait end as `cancelled`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _add(self, request: Request, answers: bool) -> Stream:
+        if self._failure is not None:
+            raise BevatronError(self._failure)
+        if self._closed:
+            raise BevatronError("the engine is closed")
+        stream = Stream(request, self._cancel)
+        self._incoming.append((stream, answers))
+        self._changed.notify_all()
+        return stream
+
+    def _check(self, request: Request, answers: bool = True) -> None:
+        vocab = self.spec.vocab_size
+        for what, ids in (
+            ("the prompt", request.prompt),
+            ("logit_bias", request.sampling.logit_bias),
+        ):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab):
+                wrong = next(i for i in ids if not 0 <= i < vocab)
+                raise BevatronError(
+                    f"{what} has token {wrong}, the model has {vocab}; the tokenizer belongs to "
+                    "another model"
+                )
+        needed = len(request.prompt) + (request.max_new_tokens - 1 if answers else 0)
+        if needed > self.max_tokens:
+            raise BevatronError(
+                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones "
+                f"do not fit into a cache of {self.max_tokens} positions; ask for fewer, or raise "
+                "max_tokens"
+            )
+
+    def _cancel(self, stream: Stream) -> None:
+        with self._changed:
+            self._cancelled.add(stream)
+            self._changed.notify_all()
+
+    # --- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._hear():
+                step = self._scheduler.next_step()
+                if step is not None:
+                    output = self.group.run(step)
+                    with self._changed:
+                        self._scheduler.take(step, output)
+        except BaseException as error:
+            with self._changed:
+                self._failure = self.group.why(error) or explain(error)
+        self._end()
+
+    def _hear(self) -> bool:
+        """Take in what was asked meanwhile, waiting if there is nothing to do. False to end."""
+        scheduler = self._scheduler
+        with self._changed:
+            while not (self._incoming or scheduler.running or scheduler.waiting or self._closed):
+                self._cancelled.clear()
+                self._changed.wait()
+            for stream, answers in self._incoming:
+                scheduler.add(stream, answers)
+            self._incoming.clear()
+            if self._cancelled:
+                scheduler.cancel(self._cancelled)
+                self._cancelled.clear()
+            return not self._closed
+
+    def _end(self) -> None:
+        with self._changed:
+            for stream, answers in self._incoming:
+                self._scheduler.add(stream, answers)
+            self._incoming.clear()
+            left = [s.stream for s in [*self._scheduler.waiting, *self._scheduler.running]]
+            if self._failure is not None:
+                for stream in left:
+                    stream.fail(self._failure)
+            self._scheduler.cancel(left)
+        self.group.close()
+
+
+def _default_tokens(model: Model, context: int) -> int:
+    """As many positions as a share of the free memory holds, and at least one context."""
+    per_token = model.cache.bytes_per_position
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = int(SHARE * free / max(1, per_token))
+    return max(context, fits)
 
 
 def generate(
@@ -38,70 +280,36 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    seed: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = 0,
+    stop: Sequence[str] = (),
+    tp: int = 1,
+    pp: int = 1,
+    int8: bool = False,
 ) -> Generation:
     """Complete `prompt` with a native checkpoint, a run, an HF folder or a Hub id."""
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    if max_new_tokens < 1:
-        raise BevatronError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    opened = open_weights(ckpt)
-    if opened.spec.head.kind != "causal_lm":
-        raise BevatronError(
-            f"{opened.folder}: has the head {opened.spec.head.kind}; only a model with a causal_lm "
-            "head can generate text"
-        )
-    tokenizer = load_tokenizer(opened)
-    ids: list[int] = tokenizer.encode(prompt).ids
-    if not ids:
-        raise BevatronError("the prompt has no tokens; give at least one character")
-    if max(ids) >= opened.spec.vocab_size:
-        raise BevatronError(
-            f"{opened.source}: the tokenizer gave token {max(ids)}, the model has "
-            f"{opened.spec.vocab_size}; it belongs to another model"
-        )
-    decoder, _ = load_opened(opened, default_device())
-    stops = stop_tokens(opened)
-    tokens = list(decode(decoder, ids, sampling, max_new_tokens, stops))
-    text = completion_text(tokenizer, ids, tokens)
-    return Generation(text, tokens, "stop" if tokens[-1] in stops else "length")
+    sampling = Sampling(
+        temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, max_batch=1) as engine:
+        ids = engine.tokenizer.encode(prompt).ids
+        request = Request(tuple(ids), max_new_tokens, sampling, engine.stop_tokens, tuple(stop))
+        return engine.complete([request])[0]
 
 
-@torch.inference_mode()
-def decode(
-    decoder: Decoder, ids: list[int], sampling: Sampling, limit: int, stops: frozenset[int]
-) -> Iterator[int]:
-    """Yield new tokens one by one; ends after a stop token or `limit` tokens."""
-    weight = next(decoder.parameters())
-    generator = torch.Generator().manual_seed(sampling.seed)
-    caches = make_caches(decoder.spec, 1, len(ids) + limit, weight.dtype, weight.device)
-    new = torch.tensor([ids], device=weight.device)  # [1, T]
-    position = 0
-    for _ in range(limit):
-        positions = torch.arange(position, position + new.shape[1], device=weight.device)[None]
-        logits = decoder(new, _last(decoder), positions=positions, caches=caches)  # [1, V]
-        position += new.shape[1]
-        token = choose(logits, sampling, generator)
-        yield int(token)
-        if int(token) in stops:
-            return
-        new = token[:, None]
-
-
-def _last(decoder: Decoder) -> Any:
-    """Logits of the last position only: a prompt's other logits are never made."""
-
-    def compute(hidden: Tensor, weight: Tensor) -> Tensor:
-        return decoder.to_logits(hidden[:, -1], weight)
-
-    return compute
+def tokenizer_file(opened: Opened) -> Path | None:
+    """The source's tokenizer.json, if it has one."""
+    path = opened.source / "tokenizer.json" if opened.source else None
+    return path if path is not None and path.is_file() else None
 
 
 def load_tokenizer(opened: Opened) -> Any:
     """The source's tokenizer.json, by the tokenizers library."""
     from tokenizers import Tokenizer
 
-    path = opened.source / "tokenizer.json" if opened.source else None
-    if path is None or not path.is_file():
+    path = tokenizer_file(opened)
+    if path is None:
         raise BevatronError(
             f"{opened.folder}: has no tokenizer.json among its source files; import a folder that "
             "has one, or name `tokenizer` in the run configuration"
@@ -120,12 +328,3 @@ def stop_tokens(opened: Opened) -> frozenset[int]:
             if found is not None:
                 return frozenset(found if isinstance(found, list) else [found])
     return frozenset()
-
-
-def completion_text(tokenizer: Any, prompt: list[int], tokens: list[int]) -> str:
-    """The text that `tokens` add to the prompt's (decoding them alone may lose a space)."""
-    before = str(tokenizer.decode(prompt, skip_special_tokens=True))
-    whole = str(tokenizer.decode(prompt + tokens, skip_special_tokens=True))
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
