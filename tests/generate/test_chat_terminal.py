@@ -182,6 +182,7 @@ def test_conversations_are_saved_loaded_and_forgotten(screen: Screen, tmp_path: 
     assert screen.end() == 0
 
 
+@pytest.mark.slow  # it trains a model
 def test_tools_are_called_and_their_results_heard(tmp_path: Path) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -200,6 +201,7 @@ def test_tools_are_called_and_their_results_heard(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [m["role"] for m in saved] == ["user", "assistant", "tool", "assistant"]
     assert saved[1]["tool_calls"][0]["function"] == call["function"]
+    screen.say("/reset")
     screen.type("Rome?\n")  # and a result that never comes
     screen.until("weather gives> ")
     assert "taken back" in screen.interrupt()
