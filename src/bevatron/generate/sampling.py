@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from bevatron.errors import BevatronError
+from bevatron.generate.request import Sampling
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 is greedy. `top_k` 0 and `top_p` 1 keep everything."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise BevatronError(f"temperature is {self.temperature}, expected a number from 0 on")
-        if not 0 < self.top_p <= 1:
-            raise BevatronError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
-        if self.top_k < 0:
-            raise BevatronError(f"top_k is {self.top_k}, expected 0 (all) or more")
+__all__ = ["Sampling", "choose"]
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
