@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bevatron.bridge.convert import import_checkpoint
+from tests.evaluate.small_model import make_hf
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf`, as transformers saved it, and `native`."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_hf(folder / "hf")
+    import_checkpoint(folder / "hf", folder / "native")
+    return folder
