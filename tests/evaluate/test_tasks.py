@@ -14,7 +14,9 @@ from bevatron.errors import BevatronError
 from tests.evaluate.local_tasks import NAMES, write_tasks
 from tests.evaluate.small_model import TEXT
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness: pip install 'bevatron[eval]'")
+lm_eval = pytest.importorskip(
+    "lm_eval", reason="lm-evaluation-harness: pip install 'bevatron[eval]'"
+)
 
 TEXTS = [TEXT[i : i + 500] for i in range(0, 6000, 500)]
 
@@ -87,9 +89,7 @@ def test_the_command_passes_on_the_flags_of_lm_eval(
     assert found["config"]["model"] == "bevatron"
 
 
-def test_what_lm_eval_cannot_do_is_one_message(
-    model: Path, tasks: Path, tmp_path: Path
-) -> None:
+def test_what_lm_eval_cannot_do_is_one_message(model: Path, tasks: Path, tmp_path: Path) -> None:
     def refused(message: str, *flags: object) -> None:
         with pytest.raises(BevatronError, match=message):
             app(["eval", *map(str, flags)], standalone_mode=False)

@@ -462,6 +462,65 @@ def demo(
     tour(source, folder, steps=steps, overwrite=overwrite)
 
 
+@app.command()
+def serve(
+    ckpt: Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to others.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="BEVATRON_API_KEY", help="What clients have to show.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model's, for clients; default: its folder's.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1)] = 1,
+    pp: Annotated[int, typer.Option(min=1)] = 1,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights, on CPUs.")] = False,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers that run at once.")] = 32,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache holds in all.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get 429.")] = 128,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 8 << 20,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds in which a request must have arrived.")
+    ] = 30.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that running answers get after SIGTERM.")
+    ] = 30.0,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further Host header to answer to; * for any.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Origin of web pages that may call; * for any.")
+    ] = None,
+) -> None:
+    """Serve a model on this machine: OpenAI's API at /v1, a chat page at /.
+
+    SIGTERM or Ctrl-C: refuse new requests, let running ones end, then end; twice: at once.
+    """
+    from bevatron.generate.server.command import serve as start
+
+    start(
+        ckpt,
+        host=host,
+        port=port,
+        api_key=api_key,
+        name=name,
+        max_body=max_body,
+        timeout_s=timeout,
+        grace_s=grace,
+        hosts=allow_host or [],
+        origins=cors or [],
+        tp=tp,
+        pp=pp,
+        int8=int8,
+        max_batch=max_batch,
+        max_tokens=max_tokens,
+        queue=queue,
+    )
+
+
 def _known(option: str, value: str, *known: str) -> None:
     if value not in known:
         raise BevatronError(f"{option} {value}: not supported yet; use {', '.join(known)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from bevatron.data.tokenizer import OWN_CONFIGS, open_tokenizer, special_id
 from bevatron.errors import BevatronError
 from bevatron.evaluate.opening import MAX_BATCH, open_engine
+from bevatron.generate.chat.template import ChatTemplate
 from bevatron.generate.request import Request, Sampling
 from bevatron.generate.stream import Stream
 
@@ -40,6 +42,7 @@ class BevatronLM(TemplateLM):
         prefix_token_id: what comes before a text without a context; default: bos, else eos.
         batch_size: answers that are generated at the same time; 1 (lm_eval's default) and `auto`
             leave it to the engine. Scores do not depend on it.
+        chat_template_args: variables of the chat template; `enable_thinking` is one of them.
         trust_remote_code: no code of a checkpoint is ever run.
     """
 
@@ -58,9 +61,14 @@ class BevatronLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        enable_thinking: bool | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        self._template_args = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self._template_args["enable_thinking"] = enable_thinking
         size = int(batch_size or 1) if str(batch_size).isdigit() else 1
         self._max_batch = size if size > 1 else max_batch_size or MAX_BATCH
         self.engine = open_engine(
@@ -239,17 +247,19 @@ class BevatronLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The source of the checkpoint's template, which lm_eval records; other ones have no names
         here."""
-        return self._template().source if chat_template else None
+        return self._template.sources.get("default", "") if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation as the checkpoint's own template has it."""
-        text: str = self._template().render(
-            chat_history, add_generation_prompt=add_generation_prompt
+        return self._template.render(
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **self._template_args,
         )
-        if add_generation_prompt:
-            return text
-        # The last message is to be continued: what the template puts behind it goes
-        last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.needed(self.engine.opened, self._encoder)

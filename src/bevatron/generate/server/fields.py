@@ -1,0 +1,208 @@
+"""The requests that are understood, field by field. A field that is not here is refused by name:
+an answer that silently ignores what was asked for is worse than an error."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+
+MAX_PROMPTS = 128
+MAX_TOKEN = 2**31 - 1
+
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+
+
+def _check_prompt(value: object) -> object:
+    """One clear sentence instead of four, one for each shape that the prompt has not."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a string, a list of strings, token ids, or a list of such lists")
+    kinds = {type(item) for item in value}
+    if kinds == {int}:
+        return _check_tokens(value)
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"holds {len(value)} prompts, at most {MAX_PROMPTS} are allowed")
+    if kinds == {str}:
+        return value
+    if kinds == {list}:
+        return [_check_tokens(item) for item in value]
+    raise ValueError("a list must hold only strings, only token ids, or only lists of token ids")
+
+
+def _check_tokens(value: list[Any]) -> list[int]:
+    if not value:
+        raise ValueError("a list of token ids is empty")
+    for item in value:
+        if type(item) is not int or not 0 <= item <= MAX_TOKEN:
+            raise ValueError(f"token ids are whole numbers from 0 on, found {str(item)[:40]}")
+    return value
+
+
+def _check_stop(value: object) -> object:
+    if isinstance(value, str) and not value:
+        raise ValueError("a stop string must not be empty")
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and len(value) <= 16 and all(isinstance(v, str) for v in value):
+        if not all(value):
+            raise ValueError("a stop string must not be empty")
+        return value
+    raise ValueError("expected a string or at most 16 strings")
+
+
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    BeforeValidator(_check_prompt),
+    Field(description="Text, token ids, or a list of either"),
+]
+Stop = Annotated[str | list[Text] | None, BeforeValidator(_check_stop)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against onlookers; there is none here
+
+
+class Common(Strict):
+    """What both kinds of completion take."""
+
+    model: Annotated[str, Field(max_length=1000)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop = None
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None
+
+    # Not OpenAI's, but known to most local servers.
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=128)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+    # Accepted, and without effect here.
+    user: str | None = None
+    metadata: dict[str, JsonValue] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class CompletionRequest(Common):
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: Annotated[str, Field(max_length=0, description="Not supported")] | None = None
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Strict):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str = "{}"
+
+
+class ToolCall(Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As templates know it: text in one piece, arguments as an object."""
+        parts = self.content
+        text = "\n".join(part.text for part in parts) if isinstance(parts, list) else parts
+        role = "system" if self.role == "developer" else self.role
+        found: dict[str, Any] = {"role": role, "content": text or ""}
+        for key in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, key)) is not None:
+                found[key] = value
+        if self.tool_calls:
+            found["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
+        return found
+
+
+def _plain_call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        arguments = call.function.arguments
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
+
+
+class Function(Strict):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
+class ChatRequest(Common):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    generation_config: (
+        Annotated[
+            str, Field(max_length=100_000, description="As transformers' command line sends it")
+        ]
+        | None
+    ) = None
+
+
+class LoadRequest(Strict):
+    """What `transformers chat` sends before anything else."""
+
+    model: Annotated[str, Field(max_length=1000)] | None = None

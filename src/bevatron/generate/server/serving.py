@@ -1,0 +1,167 @@
+"""The model that is served, and what its requests have in common."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bevatron.errors import BevatronError
+from bevatron.generate.engine import Engine
+from bevatron.generate.request import LARGEST_SEED, Piece, Request, Sampling
+from bevatron.generate.server.fields import Common
+from bevatron.generate.server.metrics import Metrics
+from bevatron.generate.server.refusal import Refusal, bad
+from bevatron.generate.server.settings import MAX_CHOICES, Settings
+from bevatron.generate.server.tokens import TokenTexts
+
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass
+class Serving:
+    """
+    Attributes:
+        defaults: sampling settings of the model's generation_config.json, for requests that name
+            none.
+    """
+
+    engine: Engine
+    settings: Settings
+    metrics: Metrics = field(default_factory=Metrics)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.texts = TokenTexts(self.engine.tokenizer)
+        self.template: Any = None
+        self.defaults = published_defaults(self.engine)
+
+    def parse_calls(self, text: str) -> tuple[str | None, list[Any]]:
+        return text, []
+
+    def check_model(self, name: str | None) -> None:
+        """Raises Refusal unless `name` means the model that is served."""
+        if name is not None and name not in (self.settings.name, *self.settings.also):
+            raise Refusal(
+                404,
+                f"the model {name[:200]!r} is not here; this server has {self.settings.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def requests(
+        self,
+        asked: Common,
+        prompts: Sequence[Sequence[int]],
+        limit: int | None,
+        **more: Any,
+    ) -> list[Request]:
+        """One per prompt and choice. `limit`: new tokens; None: until the context is full."""
+        n = asked.n or 1
+        if len(prompts) * n > MAX_CHOICES:
+            raise bad(f"n: {len(prompts)} prompts times {n} are over {MAX_CHOICES} answers", "n")
+        stops = frozenset() if asked.ignore_eos else self.engine.stop_tokens
+        fields = {
+            "stop_tokens": stops | frozenset(asked.stop_token_ids or ()),
+            "stop_strings": (asked.stop,)
+            if isinstance(asked.stop, str)
+            else tuple(asked.stop or ()),
+            **more,
+        }
+        if asked.skip_special_tokens is not None:
+            fields["skip_special_tokens"] = asked.skip_special_tokens
+        try:
+            sampling = [self._sampling(asked, choice) for choice in range(n)]
+            return [
+                Request(tuple(ids), self._limit(ids, limit), how, **fields)
+                for ids in prompts
+                for how in sampling
+            ]
+        except BevatronError as error:
+            raise bad(str(error)) from error
+
+    def _limit(self, ids: Sequence[int], limit: int | None) -> int:
+        if not ids:
+            raise bad("the prompt has no tokens; give at least one character", "prompt")
+        if (found := max(ids)) >= self.engine.spec.vocab_size:
+            vocabulary = self.engine.spec.vocab_size
+            raise bad(f"prompt: has token {found}, the model has {vocabulary} tokens", "prompt")
+        room = self.engine.context - len(ids)
+        if room < (1 if limit is None else limit):
+            wanted = "" if limit is None else f" and {limit} new ones were asked for"
+            raise bad(
+                f"the model's context is {self.engine.context} tokens; the prompt has "
+                f"{len(ids)}{wanted}. Shorten the prompt or lower max_tokens",
+                "max_tokens" if room > 0 else "prompt",
+                "context_length_exceeded",
+            )
+        return room if limit is None else limit
+
+    def _sampling(self, asked: Common, choice: int) -> Sampling:
+        """`choice`: its number among n, of which each draws from a seed of its own."""
+
+        def take(name: str, otherwise: float) -> Any:
+            given = getattr(asked, name)
+            return self.defaults.get(name, otherwise) if given is None else given
+
+        seed = asked.seed
+        if seed is not None and choice:
+            seed = (seed + choice) % LARGEST_SEED
+        bias = {int(token): value for token, value in (asked.logit_bias or {}).items()}
+        if bias and max(bias) >= self.engine.spec.vocab_size:
+            vocabulary = self.engine.spec.vocab_size
+            message = f"logit_bias: names token {max(bias)}, the model has {vocabulary} tokens"
+            raise bad(message, "logit_bias")
+        return Sampling(
+            temperature=take("temperature", 1.0),
+            top_k=max(0, take("top_k", 0)),
+            top_p=take("top_p", 1.0),
+            min_p=take("min_p", 0.0),
+            repetition_penalty=take("repetition_penalty", 1.0),
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            presence_penalty=asked.presence_penalty or 0.0,
+            logit_bias=bias,
+            seed=seed,
+        )
+
+    def head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """What every reply, and every event of one, begins with."""
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.settings.name,
+        }
+
+
+def published_defaults(engine: Engine) -> dict[str, float]:
+    """The sampling settings that a model's authors recommend, where they are usable numbers."""
+    text = engine.opened.source_text("generation_config.json")
+    found: dict[str, Any] = json.loads(text) if text else {}
+    kept: dict[str, float] = {}
+    for name in DEFAULTS:
+        value = found.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                Sampling(**{name: value})  # type: ignore[arg-type]
+            except BevatronError:
+                continue
+            kept[name] = value
+    return kept
+
+
+def usage(prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, int]:
+    """`prompts`: each once, however many answers it has."""
+    prompt_tokens = sum(map(len, prompts))
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+    }
+
+
+def count(answers: Sequence[Sequence[Piece]]) -> int:
+    return sum(len(piece.tokens) for pieces in answers for piece in pieces)

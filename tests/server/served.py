@@ -1,0 +1,125 @@
+"""Real servers in processes of their own, and the small models that they serve."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+import torch
+import transformers
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIALS = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
+TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 日本語, 🙂🙃! " * 4
+CONTEXT = 256
+
+
+def make_model(folder: Path, *, template: str | None = TEMPLATE, eos: int | None = 1) -> Path:
+    """A random Llama with a byte-level tokenizer, whose answers are arbitrary bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=eos,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = eos
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>"}
+    described |= {"eos_token": "<|end|>", "model_max_length": CONTEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@dataclass
+class Served:
+    """A server that runs."""
+
+    process: subprocess.Popen[str]
+    port: int
+    model: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str, **options: object) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def post(self, path: str, body: object, **options: object) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^bevatron_{name} (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
+    def idle(self, seconds: float = 10) -> bool:
+        """Whether nothing runs, nothing waits and the cache is empty, soon."""
+        until = time.monotonic() + seconds
+        names = ("requests_running", "requests_waiting", "cached_tokens")
+        while any(self.metric(name) for name in names):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+@contextmanager
+def served(model: Path, *options: str) -> Iterator[Served]:
+    """`bevatron serve` on a free port; on leaving it must end well after one SIGTERM."""
+    command = [sys.executable, "-m", "bevatron", "serve", str(model), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if found := re.search(r"serving (\S+) at http://\S+:(\d+)", line):
+            break
+    else:
+        raise AssertionError(f"status {process.wait()}: {said}")
+    try:
+        yield Served(process, int(found[2]), found[1])
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        status = process.wait(30)
+        process.stderr.close()
+    assert "Traceback" not in rest, rest
+    assert status in (0, 128 + signal.SIGTERM), rest
