@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import torch
@@ -73,16 +74,21 @@ class Served:
     process: subprocess.Popen[str]
     port: int
     model: str
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=60, headers=self.headers, **options)
 
     def post(self, path: str, body: object, **options: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=60, headers=self.headers, **options)
+
+    def post_raw(self, path: str, content: Any, headers: dict[str, str]) -> httpx.Response:
+        given = {**self.headers, **headers}
+        return httpx.post(self.url + path, content=content, timeout=60, headers=given)
 
     def metric(self, name: str) -> float:
         found = re.search(rf"^bevatron_{name} (\S+)$", self.get("/metrics").text, re.MULTILINE)

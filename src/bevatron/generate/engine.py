@@ -1,58 +1,68 @@
-"""One model, many requests at once."""
+"""One model, many requests at once: continuous batching over one KV cache."""
 
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.errors import BevatronError
-from bevatron.generate.cache import make_caches
-from bevatron.generate.load import load_opened
+from bevatron.generate.model import Model
 from bevatron.generate.request import (
     Generation,
     Loglikelihood,
-    Piece,
     QueueFull,
     Request,
     Sampling,
     Stats,
-    TokenLogprob,
 )
-from bevatron.generate.sampling import choose
+from bevatron.generate.scheduler import Scheduler
 from bevatron.generate.stream import Stream
-from bevatron.generate.text import TextStream, Vocabulary
-from bevatron.nn.decoder import Decoder
+from bevatron.generate.text import Vocabulary
+from bevatron.generate.workers import Group, open_group
+from bevatron.parallel.agree import explain
 from bevatron.parallel.world import default_device
 
 __all__ = ["Engine", "Generation", "generate"]
 
+SHARE = 0.25  # of the free memory that the cache may take if nothing is said
+
 
 class Engine:
-    """A model that answers requests. Use as a context, or `close()` it."""
+    """A model that answers requests. Use as a context, or `close()` it.
 
-    def __init__(self, opened: Opened, decoder: Decoder, queue: int) -> None:
-        self.opened, self.spec, self.decoder = opened, opened.spec, decoder
+    Attributes:
+        opened: the checkpoint; spec: the model; tokenizer: of the tokenizers library.
+        context: positions that the model was made for. The engine computes beyond it, as
+            transformers does; what that is worth depends on the model's rope.
+        stop_tokens: end-of-sequence tokens that the checkpoint names.
+        max_tokens: positions that the cache may have, over all sequences.
+    """
+
+    def __init__(
+        self, opened: Opened, group: Group, *, max_batch: int, max_tokens: int | None, queue: int
+    ) -> None:
+        self.opened, self.spec, self.group = opened, opened.spec, group
         self.tokenizer = load_tokenizer(opened)
         self.context = self.spec.max_position_embeddings
         self.stop_tokens = stop_tokens(opened)
-        self._vocabulary = Vocabulary(self.tokenizer)
+        self.max_tokens = max_tokens or _default_tokens(group.model, self.context, max_batch)
         self._queue = queue
-        self._waiting: deque[Stream] = deque()
-        self._running: Stream | None = None
-        self._cancelled: set[Stream] = set()
+        self._scheduler = Scheduler(
+            Vocabulary(self.tokenizer), self.spec.vocab_size, max_batch, self.max_tokens
+        )
         self._changed = threading.Condition()
-        self._model = threading.Lock()
+        self._incoming: list[tuple[Stream, bool]] = []
+        self._cancelled: set[Stream] = set()
         self._closed = False
-        self._totals = [0, 0, 0]  # finished, prompt tokens, new tokens
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="bevatron-engine", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -69,17 +79,35 @@ class Engine:
         max_tokens: int | None = None,
         queue: int = 128,
     ) -> Engine:
-        """Open a native checkpoint, a run, an HF folder or a Hub id."""
-        if tp != 1 or pp != 1:
-            raise BevatronError("generate runs in one process for now; use --tp 1 --pp 1")
+        """Open a native checkpoint, a run, an HF folder or a Hub id.
+
+        Args:
+            tp, pp: processes that share the model; they are started here, on this machine. Under
+                torchrun its processes are used, and this returns on rank 0 alone.
+            device: this process's accelerator if there is one, else the CPU.
+            dtype: of the weights; that of the stored ones if absent.
+            int8: on a CPU, matrices rounded to 8 bits, row by row.
+            max_batch: sequences that run at once.
+            max_tokens: positions that the cache may have; from the free memory if absent.
+            queue: requests that may wait.
+        Raises BevatronError for what cannot generate text, whichever process found it out.
+        """
+        for name, value in (("tp", tp), ("pp", pp), ("max_batch", max_batch)):
+            if value < 1:
+                raise BevatronError(f"{name} is {value}, expected at least 1")
         opened = open_weights(ckpt)
         if opened.spec.head.kind != "causal_lm":
             raise BevatronError(
                 f"{opened.folder}: has the head {opened.spec.head.kind}; only a model with a "
                 "causal_lm head can generate text"
             )
-        decoder, _ = load_opened(opened, device or default_device(), dtype)
-        return cls(opened, decoder, queue)
+        where = torch.device(device) if device is not None else default_device()
+        group = open_group(opened, str(ckpt), tp, pp, where, dtype, int8, batches=max_batch > 1)
+        try:
+            return cls(opened, group, max_batch=max_batch, max_tokens=max_tokens, queue=queue)
+        except BaseException:
+            group.close()
+            raise
 
     def __enter__(self) -> Engine:
         return self
@@ -90,168 +118,148 @@ class Engine:
     def submit(self, request: Request) -> Stream:
         """Begin an answer. Raises BevatronError for a request that can never run, QueueFull when
         too many wait."""
-        self._check(request.prompt)
-        stream = Stream(request, self._cancel)
+        self._check(request)
         with self._changed:
-            if self._closed:
-                raise BevatronError("the engine is closed")
-            if len(self._waiting) >= self._queue:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting; try again later")
-            self._waiting.append(stream)
-            self._changed.notify_all()
-        return stream
+            waiting = len(self._scheduler.waiting) + len(self._incoming)
+            if waiting >= self._queue + self._scheduler.max_batch - len(self._scheduler.running):
+                raise QueueFull(f"{waiting} requests are waiting, which is the limit; try again")
+            return self._add(request, True)
 
     def complete(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answer all of these; results in their order."""
-        results: list[Generation] = []
-        step = max(1, self._queue)
-        for at in range(0, len(requests), step):
-            streams = [self.submit(r) for r in requests[at : at + step]]
-            results += [stream.result() for stream in streams]
-        return results
+        """Answer all of these, however many; results in their order."""
+        for request in requests:
+            self._check(request)
+        with self._changed:
+            streams = [self._add(request, True) for request in requests]
+        return [stream.result() for stream in streams]
 
-    @torch.inference_mode()
     def loglikelihoods(self, sequences: Sequence[Sequence[int]]) -> list[Loglikelihood]:
-        """Of every next token of each sequence."""
+        """Of every next token of each sequence, however many sequences; results in their order."""
+        requests = [Request(tuple(ids), prompt_logprobs=0) for ids in sequences]
+        for request in requests:
+            self._check(request, answers=False)
+        with self._changed:
+            streams = [
+                self._add(request, False) if len(request.prompt) > 1 else None
+                for request in requests
+            ]
         out = []
-        for ids in sequences:
-            self._check(ids)
-            with self._model:
-                logits = self.decoder.logits(torch.tensor([list(ids)])).float()[0, :-1]
-            logprobs = logits.log_softmax(-1)
-            following = torch.tensor(ids[1:])
-            picked = logprobs.gather(1, following[:, None])[:, 0]
-            greedy = logits.argmax(-1) == following
-            out.append(Loglikelihood(picked.tolist(), greedy.tolist()))
+        for stream in streams:
+            scored = []
+            if stream is not None:
+                if stream.result().finish_reason == "cancelled":
+                    raise BevatronError("the engine was closed")
+                scored = [p.logprob for p in stream.prompt_logprobs or () if p is not None]
+            out.append(Loglikelihood(scored, stream.greedy if stream is not None else []))
         return out
 
     def stats(self) -> Stats:
+        """Now, and in all."""
+        scheduler = self._scheduler
         with self._changed:
-            running = 1 if self._running else 0
-            return Stats(running, len(self._waiting), 0, *self._totals)
+            return Stats(
+                len(scheduler.running),
+                len(scheduler.waiting) + len(self._incoming),
+                scheduler.cached_tokens,
+                scheduler.finished,
+                scheduler.prompt_tokens,
+                scheduler.new_tokens,
+            )
 
     def close(self) -> None:
-        """End the thread; running and waiting streams end as `cancelled`."""
+        """End the thread and the other processes; streams that run or wait end as `cancelled`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
 
-    def _check(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise BevatronError("the prompt has no tokens; give at least one")
-        if max(ids) >= self.spec.vocab_size or min(ids) < 0:
+    def _add(self, request: Request, answers: bool) -> Stream:
+        if self._failure is not None:
+            raise BevatronError(self._failure)
+        if self._closed:
+            raise BevatronError("the engine is closed")
+        stream = Stream(request, self._cancel)
+        self._incoming.append((stream, answers))
+        self._changed.notify_all()
+        return stream
+
+    def _check(self, request: Request, answers: bool = True) -> None:
+        vocab = self.spec.vocab_size
+        for what, ids in (
+            ("the prompt", request.prompt),
+            ("logit_bias", request.sampling.logit_bias),
+        ):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab):
+                wrong = next(i for i in ids if not 0 <= i < vocab)
+                raise BevatronError(
+                    f"{what} has token {wrong}, the model has {vocab}; the tokenizer belongs to "
+                    "another model"
+                )
+        needed = len(request.prompt) + (request.max_new_tokens - 1 if answers else 0)
+        if needed > self.max_tokens:
             raise BevatronError(
-                f"the prompt has token {max(ids)}, the model has {self.spec.vocab_size}; the "
-                "tokenizer belongs to another model"
+                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones "
+                f"do not fit into a cache of {self.max_tokens} positions; ask for fewer, or raise "
+                "max_tokens"
             )
 
     def _cancel(self, stream: Stream) -> None:
         with self._changed:
-            if stream in self._waiting:
-                self._waiting.remove(stream)
-                stream.put(Piece((), "", finish_reason="cancelled"))
-            elif stream is self._running:
-                self._cancelled.add(stream)
+            self._cancelled.add(stream)
+            self._changed.notify_all()
+
+    # --- the engine's thread
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._hear():
+                step = self._scheduler.next_step()
+                if step is not None:
+                    output = self.group.run(step)
+                    with self._changed:
+                        self._scheduler.take(step, output)
+        except BaseException as error:
             with self._changed:
-                while not self._waiting and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    for stream in self._waiting:
-                        stream.put(Piece((), "", finish_reason="cancelled"))
-                    return
-                self._running = stream = self._waiting.popleft()
-            try:
-                with self._model:
-                    self._answer(stream)
-            except Exception as error:
-                stream.fail(f"the engine failed: {type(error).__name__}: {error}")
-            with self._changed:
-                self._running = None
-                self._totals[0] += 1
-                self._cancelled.discard(stream)
+                self._failure = self.group.why(error) or explain(error)
+        self._end()
 
-    @torch.inference_mode()
-    def _answer(self, stream: Stream) -> None:
-        request = stream.request
-        text = TextStream(
-            self._vocabulary, request.prompt, request.stop_strings, request.skip_special_tokens
-        )
-        if request.prompt_logprobs is not None:
-            logits = self.decoder.logits(torch.tensor([request.prompt]))[0]
-            stream.prompt_logprobs = [None]
-            for i, token in enumerate(request.prompt[1:]):
-                stream.prompt_logprobs.append(_logprob(logits[i], token, request.prompt_logprobs))
-        self._totals[1] += len(request.prompt)
-        count = 0
-        for token, logits in decode_logits(
-            self.decoder, list(request.prompt), request.sampling, request.max_new_tokens
-        ):
-            count += 1
-            self._totals[2] += 1
-            logprobs = (
-                () if request.logprobs is None else (_logprob(logits, token, request.logprobs),)
-            )
-            if token in request.stop_tokens:
-                stream.put(Piece((token,), text.finish(), logprobs, "stop"))
-                return
-            new = text.add(token)
-            reason = "stop" if text.stopped else None
-            if self._closed or stream in self._cancelled:
-                reason = "cancelled"
-            elif reason is None and count == request.max_new_tokens:
-                new, reason = new + text.finish(), "length"
-                reason = "stop" if text.stopped else reason
-            stream.put(Piece((token,), new, logprobs, reason))
-            if reason is not None:
-                return
+    def _hear(self) -> bool:
+        """Take in what was asked meanwhile, waiting if there is nothing to do. False to end."""
+        scheduler = self._scheduler
+        with self._changed:
+            while not (self._incoming or scheduler.running or scheduler.waiting or self._closed):
+                self._cancelled.clear()
+                self._changed.wait()
+            for stream, answers in self._incoming:
+                scheduler.add(stream, answers)
+            self._incoming.clear()
+            if self._cancelled:
+                scheduler.cancel(self._cancelled)
+                self._cancelled.clear()
+            return not self._closed
+
+    def _end(self) -> None:
+        with self._changed:
+            for stream, answers in self._incoming:
+                self._scheduler.add(stream, answers)
+            self._incoming.clear()
+            left = [s.stream for s in [*self._scheduler.waiting, *self._scheduler.running]]
+            if self._failure is not None:
+                for stream in left:
+                    stream.fail(self._failure)
+            self._scheduler.cancel(left)
+        self.group.close()
 
 
-def _logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
-    logprobs = logits.float().log_softmax(-1)
-    best = logprobs.topk(min(top, len(logprobs)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return TokenLogprob(token, float(logprobs[token]), tuple(pairs))
-
-
-@torch.inference_mode()
-def decode_logits(
-    decoder: Decoder, ids: list[int], sampling: Sampling, limit: int
-) -> Iterator[tuple[int, Tensor]]:
-    weight = next(decoder.parameters())
-    generator = torch.Generator().manual_seed(sampling.seed or 0)
-    caches: Any = make_caches(decoder.spec, 1, len(ids) + limit, weight.dtype, weight.device)
-    new = torch.tensor([ids], device=weight.device)  # [1, T]
-    position = 0
-    for _ in range(limit):
-        positions = torch.arange(position, position + new.shape[1], device=weight.device)[None]
-        logits = decoder(new, _last(decoder), positions=positions, caches=caches)  # [1, V]
-        position += new.shape[1]
-        token = choose(logits, sampling, generator)
-        yield int(token), logits[0]
-        new = token[:, None]
-
-
-def decode(
-    decoder: Decoder, ids: list[int], sampling: Sampling, limit: int, stops: frozenset[int]
-) -> Iterator[int]:
-    """Yield new tokens one by one; ends after a stop token or `limit` tokens."""
-    for token, _ in decode_logits(decoder, ids, sampling, limit):
-        yield token
-        if token in stops:
-            return
-
-
-def _last(decoder: Decoder) -> Any:
-    """Logits of the last position only: a prompt's other logits are never made."""
-
-    def compute(hidden: Tensor, weight: Tensor) -> Tensor:
-        return decoder.to_logits(hidden[:, -1], weight)
-
-    return compute
+def _default_tokens(model: Model, context: int, max_batch: int) -> int:
+    """As many positions as a share of the free memory holds, and at least one context."""
+    per_token = model.cache.bytes_per_position
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = int(SHARE * free / max(1, per_token))
+    return max(context, min(fits, max_batch * context))
 
 
 def generate(

@@ -23,6 +23,7 @@ class Stream:
     def __init__(self, request: Request, cancel: Callable[[Stream], None]) -> None:
         self.request = request
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.greedy: list[bool] = []  # of a prompt that is scored alone: whether each was likeliest
         self._cancel = cancel
         self._changed = threading.Condition()
         self._pieces: deque[Piece] = deque()
@@ -83,6 +84,8 @@ class Stream:
     def put(self, piece: Piece) -> None:
         """As the engine: the next piece."""
         with self._changed:
+            if self._ended:
+                return
             self._pieces.append(piece)
             self._ended = piece.finish_reason is not None
             self._wake()

@@ -34,7 +34,8 @@ class Encoder:
         self.control = frozenset(
             token.content
             for token in added
-            if token.content and (token.special or (token.content.strip() and token.content in text))
+            if token.content
+            and (token.special or (token.content.strip() and token.content in text))
         )
         self.literals = tuple(text for text in literals if len(text) > 1)
         longest_first = sorted(self.control, key=len, reverse=True)

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from bevatron.errors import BevatronError
+from bevatron.generate.chat.error import ChatError
+from bevatron.generate.chat.tools import may_begin_call, parse_tool_calls
 from bevatron.generate.request import Piece, Request
 from bevatron.generate.server.answering import Answers, EventStream, beside
 from bevatron.generate.server.fields import ChatRequest
@@ -21,7 +22,6 @@ from bevatron.generate.server.serving import Serving, count, usage
 from bevatron.generate.server.tokens import for_chat
 
 CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-CALL_STARTS = ("{", "[", "<")  # a tool call begins so, and only then is text held back
 
 
 class ChatCompletion:
@@ -45,6 +45,7 @@ class ChatCompletion:
             [self.prompt],
             limit,
             logprobs=logprobs,
+            stop_tokens=serving.stop_tokens,
             skip_special_tokens=not self.tools,
         )
         self.head = serving.head("chatcmpl", "chat.completion")
@@ -59,18 +60,22 @@ class ChatCompletion:
             )
         tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
         messages = [message.plain() for message in self.asked.messages]
-        options = self.asked.chat_template_kwargs or {}
+        options: dict[str, Any] = dict(self.asked.chat_template_kwargs or {})
+        if taken := {"self", "messages", "tools"} & options.keys():
+            message = f"chat_template_kwargs: {taken.pop()} has a place of its own in the request"
+            raise bad(message, "chat_template_kwargs")
         try:
-            return list(template.encode(messages, tools=tools or None, **options))
-        except (BevatronError, TypeError) as error:
-            raise bad(str(error), "messages", "chat_template") from error
+            return template.encode(messages, tools=tools or None, **options)
+        except ChatError as error:
+            raise bad(str(error), "messages", "invalid_chat") from error
 
     def _parsed(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
         """Content and tool calls of a whole answer."""
         if not self.tools:
             return text, []
-        content, calls = self.serving.parse_calls(text)
-        return content, [as_call(call, i) for i, call in enumerate(calls)]
+        content, calls = parse_tool_calls(text, {tool.function.name for tool in self.tools})
+        named = [call.to_openai(f"call_{uuid.uuid4().hex[:24]}") for call in calls]
+        return content, [{"index": i, **call} for i, call in enumerate(named)]
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         content, calls = self._parsed("".join(piece.text for piece in pieces))
@@ -78,7 +83,7 @@ class ChatCompletion:
         reason = pieces[-1].finish_reason
         if calls:
             message["content"] = content or None
-            message["tool_calls"] = [without(call, "index") for call in calls]
+            message["tool_calls"] = [{k: call[k] for k in call if k != "index"} for call in calls]
             reason = "tool_calls"
         return {
             "index": index,
@@ -114,8 +119,7 @@ class ChatCompletion:
                 new += len(piece.tokens)
                 logprobs, reason = self._logprobs([piece]), piece.finish_reason
                 text = held[index] = held[index] + piece.text
-                start = text.lstrip()[:1]
-                if index in free or (start and start not in CALL_STARTS):
+                if index in free or not may_begin_call(text):
                     free.add(index)
                     held[index] = ""
                 elif reason is None:
@@ -138,18 +142,6 @@ class ChatCompletion:
             return None
         found = [one for piece in pieces for one in piece.logprobs]
         return {"content": for_chat(found, self.serving.texts), "refusal": None}
-
-
-def as_call(call: Any, index: int) -> dict[str, Any]:
-    """A parsed tool call in OpenAI's shape."""
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    function = {"name": call.name, "arguments": arguments}
-    identity = f"call_{uuid.uuid4().hex[:24]}"
-    return {"index": index, "id": identity, "type": "function", "function": function}
-
-
-def without(value: dict[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in value.items() if k != key}
 
 
 def with_config(asked: ChatRequest) -> ChatRequest:

@@ -42,6 +42,7 @@ class Completion:
             asked,
             self.prompts,
             limit,
+            stop_tokens=serving.engine.stop_tokens,
             logprobs=asked.logprobs,
             prompt_logprobs=asked.logprobs if self.echo else None,
         )

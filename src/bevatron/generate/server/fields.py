@@ -3,7 +3,6 @@ an answer that silently ignores what was asked for is worse than an error."""
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
@@ -129,7 +128,7 @@ class ToolCall(Strict):
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
+    index: int | None = Field(None, exclude=True)
 
 
 class Message(Strict):
@@ -142,29 +141,8 @@ class Message(Strict):
     refusal: str | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As templates know it: text in one piece, arguments as an object."""
-        parts = self.content
-        text = "\n".join(part.text for part in parts) if isinstance(parts, list) else parts
-        role = "system" if self.role == "developer" else self.role
-        found: dict[str, Any] = {"role": role, "content": text or ""}
-        for key in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(self, key)) is not None:
-                found[key] = value
-        if self.tool_calls:
-            found["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
-        return found
-
-
-def _plain_call(call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments)
-    except (ValueError, RecursionError):
-        arguments = call.function.arguments
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
+        """For the chat template."""
+        return {"content": None, **self.model_dump(exclude_none=True, exclude={"refusal"})}
 
 
 class Function(Strict):

@@ -6,10 +6,13 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from bevatron.errors import BevatronError
+from bevatron.generate.chat.error import ChatError
+from bevatron.generate.chat.template import ChatTemplate
 from bevatron.generate.engine import Engine
 from bevatron.generate.request import LARGEST_SEED, Piece, Request, Sampling
 from bevatron.generate.server.fields import Common
@@ -36,11 +39,13 @@ class Serving:
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.engine.tokenizer)
-        self.template: Any = None
+        self.template = ChatTemplate.of(self.engine.opened, self.engine.tokenizer)
+        self.stop_tokens = self.engine.stop_tokens  # of chats
+        if self.template is not None:
+            self.template.where = "chat template"  # what messages say, and clients need no paths
+            with suppress(ChatError):  # every chat will be told; completions need no template
+                self.stop_tokens |= self.template.stop_tokens
         self.defaults = published_defaults(self.engine)
-
-    def parse_calls(self, text: str) -> tuple[str | None, list[Any]]:
-        return text, []
 
     def check_model(self, name: str | None) -> None:
         """Raises Refusal unless `name` means the model that is served."""
@@ -57,13 +62,15 @@ class Serving:
         asked: Common,
         prompts: Sequence[Sequence[int]],
         limit: int | None,
+        *,
+        stop_tokens: frozenset[int],
         **more: Any,
     ) -> list[Request]:
         """One per prompt and choice. `limit`: new tokens; None: until the context is full."""
         n = asked.n or 1
         if len(prompts) * n > MAX_CHOICES:
             raise bad(f"n: {len(prompts)} prompts times {n} are over {MAX_CHOICES} answers", "n")
-        stops = frozenset() if asked.ignore_eos else self.engine.stop_tokens
+        stops = frozenset() if asked.ignore_eos else stop_tokens
         fields = {
             "stop_tokens": stops | frozenset(asked.stop_token_ids or ()),
             "stop_strings": (asked.stop,)

@@ -113,7 +113,9 @@ class _Evaluator:
             nodes.List: lambda n, s: self.all(n.items, s),
             nodes.Tuple: lambda n, s: tuple(self.all(n.items, s)),
             nodes.Dict: self._dict,
-            nodes.Slice: lambda n, s: slice(*(self._bound(x, s) for x in (n.start, n.stop, n.step))),
+            nodes.Slice: lambda n, s: slice(
+                *(self._bound(x, s) for x in (n.start, n.stop, n.step))
+            ),
         }
 
     def render(self, tree: nodes.Template, variables: dict[str, Any]) -> str:

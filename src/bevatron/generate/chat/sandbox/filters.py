@@ -17,7 +17,14 @@ from markupsafe import Markup, escape
 
 from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.sandbox.budget import NODE
-from bevatron.generate.chat.sandbox.values import ITERATOR, SIZED, Function, Method, Namespace, Values
+from bevatron.generate.chat.sandbox.values import (
+    ITERATOR,
+    SIZED,
+    Function,
+    Method,
+    Namespace,
+    Values,
+)
 
 LONGEST_RANGE = 100_000  # as jinja2's sandbox
 Filter = Callable[..., Any]

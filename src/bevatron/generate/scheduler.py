@@ -1,0 +1,295 @@
+"""Which tokens are computed next, and what becomes of them: the requests of an engine.
+
+Sequences that decode have the first rows of the cache, so that a step works on views of it. A
+prompt is computed in chunks beside them, small ones while answers run, and then joins. What a
+request may need at the most is set aside when it is admitted, so that none is ever put off again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from bevatron.generate.cache import CAPACITY
+from bevatron.generate.request import Piece, Request, TokenLogprob
+from bevatron.generate.sampling import Chooser, choose
+from bevatron.generate.step import Output, Scores, Segment, Step
+from bevatron.generate.stream import Stream
+from bevatron.generate.text import TextStream, Vocabulary
+
+CHUNK = 512  # prompt tokens of a step
+BESIDE = 64  # and while answers run, which wait for it
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way.
+
+    Attributes:
+        tokens: the prompt and the answer so far; `computed`: how many of them the cache holds.
+        goal: how many of the prompt to compute; all but the last if there is nothing to sample.
+        scored: what was found out about the prompt's tokens from the second one on.
+    """
+
+    request: Request
+    stream: Stream
+    chooser: Chooser
+    text: TextStream | None
+    tokens: list[int]
+    goal: int
+    row: int = -1
+    computed: int = 0
+    scored: list[TokenLogprob] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Positions that it may come to hold. (The last token of an answer is not computed.)"""
+        return self.goal if self.text is None else self.goal + self.request.max_new_tokens - 1
+
+    @property
+    def scores(self) -> bool:
+        return self.request.prompt_logprobs is not None
+
+
+class Scheduler:
+    """Used by one thread.
+
+    Args:
+        max_batch: sequences that run at once; max_tokens: positions that the cache may have.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, vocab_size: int, max_batch: int, max_tokens: int
+    ) -> None:
+        self.vocabulary, self.vocab_size = vocabulary, vocab_size
+        self.max_batch, self.max_tokens = max_batch, max_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: list[Sequence] = []
+        self.decoding: list[Sequence] = []  # by row
+        self.rows: list[Sequence | None] = []
+        self.size, self.capacity = 0, 0  # of the cache: rows and positions
+        self.swaps: list[tuple[int, int, int]] = []
+        self.finished = self.prompt_tokens = self.new_tokens = 0
+
+    def add(self, stream: Stream, answers: bool) -> None:
+        """A new request, at the end of the queue; one that is not answered is scored alone."""
+        request = stream.request
+        chooser = Chooser(request.sampling, request.prompt, self.vocab_size)
+        tokens, text = list(request.prompt), None
+        if answers:
+            text = TextStream(
+                self.vocabulary, tokens, request.stop_strings, request.skip_special_tokens
+            )
+        goal = len(tokens) - (not answers)
+        self.waiting.append(Sequence(request, stream, chooser, text, tokens, goal))
+
+    @property
+    def running(self) -> list[Sequence]:
+        return self.prefilling + self.decoding
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(s.computed for s in self.running)
+
+    # --- what comes next
+
+    def next_step(self) -> Step | None:
+        """None if there is nothing to do."""
+        self._admit()
+        segments = self._segments()
+        if not segments and not self.decoding:
+            return None
+        needed = [s.computed + 1 for s in self.decoding]
+        needed += [s.start + len(s.tokens) for s in segments]
+        self._grow(max(needed))
+        swaps, self.swaps = self.swaps, []
+        return Step(
+            self.size,
+            self.capacity,
+            swaps,
+            [s.tokens[-1] for s in self.decoding],
+            [s.computed for s in self.decoding],
+            segments,
+        )
+
+    def _admit(self) -> None:
+        """Begin requests in their order, as long as rows times the longest one fit."""
+        while self.waiting and len(self.running) < self.max_batch:
+            sequence = self.waiting[0]
+            row = next((i for i, held in enumerate(self.rows) if held is None), len(self.rows))
+            longest = max(s.longest for s in [*self.running, sequence])
+            if self.running and max(row + 1, len(self.rows)) * longest > self.max_tokens:
+                return
+            self.waiting.popleft()
+            if row == len(self.rows):
+                self.rows.append(None)
+            self.rows[row], sequence.row = sequence, row
+            self.prefilling.append(sequence)
+
+    def _grow(self, needed: int) -> None:
+        """Make the cache large enough, by doubling as long as that stays within the limit."""
+        if len(self.rows) <= self.size and needed <= self.capacity:
+            return
+        longest = max(s.longest for s in self.running)
+        rows, positions = max(1, self.size), max(CAPACITY, self.capacity)
+        while rows < len(self.rows):
+            rows *= 2
+        while positions < needed:
+            positions *= 2
+        rows, positions = min(rows, self.max_batch), max(needed, min(positions, longest))
+        if rows * positions > self.max_tokens:
+            rows, positions = len(self.rows), longest
+        self.size, self.capacity = rows, positions
+
+    def _segments(self) -> list[Segment]:
+        left = BESIDE if self.decoding else CHUNK
+        out = []
+        for s in self.prefilling:
+            start, end = s.computed, min(s.goal, s.computed + left)
+            if start == end:
+                break
+            out.append(
+                Segment(
+                    s.row,
+                    start,
+                    s.tokens[start:end],
+                    len(s.request.prompt),
+                    sample=end == s.goal and s.text is not None,
+                    targets=s.tokens[start + 1 : end + 1] if s.scores else [],
+                    top=s.request.prompt_logprobs or 0,
+                )
+            )
+            left -= end - start
+        return out
+
+    # --- what came of it
+
+    def take(self, step: Step, output: Output) -> None:
+        """Go on with the results of the step that was last made."""
+        sampled = list(self.decoding)
+        for sequence in sampled:
+            sequence.computed += 1
+        scores = iter(output.scores)
+        done = []
+        for segment in step.prefill:
+            held = self.rows[segment.row]
+            assert held is not None
+            held.computed += len(segment.tokens)
+            self.prompt_tokens += len(segment.tokens)
+            if segment.targets:
+                _add_scores(held, segment, next(scores))
+            if held.computed == held.goal:
+                done.append(held)
+        for sequence in done:
+            if sequence.scores:
+                sequence.stream.prompt_logprobs = [None, *sequence.scored]
+            if sequence.text is None:
+                sequence.stream.greedy = sequence.greedy
+                self.end(sequence, Piece((), "", finish_reason="stop"))
+            else:
+                self._join(sequence)
+                sampled.append(sequence)
+        if sampled:
+            self._choose(sampled, output.logits)
+
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> None:
+        tokens = choose(logits, [s.chooser for s in sequences])
+        logprobs = token_logprobs(logits, tokens, [s.request.logprobs for s in sequences])
+        for sequence, token, found in zip(sequences, tokens, logprobs, strict=True):
+            sequence.tokens.append(token)
+            sequence.chooser.chose(token)
+            self.new_tokens += 1
+            piece = _piece(sequence, token, found)
+            if piece.finish_reason is None:
+                sequence.stream.put(piece)
+            else:
+                self.end(sequence, piece)
+
+    def end(self, sequence: Sequence, last: Piece) -> None:
+        """Free what the sequence holds, and end its stream."""
+        self._leave(sequence)
+        self.finished += 1
+        sequence.stream.put(last)
+
+    def cancel(self, streams: Iterable[Stream]) -> None:
+        """End those of these that wait or run."""
+        wanted = set(streams)
+        for sequence in [s for s in [*self.waiting, *self.running] if s.stream in wanted]:
+            self.end(sequence, Piece((), "", finish_reason="cancelled"))
+
+    # --- rows of the cache
+
+    def _join(self, sequence: Sequence) -> None:
+        """From the prefilling ones to the decoding ones, whose rows are the first."""
+        self.prefilling.remove(sequence)
+        self._swap(sequence.row, len(self.decoding))
+        self.decoding.append(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+            return
+        if sequence in self.decoding:
+            last = self.decoding[-1]
+            self._swap(sequence.row, last.row)
+            self.decoding[self.decoding.index(sequence)] = last
+            self.decoding.pop()
+        else:
+            self.prefilling.remove(sequence)
+        self.rows[sequence.row] = None
+        while self.rows and self.rows[-1] is None:
+            self.rows.pop()
+
+    def _swap(self, a: int, b: int) -> None:
+        if a == b:
+            return
+        one, other = self.rows[a], self.rows[b]
+        length = max(s.computed for s in (one, other) if s is not None)
+        self.swaps.append((a, b, length))
+        self.rows[a], self.rows[b] = other, one
+        for row, held in ((a, other), (b, one)):
+            if held is not None:
+                held.row = row
+
+
+def _piece(sequence: Sequence, token: int, found: TokenLogprob | None) -> Piece:
+    request, text = sequence.request, sequence.text
+    assert text is not None
+    logprobs = () if found is None else (found,)
+    if token in request.stop_tokens:
+        return Piece((token,), text.finish(), logprobs, "stop")
+    new, reason = text.add(token), None
+    if len(sequence.tokens) - len(request.prompt) == request.max_new_tokens:
+        new, reason = new + text.finish(), "length"
+    return Piece((token,), new, logprobs, "stop" if text.stopped else reason)
+
+
+def _add_scores(sequence: Sequence, segment: Segment, scores: Scores) -> None:
+    tops = _pairs(scores.tokens, scores.top)
+    for token, own, top in zip(segment.targets, scores.logprobs.tolist(), tops, strict=True):
+        sequence.scored.append(TokenLogprob(token, own, top))
+    sequence.greedy += scores.greedy.tolist()
+
+
+def token_logprobs(
+    logits: Tensor, tokens: list[int], wanted: list[int | None]
+) -> list[TokenLogprob | None]:
+    """Of the tokens chosen from logits [B, V], with as many likeliest ones as each row wants."""
+    out: list[TokenLogprob | None] = [None] * len(tokens)
+    rows = [i for i, n in enumerate(wanted) if n is not None]
+    if not rows:
+        return out
+    logprobs = logits[rows].float().log_softmax(-1)
+    best = logprobs.topk(min(max(n for n in wanted if n is not None), logits.shape[-1]))
+    for i, row, top in zip(rows, logprobs, _pairs(best.indices, best.values), strict=True):
+        out[i] = TokenLogprob(tokens[i], float(row[tokens[i]]), top[: wanted[i]])
+    return out
+
+
+def _pairs(tokens: Tensor, logprobs: Tensor) -> list[tuple[tuple[int, float], ...]]:
+    both = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    return [tuple(zip(a, b, strict=True)) for a, b in both]
