@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import save_file
 
 from bevatron.errors import BevatronError
-from bevatron.generate.engine import decode
+from bevatron.generate.engine import Engine
 from bevatron.generate.load import load_decoder
-from bevatron.generate.sampling import Sampling
+from bevatron.generate.request import Request
 from tests.nn.llama_nemotron_reference import (
     BLOCKS,
     ReferenceLlamaNemotron,
@@ -112,8 +112,9 @@ def assert_parity(model: Any, folder: Path) -> None:
     assert (got - expected).abs().max() <= 1e-5
     prompt = ids[:1, :7]
     theirs = model.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
-    ours = list(decode(decoder, prompt[0].tolist(), Sampling(), 20, frozenset()))
-    assert ours == theirs[0, 7:].tolist()
+    with Engine.open(folder) as engine:
+        ours = engine.complete([Request(tuple(prompt[0].tolist()), 20)])[0]
+    assert ours.tokens == theirs[0, 7:].tolist()
 
 
 @pytest.mark.parametrize("variant", LLAMA)
@@ -225,5 +226,6 @@ def test_llama_nemotron_against_an_independent_composition(tmp_path: Path) -> No
         assert expected.std() > 0.1
         assert (decoder.logits(ids) - expected).abs().max() <= 1e-5
         prompt = ids[0, :7].tolist()
-        ours = list(decode(decoder, prompt, Sampling(), 20, frozenset()))
-        assert ours == greedy(model, prompt, 20)
+        with Engine.open(tmp_path) as engine:
+            ours = engine.complete([Request(tuple(prompt), 20)])[0]
+        assert ours.tokens == greedy(model, prompt, 20)

@@ -38,7 +38,7 @@ class Engine:
     """A model that answers requests. Use as a context, or `close()` it.
 
     Attributes:
-        opened: the checkpoint; spec: the model; tokenizer: of the tokenizers library.
+        opened: the checkpoint; spec: the model.
         context: positions that the model was made for. The engine computes beyond it, as
             transformers does; what that is worth depends on the model's rope.
         stop_tokens: end-of-sequence tokens that the checkpoint names.
@@ -49,14 +49,13 @@ class Engine:
         self, opened: Opened, group: Group, *, max_batch: int, max_tokens: int | None, queue: int
     ) -> None:
         self.opened, self.spec, self.group = opened, opened.spec, group
-        self.tokenizer = load_tokenizer(opened)
+        self._tokenizer = load_tokenizer(opened) if tokenizer_file(opened) else None
         self.context = self.spec.max_position_embeddings
         self.stop_tokens = stop_tokens(opened)
         self.max_tokens = max_tokens or _default_tokens(group.model, self.context, max_batch)
         self._queue = queue
-        self._scheduler = Scheduler(
-            Vocabulary(self.tokenizer), self.spec.vocab_size, max_batch, self.max_tokens
-        )
+        vocabulary = Vocabulary(self._tokenizer)
+        self._scheduler = Scheduler(vocabulary, self.spec.vocab_size, max_batch, self.max_tokens)
         self._changed = threading.Condition()
         self._incoming: list[tuple[Stream, bool]] = []
         self._cancelled: set[Stream] = set()
@@ -108,6 +107,12 @@ class Engine:
         except BaseException:
             group.close()
             raise
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the tokenizers library. Raises BevatronError if the checkpoint has none: then only
+        token ids go in and out."""
+        return self._tokenizer or load_tokenizer(self.opened)
 
     def __enter__(self) -> Engine:
         return self
@@ -288,12 +293,18 @@ def generate(
         return engine.complete([request])[0]
 
 
+def tokenizer_file(opened: Opened) -> Path | None:
+    """The source's tokenizer.json, if it has one."""
+    path = opened.source / "tokenizer.json" if opened.source else None
+    return path if path is not None and path.is_file() else None
+
+
 def load_tokenizer(opened: Opened) -> Any:
     """The source's tokenizer.json, by the tokenizers library."""
     from tokenizers import Tokenizer
 
-    path = opened.source / "tokenizer.json" if opened.source else None
-    if path is None or not path.is_file():
+    path = tokenizer_file(opened)
+    if path is None:
         raise BevatronError(
             f"{opened.folder}: has no tokenizer.json among its source files; import a folder that "
             "has one, or name `tokenizer` in the run configuration"

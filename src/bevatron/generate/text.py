@@ -23,13 +23,17 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        decoder = json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         self.byte_tokens: frozenset[int] = frozenset()
+        if tokenizer is None:  # a checkpoint without one: no text
+            return
+        decoder = json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
         if "ByteFallback" in decoder:
             vocabulary = tokenizer.get_vocab(with_added_tokens=False)
             self.byte_tokens = frozenset(i for t, i in vocabulary.items() if _BYTE.fullmatch(t))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        if self.tokenizer is None:
+            return ""
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
 
