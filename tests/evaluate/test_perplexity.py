@@ -15,8 +15,8 @@ from bevatron.data.store import FILE_NAME, TokenStore
 from bevatron.data.tokenize import tokenize
 from bevatron.errors import BevatronError
 from bevatron.evaluate.windows import windows
-from tests.evaluate.small_model import TEXT
 
+TEXT = Path(json.__file__).read_text()
 POEM = "Über allen Gipfeln ist Ruh 🎻\n" * 20
 
 

@@ -27,7 +27,13 @@ TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 日�
 CONTEXT = 256
 
 
-def make_model(folder: Path, *, template: str | None = TEMPLATE, eos: int | None = 1) -> Path:
+def make_model(
+    folder: Path,
+    *,
+    template: str | None = TEMPLATE,
+    eos: int | None = 1,
+    context: int = CONTEXT,
+) -> Path:
     """A random Llama with a byte-level tokenizer, whose answers are arbitrary bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -50,7 +56,7 @@ def make_model(folder: Path, *, template: str | None = TEMPLATE, eos: int | None
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=eos,
@@ -60,7 +66,7 @@ def make_model(folder: Path, *, template: str | None = TEMPLATE, eos: int | None
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>"}
-    described |= {"eos_token": "<|end|>", "model_max_length": CONTEXT}
+    described |= {"eos_token": "<|end|>", "model_max_length": context}
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)

@@ -425,9 +425,8 @@ def eval_(
         for option, value in (("--data", data), ("--seq-len", seq_len), ("--stride", stride)):
             if value is not None:
                 raise BevatronError(f"{option} has no meaning with --tasks; leave one of them out")
-        own = [("--limit", limit), ("--device", device)]
-        flags = [part for flag, value in own if value is not None for part in (flag, str(value))]
-        run_tasks(ckpt, tasks, model, [*flags, *context.args], as_json=as_json)
+        limited = [] if limit is None else ["--limit", str(limit)]
+        run_tasks(ckpt, tasks, model, [*limited, *context.args], device=device, as_json=as_json)
         return
     from bevatron.evaluate.opening import open_engine
     from bevatron.evaluate.perplexity import evaluate

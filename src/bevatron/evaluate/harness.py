@@ -22,6 +22,7 @@ from bevatron.data.tokenizer import OWN_CONFIGS, open_tokenizer, special_id
 from bevatron.errors import BevatronError
 from bevatron.evaluate.opening import MAX_BATCH, open_engine
 from bevatron.generate.chat.template import ChatTemplate
+from bevatron.generate.engine import tokenizer_file
 from bevatron.generate.request import Request, Sampling
 from bevatron.generate.stream import Stream
 
@@ -83,9 +84,8 @@ class BevatronLM(TemplateLM):
         self.max_length = min(max_length or self.engine.context, self.engine.context)
         self.max_gen_toks = max_gen_toks
         self._add_special = True if add_bos_token is None else add_bos_token
-        source = self.engine.opened.source
-        assert source is not None  # the engine has read its tokenizer.json there
-        opened = open_tokenizer(source)
+        assert self.engine.tokenizer is not None  # else it has raised: tasks are texts
+        opened = open_tokenizer(tokenizer_file(self.engine.opened) or "")
         self._encoder = opened.encoder
         eos = special_id(opened.file, opened.encoder, "eos", OWN_CONFIGS)
         bos = special_id(opened.file, opened.encoder, "bos", OWN_CONFIGS)

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from bevatron.data.store import FILE_NAME, TokenStore
 from bevatron.data.text import utf8_bytes
 from bevatron.data.tokenize import tokenize
-from bevatron.data.tokenizer import OpenTokenizer, open_tokenizer
+from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.evaluate.windows import windows
-from bevatron.generate.engine import Engine
+from bevatron.generate.engine import Engine, tokenizer_file
 from bevatron.progress import progress
 
 SEQ_LEN = 2048  # unless the model's context is shorter
@@ -35,7 +35,7 @@ class Score:
         loss: in nats per scored token; `perplexity`: its exponential.
         accuracy: the share of scored tokens that the model held for the likeliest.
         bits_per_byte: of the text that the tokens came from, which makes models with different
-            tokenizers comparable; None if they are all special tokens.
+            tokenizers comparable; None where it is not known.
         tokens: in the stream, of which `scored` were: all but the first.
         text_bytes: of the text, in UTF-8.
     """
@@ -47,7 +47,7 @@ class Score:
     accuracy: float
     tokens: int
     scored: int
-    text_bytes: int
+    text_bytes: int | None
 
 
 def evaluate(
@@ -143,8 +143,9 @@ def _joined(scores: Sequence[Score]) -> Score:
     """One score of all streams: every token counts the same, wherever it lies."""
     tokens, scored = sum(s.tokens for s in scores), sum(s.scored for s in scores)
     loss = sum(s.loss * s.scored for s in scores) / scored
-    size = sum(s.text_bytes for s in scores)
-    bits = sum((s.bits_per_byte or 0.0) * s.text_bytes for s in scores)
+    sizes = [s.text_bytes for s in scores if s.text_bytes is not None]
+    size = sum(sizes) if len(sizes) == len(scores) else None
+    bits = sum((s.bits_per_byte or 0.0) * (s.text_bytes or 0) for s in scores)
     return Score(
         data=", ".join(s.data for s in scores),
         loss=loss,
@@ -170,7 +171,8 @@ def _tokens(engine: Engine, path: str) -> Iterator[TokenStore]:
         _check_tokenizer(engine, store)
         yield store
         return
-    own = _tokenizer(engine)
+    assert engine.tokenizer is not None  # else it has raised: text needs one
+    own = open_tokenizer(tokenizer_file(engine.opened) or "")
     with tempfile.TemporaryDirectory(prefix="bevatron-eval-") as folder:
         target = Path(folder) / "tokens"
         store = tokenize([path], target, tokenizer=own.file, append_eos=own.eos_id is not None)
@@ -178,15 +180,12 @@ def _tokens(engine: Engine, path: str) -> Iterator[TokenStore]:
         yield store
 
 
-def _tokenizer(engine: Engine) -> OpenTokenizer:
-    source = engine.opened.source
-    assert source is not None  # the engine has read its tokenizer.json there
-    return open_tokenizer(source)
-
-
 def _check_tokenizer(engine: Engine, store: TokenStore) -> None:
-    """Refuse tokens of another tokenizer: their loss would say nothing."""
-    own, info = _tokenizer(engine), store.info
+    """Refuse tokens of another tokenizer, if the model has one: their loss would say nothing."""
+    file, info = tokenizer_file(engine.opened), store.info
+    if file is None:
+        return
+    own = open_tokenizer(file)
     if info.fingerprint != own.fingerprint and info.encoding != own.encoding:
         raise BevatronError(
             f"{store.path}: was made with the tokenizer {info.tokenizer} ({info.fingerprint}), the "
@@ -195,11 +194,13 @@ def _check_tokenizer(engine: Engine, store: TokenStore) -> None:
         )
 
 
-def _text_bytes(engine: Engine, store: TokenStore, length: int) -> int:
+def _text_bytes(engine: Engine, store: TokenStore, length: int) -> int | None:
     """Of the text behind a store's first `length` tokens: as counted when it was made, or for a
     part of it, or in a store that does not know, by decoding."""
     if length == store.tokens and store.info.text_bytes:
         return store.info.text_bytes
+    if tokenizer_file(engine.opened) is None:
+        return None
     return sum(
         utf8_bytes(
             engine.tokenizer.decode(store.read(begin, min(DECODED, length - begin)).tolist())

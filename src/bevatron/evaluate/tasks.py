@@ -14,7 +14,13 @@ from bevatron.errors import BevatronError
 
 
 def run_tasks(
-    ckpt: str, tasks: str, model: Mapping[str, Any], flags: Sequence[str], *, as_json: bool = False
+    ckpt: str,
+    tasks: str,
+    model: Mapping[str, Any],
+    flags: Sequence[str],
+    *,
+    device: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """What `lm_eval --model bevatron --tasks TASKS FLAGS` would do, if lm_eval had a way to find
     models of others: print its table, and with `as_json` its results as one object instead.
@@ -22,6 +28,7 @@ def run_tasks(
     Args:
         model: further arguments of `BevatronLM`; a None is left out.
         flags: of lm_eval, as they are.
+        device: what is here, if absent; lm_eval's own default is cuda:0 wherever it runs.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -30,11 +37,12 @@ def run_tasks(
             "--tasks needs lm-evaluation-harness; install it: pip install 'bevatron[eval]'"
         ) from error
     from bevatron.evaluate import harness  # noqa: F401  (it registers the model)
+    from bevatron.parallel.world import default_device
 
     # As JSON, because lm_eval would take a path with a comma or an equals sign apart
     arguments = {"pretrained": ckpt, **{k: v for k, v in model.items() if v is not None}}
     line = ["lm_eval", "run", "--model", "bevatron", "--model_args", json.dumps(arguments)]
-    line += ["--tasks", tasks, *flags]
+    line += ["--tasks", tasks, "--device", device or str(default_device()), *flags]
     if not as_json:
         _run(cli_evaluate, line)
         return
