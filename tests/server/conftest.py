@@ -7,6 +7,17 @@ import pytest
 
 from tests.server.served import Served, make_model, served
 
+ATTACKS = {
+    "ssti": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "giant": "{{ 'a' * 1000000000 }}",
+}
+OPEN = ("--cors", "https://app.example", "--allow-host", "my.example")
+HOSTILE = "".join(
+    f"{{% if messages[0].content == '{name}' %}}{attack}{{% endif %}}"
+    for name, attack in ATTACKS.items()
+)
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,3 +30,14 @@ def server(model: Path) -> Iterator[Served]:
     with served(model, "--timeout", "5", "--max-batch", "8") as running:
         yield running
         assert running.idle(), "an answer still holds a part of the cache"
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Its template attacks when the first message says so. Its model never says eos."""
+    template = HOSTILE + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = make_model(tmp_path_factory.mktemp("hostile") / "m", template=template, eos=None)
+    with served(folder, "--timeout", "1", "--api-key", "s3cret", *OPEN) as running:
+        running.headers = {"Authorization": "Bearer s3cret"}
+        yield running
+        assert running.idle()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,34 @@ def make_model(
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def make_obedient(folder: Path, pieces: list[str], *, template: str) -> Path:
+    """A model that answers with these pieces, whatever it is asked: each token has one successor,
+    which its row of the embedding and of the head spell out; layers add nothing."""
+    from tokenizers import AddedToken, Tokenizer
+
+    make_model(folder, template=template)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chain = [tokenizer.token_to_id(t) for t in ("<|assistant|>", *pieces, "<|end|>")]
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    config.vocab_size = tokenizer.get_vocab_size()
+    config.hidden_size = config.num_attention_heads * -(-config.vocab_size // 4)
+    config.hidden_size += config.hidden_size % 8
+    config.head_dim = 16
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.zero_()
+        for token in range(config.vocab_size):
+            model.model.embed_tokens.weight[token, token] = 1.0
+        for token, following in pairwise(chain):
+            model.lm_head.weight[following, token] = 1.0
+    model.save_pretrained(folder)
     return folder
 
 

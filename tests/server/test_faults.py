@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,30 +18,10 @@ from bevatron.generate.engine import Engine
 from bevatron.generate.server.app import make_app
 from bevatron.generate.server.serving import Serving
 from bevatron.generate.server.settings import Settings
-from tests.server.served import CONTEXT, Served, make_model, served
+from tests.server.served import CONTEXT, Served, make_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
-ATTACKS = {
-    "ssti": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "giant": "{{ 'a' * 1000000000 }}",
-}
-HOSTILE = "".join(
-    f"{{% if messages[0].content == '{name}' %}}{attack}{{% endif %}}"
-    for name, attack in ATTACKS.items()
-)
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Its template attacks when the first message says so. Its model never says eos."""
-    template = HOSTILE + "{% for m in messages %}{{ m.content }}{% endfor %}"
-    folder = make_model(tmp_path_factory.mktemp("hostile") / "m", template=template, eos=None)
-    with served(folder, "--timeout", "1", "--api-key", "s3cret") as running:
-        running.headers = {"Authorization": "Bearer s3cret"}
-        yield running
-        assert running.idle()
 
 
 def error(response: httpx.Response, status: int, param: str | None = None) -> str:
@@ -313,14 +292,18 @@ def test_fault_77_a_client_that_does_not_read_is_hung_up_on(hostile: Served) -> 
     """Its small window fills with an answer's log-probabilities, and stays full."""
     fields = {"max_tokens": 200, "n": 32, "logprobs": 20, "ignore_eos": True, "stream": True}
     body = json.dumps({"prompt": "a", **fields}).encode()
+    before = hostile.metric("disconnects_total")
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(("127.0.0.1", hostile.port))
     head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
     sock.sendall(b"Authorization: Bearer s3cret\r\n" + head + body)
-    time.sleep(0.5)
-    assert hostile.idle(60)
+    until = time.monotonic() + 30
+    while hostile.metric("disconnects_total") == before:
+        assert time.monotonic() < until, "still waiting for a client that does not read"
+        time.sleep(0.1)
+    assert hostile.idle()
     sock.close()
 
 

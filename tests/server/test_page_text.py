@@ -99,9 +99,9 @@ def test_markdown_becomes_elements(page: Page) -> None:
         "<div><table><thead><tr><th>a</><th>b | c</><th><code>d|e</></></></>"
         "<tbody><tr><td>1</><td>2</><td><strong>3</></></><tr><td>only one</><td></><td></></></></></>"
     )
-    assert page.js(f"render({json.dumps(MARKDOWN)}).querySelector('code.none, .code code').textContent") == (
-        'def f(x: int) -> str:\n    return "<b>" + str(x)  # ```'
-    )
+    assert page.js(
+        f"render({json.dumps(MARKDOWN)}).querySelector('code.none, .code code').textContent"
+    ) == ('def f(x: int) -> str:\n    return "<b>" + str(x)  # ```')
     assert "tilde ``` fence" in blocks[8] and blocks[9] == "<hr></>"
     assert blocks[10] == (
         "<p><a=https://example.com/a_(b)>words</> and <a=https://example.com/x_y_z>"

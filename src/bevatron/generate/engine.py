@@ -171,6 +171,11 @@ class Engine:
                 scheduler.new_tokens,
             )
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be answered any more, if that is so."""
+        return self._failure
+
     def close(self) -> None:
         """End the thread and the other processes; streams that run or wait end as `cancelled`."""
         with self._changed:

@@ -41,6 +41,8 @@ class Answers:
             raise Refusal(429, str(error), code="queue_full", headers=headers) from error
         except BevatronError as error:
             self.cancel()
+            if engine.failure is not None:
+                raise Refusal(503, "the engine failed", code="engine_failed") from error
             raise bad(str(error)) from error
 
     def cancel(self) -> None:
@@ -63,7 +65,7 @@ class Answers:
                     raise gone() if self.left else stopping()
                 yield piece
         except BevatronError as error:
-            raise Refusal(500, "the engine failed; see the server's log") from error
+            raise Refusal(500, "the engine failed", code="engine_failed") from error
         self.metrics.took(time.monotonic() - self.began)
 
     async def merged(self) -> AsyncIterator[tuple[int, Piece]]:

@@ -89,7 +89,7 @@ def _models(app: FastAPI, serving: Serving) -> None:
         "object": "model",
         "created": serving.created,
         "owned_by": "bevatron",
-        "context": serving.engine.context,
+        "context": serving.context,
         "chat": serving.template is not None,
     }
 

@@ -23,6 +23,8 @@ def serve(
     grace_s: float,
     hosts: Sequence[str],
     origins: Sequence[str],
+    max_batch: int,
+    queue: int,
     **engine_options: Any,
 ) -> None:
     """Serve until a signal ends it."""
@@ -48,12 +50,13 @@ def serve(
         hosts=local,
         origins=tuple(origins),
         max_body=max_body,
+        max_choices=min(Settings.max_choices, max_batch + queue),
         timeout_s=timeout_s,
         grace_s=grace_s,
     )
     from bevatron.generate.server.process import serve as start
 
-    start(ckpt, settings, **engine_options)
+    start(ckpt, settings, max_batch=max_batch, queue=queue, **engine_options)
 
 
 def model_name(ckpt: str) -> str:

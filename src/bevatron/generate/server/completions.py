@@ -36,7 +36,7 @@ class Completion:
             )
         limit = DEFAULT_TOKENS if asked.max_tokens is None else max(1, asked.max_tokens)
         if asked.max_tokens is None:
-            room = serving.engine.context - max(map(len, self.prompts))
+            room = serving.context - max(map(len, self.prompts))
             limit = max(1, min(limit, room))
         self.requests: list[Request] = serving.requests(
             asked,

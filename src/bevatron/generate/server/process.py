@@ -45,6 +45,8 @@ def serve(ckpt: str, settings: Settings, say: Say = _say, **engine_options: Any)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             say(f"serving {settings.name} at http://{host}:{port} (API at /v1, Ctrl-C ends)")
             asyncio.run(server.serve(sockets=[sock]))
+            if engine.failure is not None:
+                raise BevatronError(f"the engine failed: {engine.failure}")
 
 
 class Server(uvicorn.Server):
@@ -80,6 +82,8 @@ class Server(uvicorn.Server):
         self.gate.draining = True
 
     async def on_tick(self, counter: int) -> bool:
+        if self.engine.failure is not None:
+            self.should_exit = True
         if self.ends_at is not None and not self.should_exit:
             if self.gate.active and time.monotonic() < self.ends_at:
                 return False

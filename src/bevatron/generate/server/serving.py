@@ -18,7 +18,7 @@ from bevatron.generate.request import LARGEST_SEED, Piece, Request, Sampling
 from bevatron.generate.server.fields import Common
 from bevatron.generate.server.metrics import Metrics
 from bevatron.generate.server.refusal import Refusal, bad
-from bevatron.generate.server.settings import MAX_CHOICES, Settings
+from bevatron.generate.server.settings import Settings
 from bevatron.generate.server.tokens import TokenTexts
 
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -28,6 +28,7 @@ DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 class Serving:
     """
     Attributes:
+        context: tokens of a prompt and its answer.
         defaults: sampling settings of the model's generation_config.json, for requests that name
             none.
     """
@@ -38,6 +39,7 @@ class Serving:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        self.context = min(self.engine.context, self.engine.max_tokens)
         self.texts = TokenTexts(self.engine.tokenizer)
         self.template = ChatTemplate.of(self.engine.opened, self.engine.tokenizer)
         self.stop_tokens = self.engine.stop_tokens  # of chats
@@ -68,8 +70,8 @@ class Serving:
     ) -> list[Request]:
         """One per prompt and choice. `limit`: new tokens; None: until the context is full."""
         n = asked.n or 1
-        if len(prompts) * n > MAX_CHOICES:
-            raise bad(f"n: {len(prompts)} prompts times {n} are over {MAX_CHOICES} answers", "n")
+        if len(prompts) * n > (most := self.settings.max_choices):
+            raise bad(f"n: {len(prompts)} prompts times {n} are over {most} answers", "n")
         stops = frozenset() if asked.ignore_eos else stop_tokens
         fields = {
             "stop_tokens": stops | frozenset(asked.stop_token_ids or ()),
@@ -96,11 +98,11 @@ class Serving:
         if (found := max(ids)) >= self.engine.spec.vocab_size:
             vocabulary = self.engine.spec.vocab_size
             raise bad(f"prompt: has token {found}, the model has {vocabulary} tokens", "prompt")
-        room = self.engine.context - len(ids)
+        room = self.context - len(ids)
         if room < (1 if limit is None else limit):
             wanted = "" if limit is None else f" and {limit} new ones were asked for"
             raise bad(
-                f"the model's context is {self.engine.context} tokens; the prompt has "
+                f"the model's context is {self.context} tokens; the prompt has "
                 f"{len(ids)}{wanted}. Shorten the prompt or lower max_tokens",
                 "max_tokens" if room > 0 else "prompt",
                 "context_length_exceeded",

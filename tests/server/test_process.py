@@ -1,0 +1,120 @@
+"""The process: its port, its queue, its end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from bevatron.errors import BevatronError
+from bevatron.generate.server import command
+from tests.server.served import Served, make_model, served
+
+COMPLETIONS = "/v1/completions"
+LONG = {"prompt": "The", "max_tokens": 4000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers take seconds."""
+    return make_model(tmp_path_factory.mktemp("patient") / "tiny", context=4096)
+
+
+def test_running_answers_end_after_sigterm_and_new_ones_are_refused(patient: Path) -> None:
+    with served(patient, "--max-batch", "2", "--queue", "1", "--host", "localhost") as server:
+        with httpx.stream(
+            "POST",
+            server.url + COMPLETIONS,
+            json={**LONG, "max_tokens": 1500, "n": 2, "stream": True},
+            timeout=120,
+        ) as response:
+            lines = response.iter_lines()
+            next(lines)
+            waiting = _queue_fills(server)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            refused = server.post(COMPLETIONS, LONG)
+            assert refused.status_code == 503 and "retry-after" in refused.headers
+            assert refused.json()["error"]["code"] == "shutting_down"
+            assert server.get("/health").status_code == 503
+            rest = [line for line in lines if line]
+            waiting.join()
+        events = [json.loads(line[6:]) for line in rest if line != "data: [DONE]"]
+        reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
+        assert reasons == ["length", "length"] and rest[-1] == "data: [DONE]"
+        assert server.process.wait(10) == 0
+
+
+def _queue_fills(server: Served) -> threading.Thread:
+    """Two run, one waits, and one more is asked to come again."""
+    waiting = threading.Thread(target=lambda: server.post(COMPLETIONS, {**LONG, "max_tokens": 1}))
+    waiting.start()
+    until = time.monotonic() + 5
+    while not server.metric("requests_waiting"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    full = server.post(COMPLETIONS, {"prompt": "a"})
+    assert full.status_code == 429, full.text
+    assert full.json()["error"]["code"] == "queue_full"
+    assert 1 <= int(full.headers["retry-after"]) <= 60
+    never = server.post(COMPLETIONS, {"prompt": "a", "n": 4})
+    assert never.status_code == 400 and never.json()["error"]["param"] == "n"
+    return waiting
+
+
+def test_after_the_grace_answers_are_cut_and_a_second_signal_ends_at_once(patient: Path) -> None:
+    with served(patient, "--grace", "0.3") as server:
+        body = {**LONG, "n": 32, "stream": True}
+        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            last = [line for line in lines if line][-1]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "shutting_down"
+        assert server.process.wait(10) == 0
+    with (
+        served(patient) as server,
+        httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60) as response,
+    ):
+        next(response.iter_lines())
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 5
+
+
+def test_a_port_in_use_and_a_missing_model_are_one_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BevatronError, match=f"on 127.0.0.1 port {port}: Address already"):
+            start(tmp_path / "nothing", port=port)
+    with pytest.raises(BevatronError, match="nothing"):
+        start(tmp_path / "nothing", host="0.0.0.0")
+    assert "warning: 0.0.0.0 is open to others, and no --api-key is set" in capfd.readouterr().err
+
+
+def start(ckpt: Path, **changes: Any) -> None:
+    usual: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": None, "name": None}
+    usual |= {"max_body": 1000, "timeout_s": 1, "grace_s": 1, "hosts": [], "origins": []}
+    command.serve(str(ckpt), **{**usual, "max_batch": 1, "queue": 1, **changes})
+
+
+def test_without_fastapi_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(BevatronError, match=r"pip install 'bevatron\[serve\]'"):
+        start(tmp_path)
