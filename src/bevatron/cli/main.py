@@ -33,6 +33,14 @@ DryRun = Annotated[
     typer.Option("--dry-run", help="Show what would be done, tensor by tensor; write nothing."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")]
+Checkpoint = Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="1 keeps all.")]
+TopK = Annotated[int | None, typer.Option(help="0 keeps all.")]
+MinP = Annotated[float | None, typer.Option(help="Share of the likeliest token's probability.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="1 is none.")]
+ChatTemplateFile = Annotated[Path | None, typer.Option(help="Instead of the checkpoint's own.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="8-bit weights, on CPUs.")]
 
 
 def _version(show: bool) -> None:
@@ -353,35 +361,114 @@ def transformers_(context: typer.Context) -> None:
 
 @app.command()
 def generate(
-    ckpt: Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")],
-    prompt: Annotated[str, typer.Option(help="The text to complete.")],
+    ckpt: Checkpoint,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The text to complete; - reads it from standard input."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is what a user says in a chat.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System prompt; implies --chat.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts or chats, one JSON value per line; JSON out.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
-    seed: Annotated[int, typer.Option()] = 0,
-    tp: Annotated[int, typer.Option(help="1 for now.")] = 1,
-    pp: Annotated[int, typer.Option(help="1 for now.")] = 1,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="As OpenAI's.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="As OpenAI's.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Ends the answer and is left out; repeatable.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="With --json: of each token and the N likeliest.")
+    ] = None,
+    chat_template: ChatTemplateFile = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")] = 1,
+    int8: Int8 = False,
     as_json: Json = False,
 ) -> None:
-    """Complete a prompt."""
-    from bevatron.generate.engine import generate as complete
+    """Complete a prompt, or answer a chat: messages as JSON on standard input.
 
-    if tp != 1 or pp != 1:
-        raise BevatronError("generate runs in one process for now; use --tp 1 --pp 1")
-    out = complete(
+    Sampling is greedy; in a chat it is what the model's generation_config.json says.
+    """
+    from bevatron.generate.command import generate as complete
+
+    complete(
         ckpt,
         prompt,
+        file=file,
+        chat=chat,
+        system=system,
+        chat_template=chat_template,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
+        stop=stop or [],
+        logprobs=logprobs,
+        asked={
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty,
+            "seed": seed,
+        },
+        tp=tp,
+        pp=pp,
+        int8=int8,
+        as_json=as_json,
     )
-    if as_json:
-        _show({"text": out.text, "tokens": out.tokens, "finish_reason": out.finish_reason}, True)
-    else:
-        print(prompt + out.text)
+
+
+@app.command()
+def chat(
+    ckpt: Checkpoint,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Go on with a saved conversation.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON list of tools that the model may call.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 1024,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Annotated[int | None, typer.Option(help="Default: another one each time.")] = None,
+    chat_template: ChatTemplateFile = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")] = 1,
+    int8: Int8 = False,
+) -> None:
+    """Talk to a model in the terminal. /help in it lists its commands."""
+    from bevatron.generate.chat.terminal import chat as talk
+
+    talk(
+        ckpt,
+        system=system,
+        load=load,
+        tools=tools,
+        chat_template=chat_template,
+        max_new_tokens=max_new_tokens,
+        asked={
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        },
+        tp=tp,
+        pp=pp,
+        int8=int8,
+    )
 
 
 @app.command("eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -1,4 +1,4 @@
-"""Token ids of a rendered chat, in which the text of special tokens stays text where a user wrote it.
+"""Token ids of a rendered chat, in which special tokens that a user wrote stay text.
 
 `<|eot_id|>` in a message is seven characters and two brackets, not the end of a turn; otherwise a
 user, or a page that the model is to summarise, could write turns of the system. A special token is
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from bevatron.generate.chat.error import ChatError
@@ -93,9 +93,9 @@ class Encoder:
         everywhere = re.compile("|".join(map(re.escape, marks)))
         elsewhere = re.compile(f"(?!{'|'.join(looked_for) or '(?!)'})(?:{everywhere.pattern})")
         for pattern in (everywhere, elsewhere):
-            changed = _changed(chat, lambda s, p=pattern: p.sub(lambda m: marks[m.group()], s))
+            mark = partial(pattern.sub, lambda m: marks[m.group()])
             try:
-                marked = render(changed)
+                marked = render(_changed(chat, mark))
             except ChatError:
                 continue
             if marked.translate(back) == text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from bevatron.generate.chat.error import ChatError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names for one thing
+ROLE = re.compile(r"[\w-]{1,40}")
 DEEPEST = 100
+LONE = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON may have and text not
 
 Message = dict[str, Any]
 
@@ -36,7 +39,8 @@ def _message(where: str, message: Any, template: str) -> Message:
     role = made.get("role")
     if not isinstance(role, str):
         raise ChatError(f"{where}.role is {_kind(role)}, expected a text such as 'user'")
-    if role not in ROLES and not (f"'{role}'" in template or f'"{role}"' in template):
+    quoted = f"'{role}'" in template or f'"{role}"' in template
+    if role not in ROLES and not (quoted and ROLE.fullmatch(role)):
         known = ", ".join(ROLES)
         raise ChatError(f"{where}.role is {role[:40]!r}, expected one of {known}")
     if role == "developer" and "developer" not in template:
@@ -114,14 +118,14 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy that has nothing but JSON's types, all the way down."""
     if depth > DEEPEST:
         raise ChatError(f"{where} is nested more than {DEEPEST} deep")
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, str):
-        return str.__str__(value)
+        return LONE.sub("�", value)
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ChatError(f"{where} has a key that is no text")
-        return {str.__str__(k): plain(v, where, depth + 1) for k, v in value.items()}
+        return {LONE.sub("�", k): plain(v, where, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, where, depth + 1) for item in value]
     raise ChatError(f"{where} has a value of type {type(value).__name__}, which JSON does not have")

@@ -36,6 +36,7 @@ NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # rendering. <|eom_id|> ends a message after which Llama 3.1 wants a tool's result.
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|assistant_end|>", "<|im_end|>")
 PROBE = "bevatron-probe"
+Chat = tuple[list[Message], Any, Any, dict[str, Any]]  # messages, tools, documents, variables
 MISTAKES = (
     TemplateError,
     TypeError,
@@ -138,7 +139,7 @@ class ChatTemplate:
         Raises ChatError for whatever is wrong with the template, messages or tools.
         """
         chat = self._prepared(messages, tools, documents, template_kwargs)
-        return self._render(*chat, add_generation_prompt, continue_final_message, _now())
+        return self._render(chat, add_generation_prompt, continue_final_message, _now())
 
     def encode(
         self,
@@ -155,8 +156,8 @@ class ChatTemplate:
         chat = self._prepared(messages, tools, documents, template_kwargs)
         now = _now()
 
-        def rendered(chat: Any) -> str:
-            return self._render(*chat, add_generation_prompt, continue_final_message, now)
+        def rendered(chat: Chat) -> str:
+            return self._render(chat, add_generation_prompt, continue_final_message, now)
 
         name = self._name(chat[1])
         return self._encoder(name).encode(chat, rendered)
@@ -194,7 +195,7 @@ class ChatTemplate:
 
     def _prepared(
         self, messages: Any, tools: Any, documents: Any, variables: Mapping[str, Any]
-    ) -> tuple[list[Message], Any, Any, dict[str, Any]]:
+    ) -> Chat:
         checked = checked_tools(tools)
         chat = checked_messages(messages, self._source(self._name(checked)))
         if checked is not None and not self.takes_tools:
@@ -205,16 +206,14 @@ class ChatTemplate:
 
     def _render(
         self,
-        chat: list[Message],
-        tools: Any,
-        documents: Any,
-        variables: dict[str, Any],
+        given: Chat,
         add_generation_prompt: bool,
         continue_final: bool,
         now: Callable[[], datetime],
     ) -> str:
         if not continue_final:
-            return self._evaluate(chat, tools, documents, variables, add_generation_prompt, now)
+            return self._evaluate(*given, add_generation_prompt, now)
+        chat, tools, documents, variables = given
         # As transformers: what the template writes after the last message is cut off.
         final, tag = chat[-1]["content"], "CONTINUE_FINAL_MESSAGE_TAG "
         if not final:
@@ -293,7 +292,7 @@ class ChatTemplate:
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... as tokenizer_config.json has them: a text, or an object with one."""
+    """bos_token, eos_token, ... of tokenizer_config.json: each a text, or an object with one."""
     found = {}
     for kind in NAMED_TOKENS:
         value = config.get(f"{kind}_token")

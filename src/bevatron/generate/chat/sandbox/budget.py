@@ -9,10 +9,10 @@ from jinja2 import Undefined
 
 from bevatron.generate.chat.error import ChatError
 
-STEPS = 3_000_000  # about two seconds
+STEPS = 1_000_000  # about a second; a long chat takes a tenth of it
 CHARACTERS = 8 << 20  # of all values made, on top of PER_INPUT times the input's
 PER_INPUT = 16
-SECONDS = 10.0
+SECONDS = 5.0
 NODE = 16  # characters that a value of a list counts as, beside its own text
 DEEPEST = 200  # lists in lists
 READ = 1024  # characters read in the time of a step
@@ -90,4 +90,4 @@ class Budget:
             self.make(self.weigh(value)[0])
 
 
-VIEWS = (type({}.items()), type({}.keys()), type({}.values()))
+VIEWS: tuple[type, ...] = (type({}.items()), type({}.keys()), type({}.values()))

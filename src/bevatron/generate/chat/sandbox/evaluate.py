@@ -78,7 +78,6 @@ class _Evaluator:
         self.filters = Filters(self.values)
         self.globals = functions(self.values, now)
         self.depth = 0  # of macros
-        self.loops = 0
         self.does: dict[type, Callable[[Any, Scope, list[str]], None]] = {
             nodes.Output: self._output,
             nodes.For: self._for,
@@ -172,8 +171,7 @@ class _Evaluator:
         items = self.values.items(self.give(node.iter, scope))
         if node.test is not None:
             items = [item for item in items if self._passes(node, item, scope)]
-        loop = Loop(items, self.loops)
-        self.loops += 1
+        loop = Loop(items)
         for index, item in enumerate(items):
             self.budget.spend()
             loop.index0 = index
@@ -184,7 +182,6 @@ class _Evaluator:
             except _Jump as jump:
                 if jump.ends:
                     break
-        self.loops -= 1
         if not items:
             self.run(node.else_, Scope(scope, {}), out)
 
@@ -294,7 +291,7 @@ class _Evaluator:
         self, node: nodes.Call | nodes.Filter | nodes.Test, scope: Scope
     ) -> tuple[list[Any], dict[str, Any]]:
         args = self.all(node.args, scope)
-        kwargs = {pair.key: self.give(pair.value, scope) for pair in node.kwargs}
+        kwargs = {str(pair.key): self.give(pair.value, scope) for pair in node.kwargs}
         if node.dyn_args is not None:
             args += self.values.items(self.give(node.dyn_args, scope))
         if node.dyn_kwargs is not None:

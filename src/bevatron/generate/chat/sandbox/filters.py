@@ -183,8 +183,8 @@ class Filters:
 
     def sum(self, value: Any, attribute: Any = None, start: Any = 0) -> Any:
         for item in self.values.items(value):
-            item = item if attribute is None else self.lookup(item, attribute)
-            start = self.values.binary("+", start, item)
+            part = item if attribute is None else self.lookup(item, attribute)
+            start = self.values.binary("+", start, part)
         return start
 
     def min(self, value: Any, case_sensitive: Any = False, attribute: Any = None) -> Any:
@@ -320,10 +320,7 @@ TEXT: dict[str, Filter] = {
     name: filters.FILTERS[name]
     for name in ("capitalize", "lower", "title", "trim", "upper", "wordcount")
 }
-TEXT["wordcount"] = filters.do_wordcount
-TESTS: dict[str, Filter] = {
-    name: test for name, test in tests.TESTS.items() if name not in ("filter", "test")
-}
+TESTS: dict[str, Any] = dict(tests.TESTS)
 COMPARED = {"==": "eq", "eq": "eq", "equalto": "eq", "!=": "ne", "ne": "ne", "in": "in"}
 COMPARED |= {">": "gt", "gt": "gt", "greaterthan": "gt", ">=": "gteq", "ge": "gteq"}
 COMPARED |= {"<": "lt", "lt": "lt", "lessthan": "lt", "<=": "lteq", "le": "lteq"}

@@ -21,19 +21,37 @@ from bevatron.generate.chat.sandbox.budget import NODE, VIEWS, Budget
 
 LONGEST_INT = 16384  # bits
 WIDEST = 1000  # of padding, by anything
-ITERATOR = type(iter([]))
-CONTAINERS = (list, tuple, dict, range, *VIEWS)
-SIZED = (str, *CONTAINERS, Undefined)
-READS = frozenset(
-    "startswith endswith find rfind index rindex count isdigit isalpha isalnum isspace isupper "
-    "islower isnumeric isdecimal isidentifier istitle isascii isprintable".split()
+ITERATOR: Any = type(iter([]))
+CONTAINERS: Any = (list, tuple, dict, range, *VIEWS)
+SIZED: Any = (str, *CONTAINERS, Undefined)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+READS = _words(
+    """
+    startswith endswith find rfind index rindex count isdigit isalpha isalnum isspace
+    isupper islower isnumeric isdecimal isidentifier istitle isascii isprintable
+    """
 )
-MAKES = frozenset(
-    "upper lower title capitalize swapcase casefold strip lstrip rstrip removeprefix "
-    "removesuffix".split()
+MAKES = _words(
+    """
+    upper lower title capitalize swapcase casefold strip lstrip rstrip removeprefix
+    removesuffix
+    """
 )
-SPLITS = frozenset("split rsplit splitlines partition rpartition".split())
-PADS = frozenset("center ljust rjust zfill expandtabs".split())
+SPLITS = _words(
+    """
+    split rsplit splitlines partition rpartition
+    """
+)
+PADS = _words(
+    """
+    center ljust rjust zfill expandtabs
+    """
+)
 FLAGS = re.compile(r"[#0\- +*.\dhlL]*")
 METHODS: dict[type, frozenset[str]] = {
     str: READS | MAKES | SPLITS | PADS | {"replace", "join", "format"},
@@ -82,7 +100,6 @@ class Loop:
     """The variable `loop`."""
 
     items: list[Any]
-    depth0: int
     index0: int = -1
 
     def get(self, name: str) -> Any:
@@ -90,7 +107,7 @@ class Loop:
         values: dict[str, Any] = {"index0": at, "index": at + 1, "length": n}
         values |= {"revindex0": n - at - 1, "revindex": n - at}
         values |= {"first": at == 0, "last": at == n - 1}
-        values |= {"depth0": self.depth0, "depth": self.depth0 + 1}
+        values |= {"depth0": 0, "depth": 1}  # of recursion, which there is none of
         if name == "previtem":
             return self.items[at - 1] if at > 0 else Undefined("there is no previous item")
         if name == "nextitem":
@@ -121,8 +138,7 @@ class Values:
             return value.values.get(name, Undefined(obj=value, name=name))
         found = self._method(value, name)
         if found is None and isinstance(value, dict):
-            found = value.get(name, Undefined(obj=value, name=name))
-            return found
+            return value.get(name, Undefined(obj=value, name=name))
         return Undefined(obj=value, name=name) if found is None else found
 
     def item(self, value: Any, key: Any) -> Any:
@@ -133,7 +149,7 @@ class Values:
             self.budget.weigh(key)
         if isinstance(key, slice):
             if not isinstance(value, str | list | tuple):
-                return Undefined(obj=value, name="slice")
+                raise TypeError(f"{type(value).__name__!r} object has no slices")
             part = len(range(*key.indices(len(value))))
             self.budget.make(part * (1 if isinstance(value, str) else NODE))
         if isinstance(value, str | list | tuple | dict | range):
@@ -255,12 +271,13 @@ class Values:
         at = 0
         while (at := text.find("%", at) + 1) > 0:
             at = _after_key(text, at)
-            flags = FLAGS.match(text, at)[0]  # type: ignore[index] (may be empty: always matches)
+            match = FLAGS.match(text, at)
+            flags = match.group() if match else ""
             if re.search(r"\*|\d{4}", flags):
                 raise ChatError("the chat template formats a text with an absurd width; stopped")
             at += len(flags) + 1
         self.budget.make(len(text) + (text.count("%") + 1) * (self.budget.weigh(values)[0] + 999))
-        return text % values
+        return str(text % values) if type(text) is str else text % values
 
     def binary(self, symbol: str, left: Any, right: Any) -> Any:
         self.budget.spend()
@@ -299,6 +316,8 @@ class Values:
         if symbol in ("in", "notin"):
             if isinstance(right, ITERATOR):
                 right = self.items(right)
+            if isinstance(right, range) and not isinstance(left, int):
+                self.budget.spend(len(right))  # compared with each
             if isinstance(right, str):
                 self.budget.read(len(right))
             elif not (scalar and isinstance(right, dict | range | type({}.keys()))):

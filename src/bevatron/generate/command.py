@@ -1,0 +1,126 @@
+"""`bevatron generate`: from what is asked to what is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bevatron.errors import BevatronError
+from bevatron.generate.chat.template import ChatTemplate
+from bevatron.generate.chat.tools import parse_tool_calls
+from bevatron.generate.console import show
+from bevatron.generate.engine import Engine
+from bevatron.generate.options import chosen, recommended
+from bevatron.generate.prompts import Prompt, read_prompts
+from bevatron.generate.request import Generation, Request, Sampling, TokenLogprob
+
+
+def generate(
+    ckpt: str,
+    prompt: str | None,
+    *,
+    file: Path | None,
+    chat: bool,
+    system: str | None,
+    chat_template: Path | None,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    logprobs: int | None,
+    asked: dict[str, Any],
+    tp: int,
+    pp: int,
+    int8: bool,
+    as_json: bool,
+) -> None:
+    """Print the completion of a prompt while it is made, or one JSON object for each prompt.
+
+    Args:
+        asked: fields of Sampling, None where the user said nothing.
+    """
+    prompts = read_prompts(prompt, file, chat=chat, system=system)
+    chosen(Sampling(), asked)  # a mistake in it is said before a model is loaded
+    with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, max_batch=min(len(prompts), 32)) as engine:
+        template = None
+        if any(p.is_chat for p in prompts):
+            template = ChatTemplate.needed(engine.opened, engine.tokenizer, chat_template)
+        requests = [
+            _request(engine, template, p, asked, max_new_tokens, tuple(stop), logprobs)
+            for p in prompts
+        ]
+        if as_json or file is not None:
+            for one, request, answer in zip(
+                prompts, requests, engine.complete(requests), strict=True
+            ):
+                print(json.dumps(_described(engine, one, request, answer)))
+            return
+        if not prompts[0].is_chat:
+            show(prompts[0].text or "")
+        stream = engine.submit(requests[0])
+        for piece in stream:
+            show(piece.text)
+        show("\n")
+
+
+def _request(
+    engine: Engine,
+    template: ChatTemplate | None,
+    prompt: Prompt,
+    asked: dict[str, Any],
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    logprobs: int | None,
+) -> Request:
+    stops = engine.stop_tokens
+    if prompt.text is not None:
+        ids = engine.tokenizer.encode(prompt.text).ids
+        sampling = Sampling()
+    else:
+        assert template is not None
+        ids = template.encode(prompt.messages, tools=prompt.tools)
+        stops |= template.stop_tokens
+        sampling = recommended(engine.opened)
+    if not ids:
+        raise BevatronError("the prompt has no tokens; give at least one character")
+    return Request(
+        tuple(ids),
+        max_new_tokens,
+        chosen(sampling, asked),
+        stops,
+        stop,
+        logprobs,
+        skip_special_tokens=not prompt.tools,  # they mark some models' tool calls
+    )
+
+
+def _described(
+    engine: Engine, prompt: Prompt, request: Request, answer: Generation
+) -> dict[str, Any]:
+    given, new = len(request.prompt), len(answer.tokens)
+    made: dict[str, Any] = {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish_reason,
+        "usage": {
+            "prompt_tokens": given,
+            "completion_tokens": new,
+            "total_tokens": given + new,
+        },
+    }
+    if answer.logprobs is not None:
+        made["logprobs"] = [_logprob(engine, entry) for entry in answer.logprobs]
+    if prompt.tools:
+        text, calls = parse_tool_calls(answer.text)
+        if calls:
+            made["text"] = text
+            made["tool_calls"] = [{"name": c.name, "arguments": c.arguments} for c in calls]
+    return made
+
+
+def _logprob(engine: Engine, entry: TokenLogprob) -> dict[str, Any]:
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "token": engine.tokenizer.id_to_token(token), "logprob": logprob}
+
+    top = [one(token, logprob) for token, logprob in entry.top]
+    return one(entry.token, entry.logprob) | ({"top": top} if top else {})
