@@ -84,6 +84,18 @@ def test_the_loss_on_a_store_is_that_of_transformers(
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
+def test_layouts_and_dtypes_change_the_loss_by_rounding_alone(
+    model: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = run(capsys, model / "native", "--data", store)
+    split = run(capsys, model / "native", "--data", store, "--tp", 2, "--pp", 2)
+    assert split["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    rounded = run(capsys, model / "native", "--data", store, "--dtype", "bf16")
+    assert rounded["loss"] == pytest.approx(alone["loss"], rel=2e-2) != alone["loss"]
+    eight = run(capsys, model / "native", "--data", store, "--int8")
+    assert eight["loss"] == pytest.approx(alone["loss"], rel=2e-2) != alone["loss"]
+
+
 def test_text_scores_as_its_store_and_several_as_one(
     model: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

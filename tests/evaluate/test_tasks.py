@@ -55,7 +55,11 @@ def answers(found: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [s["resps"] for s in found["samples"][name]] for name in NAMES}
 
 
-@pytest.mark.parametrize("options", [{}, {"apply_chat_template": True}], ids=["plain", "chat"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"apply_chat_template": True}, marks=pytest.mark.slow)],
+    ids=["plain", "chat"],
+)
 def test_every_answer_is_that_of_lm_evals_own_class(
     model: Path, tasks: Path, options: dict[str, Any]
 ) -> None:
@@ -67,6 +71,7 @@ def test_every_answer_is_that_of_lm_evals_own_class(
     agree(expected, found)
 
 
+@pytest.mark.slow
 def test_layouts_change_no_answer(model: Path, tasks: Path) -> None:
     import bevatron.evaluate.harness  # noqa: F401
 
