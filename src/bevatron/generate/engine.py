@@ -52,7 +52,7 @@ class Engine:
         self._tokenizer = load_tokenizer(opened) if tokenizer_file(opened) else None
         self.context = self.spec.max_position_embeddings
         self.stop_tokens = stop_tokens(opened)
-        self.max_tokens = max_tokens or _default_tokens(group.model, self.context, max_batch)
+        self.max_tokens = max_tokens or _default_tokens(group.model, self.context)
         self._queue = queue
         vocabulary = Vocabulary(self._tokenizer)
         self._scheduler = Scheduler(vocabulary, self.spec.vocab_size, max_batch, self.max_tokens)
@@ -261,7 +261,7 @@ class Engine:
         self.group.close()
 
 
-def _default_tokens(model: Model, context: int, max_batch: int) -> int:
+def _default_tokens(model: Model, context: int) -> int:
     """As many positions as a share of the free memory holds, and at least one context."""
     per_token = model.cache.bytes_per_position
     if model.device.type == "cuda":
@@ -269,7 +269,7 @@ def _default_tokens(model: Model, context: int, max_batch: int) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = int(SHARE * free / max(1, per_token))
-    return max(context, min(fits, max_batch * context))
+    return max(context, fits)
 
 
 def generate(

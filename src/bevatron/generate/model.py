@@ -228,7 +228,7 @@ class Model:
         scores, at = [], len(step.tokens)
         for segment in step.prefill:
             if segment.targets:
-                scores.append(self._score(x[at : at + len(segment.targets)], segment))
+                scores += self._score(x[at : at + len(segment.targets)], segment)
             at += len(segment.tokens)
         return Output(logits, scores) if self.ranks.tp_rank == 0 else None
 
@@ -240,13 +240,15 @@ class Model:
         logits = softcap(self.weights.head(self.weights.final_norm(x)), self.spec.logit_softcap)
         return self.ranks.gather(logits.float(), self.spec.vocab_size)
 
-    def _score(self, x: Tensor, segment: Segment) -> Scores:
+    def _score(self, x: Tensor, segment: Segment) -> list[Scores]:
+        """One; none on the tensor-parallel ranks that have not all logits."""
         targets = torch.tensor(segment.targets, device=self.device)
         parts = []
         for begin in range(0, len(targets), SCORED):
             logits = self._logits(x[begin : begin + SCORED])
-            parts.append(score(logits, targets[begin : begin + SCORED], segment.top))
-        return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+            if self.ranks.tp_rank == 0:
+                parts.append(score(logits, targets[begin : begin + SCORED], segment.top))
+        return [Scores(*(torch.cat(t) for t in zip(*parts, strict=True)))] if parts else []
 
 
 def score(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -32,9 +32,10 @@ from bevatron.generate.model import Model
 from bevatron.generate.ranks import ProcessRanks, Ranks
 from bevatron.generate.step import Output, Step
 from bevatron.generate.weights import ModelWeights, Share, read_weights
-from bevatron.parallel.agree import explain
+from bevatron.parallel.agree import explain, on_all
 from bevatron.parallel.layout import Layout, check
 from bevatron.parallel.split import stage_ranges
+from bevatron.parallel.world import join_world
 from bevatron.spec import ModelSpec
 
 LONG = timedelta(days=365)  # a server may be idle for as long as it likes
@@ -63,7 +64,9 @@ class Plan:
 
     def where(self, rank: int) -> torch.device:
         device = torch.device(self.device)
-        return device if device.type == "cpu" else torch.device(device.type, rank)
+        if device.type == "cpu":
+            return device
+        return torch.device(device.type, rank % torch.accelerator.device_count())
 
     def read(self, opened: Opened, rank: int) -> ModelWeights:
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
@@ -230,28 +233,33 @@ class TorchrunGroup(Group):
     def close(self) -> None:
         with suppress(RuntimeError):
             self.model.ranks.command(b"")
-            self.model.ranks.close()
 
 
 def _join_torchrun(opened: Opened, plan: Plan) -> Group:
-    rank = int(os.environ["RANK"])
-    device = plan.where(int(os.environ.get("LOCAL_RANK", "0")))
-    weights = plan.read(opened, rank)
-    if not dist.is_initialized():
-        dist.init_process_group(_backend(device), timeout=LONG)
+    join_world(plan.where(int(os.environ["RANK"])), LONG.total_seconds())
+    if (group := join(opened, plan)) is None:
+        raise SystemExit(0)
+    return group
+
+
+def join(opened: Opened, plan: Plan) -> Group | None:
+    """As every rank of the default process group: the group on rank 0; the others follow it until
+    it closes, and return None."""
+    rank = dist.get_rank()
+    read: list[ModelWeights] = []
+    on_all(lambda: read.append(plan.read(opened, rank)))
     ranks = ProcessRanks(plan.tp, plan.pp)
-    model = Model(opened.spec, weights, ranks, device)
+    model = Model(opened.spec, read[0], ranks, plan.where(rank))
     if rank == 0:
         return TorchrunGroup(model)
     follow(model, ranks)
-    raise SystemExit(0)
+    return None
 
 
 def follow(model: Model, ranks: ProcessRanks) -> None:
     """As another rank than 0: compute what it commands, until it ends."""
     while data := ranks.next_command():
         model.run(Step.from_bytes(data))
-    ranks.close()
 
 
 def _start(plan: Plan, rank: int, port: int) -> subprocess.Popen[bytes]:
@@ -289,6 +297,7 @@ def _work(plan: Plan, rank: int, port: int) -> None:
         ranks = ProcessRanks(plan.tp, plan.pp)
     try:
         follow(Model(opened.spec, weights, ranks, plan.where(rank)), ranks)
+        ranks.close()
     except RuntimeError as error:
         if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
             raise
