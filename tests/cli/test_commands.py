@@ -13,7 +13,7 @@ from bevatron import __version__
 from bevatron.cli import main as cli
 from bevatron.errors import CheckFailed
 
-VERBS = ["import", "export", "verify", "inspect", "tokenize", "train", "generate", "demo"]
+VERBS = ["import", "export", "verify", "inspect", "tokenize", "train", "generate", "chat", "demo"]
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ class Browser:
             assert self.process.poll() is None, "Chromium does not start"
             assert time.monotonic() < deadline, "Chromium does not answer"
             time.sleep(0.05)
-        self.socket = connect(f"ws://127.0.0.1:{lines[0]}{lines[1]}", max_size=None)
+        self.open = ExitStack()
+        address = f"ws://127.0.0.1:{lines[0]}{lines[1]}"
+        self.socket = self.open.enter_context(connect(address, max_size=None))
         self.count = 0
         self.pages: dict[str, Page] = {}
 
@@ -78,6 +81,7 @@ class Browser:
         except Exception:
             self.process.kill()
             self.process.wait()
+        self.open.close()
 
 
 class Page:
@@ -107,7 +111,8 @@ class Page:
         self.send("Emulation.setEmulatedMedia", features=pairs)
 
     def open(self, url: str) -> Page:
-        self.send("Page.navigate", url=url)
+        error = self.send("Page.navigate", url=url).get("errorText")
+        assert error is None, f"{url}: {error}"
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return self
 

@@ -166,7 +166,7 @@ def test_transformers_chat_works_against_it(server: Served, tmp_path: Path) -> N
     command += ["max_new_tokens=5", "do_sample=False", "--save-folder", str(tmp_path)]
     done = subprocess.run(
         command,
-        input="hello there\n!exit\n",
+        input="hello there\nn\n!exit\n",
         capture_output=True,
         text=True,
         timeout=120,

@@ -40,6 +40,8 @@ TopK = Annotated[int | None, typer.Option(help="0 keeps all.")]
 MinP = Annotated[float | None, typer.Option(help="Share of the likeliest token's probability.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="1 is none.")]
 ChatTemplateFile = Annotated[Path | None, typer.Option(help="Instead of the checkpoint's own.")]
+TensorParallel = Annotated[int, typer.Option(min=1, help="Processes that share each layer.")]
+PipelineParallel = Annotated[int, typer.Option(min=1, help="Processes that share the layers.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="8-bit weights, on CPUs.")]
 
 
@@ -389,8 +391,8 @@ def generate(
         int | None, typer.Option(min=0, help="With --json: of each token and the N likeliest.")
     ] = None,
     chat_template: ChatTemplateFile = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")] = 1,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
     int8: Int8 = False,
     as_json: Json = False,
 ) -> None:
@@ -443,8 +445,8 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Annotated[int | None, typer.Option(help="Default: another one each time.")] = None,
     chat_template: ChatTemplateFile = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")] = 1,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
     int8: Int8 = False,
 ) -> None:
     """Talk to a model in the terminal. /help in it lists its commands."""

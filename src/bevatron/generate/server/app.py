@@ -91,6 +91,7 @@ def _models(app: FastAPI, serving: Serving) -> None:
         "owned_by": "bevatron",
         "context": serving.context,
         "chat": serving.template is not None,
+        "sampling": serving.defaults,
     }
 
     @app.get("/v1/models", responses=_errors(401, 403))
@@ -164,7 +165,7 @@ def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     """The body is read by us, so the schema is told of it here."""
     schema = {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}
     body = {"required": True, "content": {"application/json": schema}}
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    events: dict[str, Any] = {"text/event-stream": {}}
     found = {"application/json": {"schema": {"type": "object"}}, **events}
     return {
         "openapi_extra": {"requestBody": body},
@@ -177,6 +178,9 @@ def _described(app: FastAPI) -> dict[str, Any]:
         described = FastAPI.openapi(app)
         pairs = [(kind, "validation") for kind in BODIES]
         _, made = models_json_schema(pairs, ref_template=SCHEMAS)  # type: ignore[arg-type]
+        for operations in described["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI's, which is never sent
         schemas = {**made.get("$defs", {}), "Error": ERROR}
         described["components"] = {"schemas": schemas}
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -43,6 +43,7 @@ def serve(ckpt: str, settings: Settings, say: Say = _say, **engine_options: Any)
             app, gate = make_app(Serving(engine, settings))
             server = Server(app, gate, engine, settings, say)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            sock.listen(MAX_CONNECTIONS)  # who reads the line below may connect at once
             say(f"serving {settings.name} at http://{host}:{port} (API at /v1, Ctrl-C ends)")
             asyncio.run(server.serve(sockets=[sock]))
             if engine.failure is not None:

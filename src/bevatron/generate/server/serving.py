@@ -21,7 +21,13 @@ from bevatron.generate.server.refusal import Refusal, bad
 from bevatron.generate.server.settings import Settings
 from bevatron.generate.server.tokens import TokenTexts
 
-DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DEFAULTS = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass
@@ -29,8 +35,8 @@ class Serving:
     """
     Attributes:
         context: tokens of a prompt and its answer.
-        defaults: sampling settings of the model's generation_config.json, for requests that name
-            none.
+        defaults: sampling settings for requests that name none: those of the model's
+            generation_config.json, and OpenAI's where that has none.
     """
 
     engine: Engine
@@ -112,9 +118,9 @@ class Serving:
     def _sampling(self, asked: Common, choice: int) -> Sampling:
         """`choice`: its number among n, of which each draws from a seed of its own."""
 
-        def take(name: str, otherwise: float) -> Any:
+        def take(name: str) -> Any:
             given = getattr(asked, name)
-            return self.defaults.get(name, otherwise) if given is None else given
+            return self.defaults[name] if given is None else given
 
         seed = asked.seed
         if seed is not None and choice:
@@ -125,11 +131,11 @@ class Serving:
             message = f"logit_bias: names token {max(bias)}, the model has {vocabulary} tokens"
             raise bad(message, "logit_bias")
         return Sampling(
-            temperature=take("temperature", 1.0),
-            top_k=max(0, take("top_k", 0)),
-            top_p=take("top_p", 1.0),
-            min_p=take("min_p", 0.0),
-            repetition_penalty=take("repetition_penalty", 1.0),
+            temperature=take("temperature"),
+            top_k=max(0, take("top_k")),
+            top_p=take("top_p"),
+            min_p=take("min_p"),
+            repetition_penalty=take("repetition_penalty"),
             frequency_penalty=asked.frequency_penalty or 0.0,
             presence_penalty=asked.presence_penalty or 0.0,
             logit_bias=bias,
@@ -150,7 +156,7 @@ def published_defaults(engine: Engine) -> dict[str, float]:
     """The sampling settings that a model's authors recommend, where they are usable numbers."""
     text = engine.opened.source_text("generation_config.json")
     found: dict[str, Any] = json.loads(text) if text else {}
-    kept: dict[str, float] = {}
+    kept: dict[str, float] = dict(DEFAULTS)
     for name in DEFAULTS:
         value = found.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):

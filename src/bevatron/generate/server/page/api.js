@@ -36,16 +36,22 @@ async function failure(response) {
   } catch { /* a proxy's page, or nothing */ }
   const said = typeof error.message === "string" ? error.message : "";
   const { status } = response;
-  if (status === 401) return new ApiError("key", said || "The server asks for an API key.");
+  if (status === 401) {
+    return new ApiError("key", key.get() ? "The server does not accept this key." : "This server asks for an API key.");
+  }
   if (status === 429) return new ApiError("busy", said || "The server is busy. Try again in a moment.");
   if (status >= 500) return new ApiError("server", said || `The server failed (status ${status}).`);
   return new ApiError("request", said || `The server refused this (status ${status}).`, error.code ?? null);
 }
 
-/** [{id, chat, context}]; `chat` is false for a model without a chat template. */
+/**
+ * [{id, chat, context, sampling}]; `chat` is false for a model without a chat template; `sampling` is
+ * what the server takes for settings that a request does not have.
+ */
 export async function models() {
   const { data } = await (await request("v1/models")).json();
-  return data.map(({ id, chat, context }) => ({ id, chat: chat !== false, context: Number(context) || null }));
+  return data.map(({ id, chat, context, sampling }) =>
+    ({ id, chat: chat !== false, context: Number(context) || null, sampling: sampling ?? {} }));
 }
 
 /**

@@ -242,7 +242,7 @@ function actions(i) {
   return {
     retry,
     again,
-    key: () => giveKey("The server asks for an API key.", retry),
+    key: () => giveKey("This server asks for an API key.", retry),
     complete: () => {
       setMode("complete");
       retry();
@@ -298,6 +298,8 @@ function setMode(mode) {
   form.elements.mode.value = completes() ? "complete" : "chat";
   const without = Boolean(model && !model.chat);
   for (const radio of form.elements.mode) radio.disabled = without;
+  const usual = { ...model?.sampling, max_tokens: completes() ? CONTINUED : undefined, seed: "random" };
+  for (const name of store.NUMBERS) form.elements[name].placeholder = usual[name] ?? "default";
   $("mode-note").textContent = without ? "This model has no chat template."
     : completes() ? "The model continues the text as it is." : "";
   $("system-field").hidden = $("tools-field").hidden = completes();

@@ -1,0 +1,212 @@
+"""`bevatron chat`, driven through a real terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bevatron.errors import BevatronError
+from bevatron.generate.chat.conversation import Conversation
+from bevatron.generate.console import harmless, show
+from tests.generate.chat_templates import reference
+from tests.generate.talkers import answer_of_transformers, make_talker
+
+PROMPT = ">>> "
+WAIT_S = 120
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+class Screen:
+    """`bevatron chat` in a pseudoterminal."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        env = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "TERM": "xterm"}
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(folder)
+            command = [sys.executable, "-m", "bevatron", "chat", *arguments]
+            os.execve(sys.executable, command, env)
+        self.seen = ""
+
+    def until(self, text: str) -> str:
+        """What is shown up to `text`, which has to come."""
+        deadline = time.monotonic() + WAIT_S
+        while text not in self.plain():
+            assert time.monotonic() < deadline, self.seen
+            ready, _, _ = select.select([self.fd], [], [], 1.0)
+            if ready:
+                try:
+                    data = os.read(self.fd, 4096)
+                except OSError:  # it has ended
+                    data = b""
+                assert data, self.seen
+                self.seen += data.decode("utf-8", "replace")
+        shown, _, rest = self.plain().partition(text)
+        self.seen = rest
+        return shown
+
+    def plain(self) -> str:
+        return ESCAPES.sub("", self.seen).replace("\r", "")
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def say(self, text: str) -> str:
+        """A line; returns what is shown until the next prompt."""
+        self.type(text + "\n")
+        return self.until(PROMPT).partition("\n")[2]  # without the echo
+
+    def end(self) -> int:
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    os.read(self.fd, 4096)
+                except OSError:
+                    continue
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError("it does not end")
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_talker(tmp_path_factory.mktemp("talker") / "hf", "llama3")
+
+
+@pytest.fixture
+def screen(talker: Path, tmp_path: Path) -> Iterator[Screen]:
+    screen = Screen(tmp_path, str(talker), "--temperature", "0", "--max-new-tokens", "8")
+    screen.until(PROMPT)
+    yield screen
+    try:
+        os.kill(screen.pid, signal.SIGKILL)
+        os.waitpid(screen.pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+    os.close(screen.fd)
+
+
+def test_a_conversation_in_a_terminal(screen: Screen, talker: Path, tmp_path: Path) -> None:
+    def saved() -> list[dict[str, str]]:
+        assert "saved" in screen.say("/save chat.json")
+        return list(json.loads((tmp_path / "chat.json").read_text())["messages"])
+
+    shown = screen.say("Hello there")
+    assert re.search(r"8 tokens, [\d.]+ tokens/s, first after [\d.]+ s; cut off", shown)
+    said = saved()
+    assert [m["role"] for m in said] == ["user", "assistant"]
+    template = reference("llama3").apply_chat_template(said[:1], add_generation_prompt=True)
+    want = answer_of_transformers(talker, list(template["input_ids"]), 8)
+    assert said[1]["content"] == reference("llama3").decode(want)
+    assert harmless(said[1]["content"]).split("\n")[0] in shown
+
+    # commands
+    assert "/retry" in screen.say("/help")
+    assert "no command /nonsense" in screen.say("/nonsense")
+    assert "temperature 0" in screen.say("/set")
+    assert "temperature is -1" in screen.say("/set temperature -1")
+    assert "no setting heat" in screen.say("/set heat 5")
+    assert "Be brief" in screen.say("/system Be brief")
+    assert saved()[0] == {"role": "system", "content": "Be brief"}
+    screen.say("/retry")
+    assert [m["role"] for m in saved()] == ["system", "user", "assistant"]
+    assert saved()[2] != said[1], "the system prompt is heard"
+
+    # many lines
+    screen.type("one \\\n")
+    screen.until("... ")
+    screen.say("two")
+    screen.type('"""\n')
+    screen.until("... ")
+    screen.type("three\n")
+    screen.until("... ")
+    screen.say('four"""')
+    screen.say(" /five")
+    users = [m["content"] for m in saved() if m["role"] == "user"]
+    assert users == ["Hello there", "one \ntwo", "three\nfour", "/five"]
+    assert "taken back: /five" in screen.say("/undo")
+    assert len(saved()) == 7
+
+    # Ctrl-C ends an answer and keeps the conversation
+    assert "max_new_tokens 3000" in screen.say("/set max_new_tokens 3000")
+    screen.type("Tell me more\n")
+    screen.until("Tell me more")
+    time.sleep(1.5)
+    screen.type("\x03")
+    assert "interrupted" in screen.until(PROMPT)
+    assert [m["role"] for m in saved()[-2:]] == ["user", "assistant"]
+    screen.say("/set max_new_tokens 4")
+    assert "4 tokens" in screen.say("Go on")
+    screen.type("half a line\x03")
+    assert "Ctrl-D or /quit ends" in screen.until(PROMPT)
+    screen.type("\x04")
+    assert screen.end() == 0
+    history = tmp_path / "state" / "bevatron" / "chat_history"
+    assert "Hello there" in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+def test_conversations_are_saved_loaded_and_forgotten(screen: Screen, tmp_path: Path) -> None:
+    old = [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert "loaded 3 messages" in screen.say("/load old.json")
+    assert "8 tokens" in screen.say("And now?")
+    assert "saved 5 messages" in screen.say("/save chat.json")
+    assert "forgotten" in screen.say("/reset")
+    assert "nothing to answer" in screen.say("/retry")
+    screen.say("/save chat.json")
+    assert json.loads((tmp_path / "chat.json").read_text())["messages"] == old[:1]
+    assert "nowhere.json" in screen.say("/load nowhere.json")
+    (tmp_path / "precious.json").write_text("[5]")
+    assert "exists and is no conversation" in screen.say("/save precious.json")
+    screen.type("/quit\n")
+    assert screen.end() == 0
+
+
+def test_what_a_terminal_would_obey_is_made_visible() -> None:
+    evil = "\x1b]0;title\x07 \x1b[2J\x9b31m a\rb\x08 \u202edcba \x7f ok\tnew\n"
+    assert harmless(evil) == "␛]0;title␇ ␛[2J�31m a␍b␈ �dcba ␡ ok\tnew\n"
+    assert harmless("é 数学 🙂 \u200d\u0301") == "é 数学 🙂 \u200d\u0301"
+
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, file = Tty(), io.StringIO()
+    show(evil, terminal)
+    show(evil, file)
+    assert "\x1b" not in terminal.getvalue()
+    assert file.getvalue() == evil, "a file gets what the model said"
+
+
+def test_the_oldest_turns_leave_first_and_the_system_prompt_stays() -> None:
+    chat = Conversation(max_new_tokens=10)
+    chat.system = "s"
+    for word in ("a", "b", "c"):
+        chat.say(word * 20)
+        chat.answer(word * 20)
+    chat.say("d" * 20)
+
+    def encode(messages: list[dict[str, str]]) -> list[int]:
+        return [ord(c) for m in messages for c in m["content"]]
+
+    assert chat.fitting(encode, 200)[1] == 0
+    ids, dropped = chat.fitting(encode, 100)
+    assert dropped == 4 and bytes(ids).decode() == "s" + "c" * 40 + "d" * 20
+    assert len(chat.messages) == 8, "nothing is forgotten"
+    with pytest.raises(BevatronError, match="needs 21 tokens; the model can hold 24"):
+        chat.fitting(encode, 24)
