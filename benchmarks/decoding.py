@@ -7,7 +7,7 @@
 Every contender is a process of its own that stays warm; they take turns, so that a slow minute of
 the machine hits all of them, and work is counted in CPU-seconds of its process. A turn generates
 from prompts of --prompt random tokens, once --new tokens and once a single one; the difference is
-decoding. The time to first token is of a prompt of --long tokens (0: none). Weights are random, and greedy.
+decoding. The time to first token is of a prompt of --long tokens (0: none). Weights are random.
 
 The limit is the rate at which the best matrix-vector product of the dtype streams weights of these
 shapes, alone, in the same run: stock torch's products, and those that the engine uses. Its bytes
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,10 @@ def limit(shape: dict[str, Any], dtype: str, int8: bool) -> dict[str, float]:
     ways: dict[str, list[Callable[[], object]]] = {"linear": [], "mv": [], "engine": []}
     for w in weights:
         x = torch.randn(w.shape[1])
-        ways["linear"].append(lambda w=w, x=x.to(kind)[None]: F.linear(x, w))
-        ways["mv"].append(lambda w=w, x=x.to(kind): torch.mv(w, x))
-        m = matrix(w, computes, batches=False)
-        ways["engine"].append(lambda m=m, x=x.to(computes)[None]: m(x))
+        ways["linear"].append(partial(F.linear, x.to(kind)[None], w))
+        ways["mv"].append(partial(torch.mv, w, x.to(kind)))
+        m = matrix(w, computes, batches=False, int8=int8)
+        ways["engine"].append(partial(m, x.to(computes)[None]))
     out = {}
     with torch.inference_mode():
         for name, products in ways.items():
