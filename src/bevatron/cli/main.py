@@ -400,14 +400,14 @@ def generate(
 
     Sampling is greedy; in a chat it is what the model's generation_config.json says.
     """
+    from bevatron.generate.prompts import read_prompts
+
+    prompts = read_prompts(prompt, file, chat=chat, system=system)  # before torch is imported
     from bevatron.generate.command import generate as complete
 
     complete(
         ckpt,
-        prompt,
-        file=file,
-        chat=chat,
-        system=system,
+        prompts,
         chat_template=chat_template,
         max_new_tokens=max_new_tokens,
         stop=stop or [],
@@ -425,7 +425,7 @@ def generate(
         tp=tp,
         pp=pp,
         int8=int8,
-        as_json=as_json,
+        as_json=as_json or file is not None,
     )
 
 

@@ -13,17 +13,14 @@ from bevatron.generate.chat.tools import parse_tool_calls
 from bevatron.generate.console import show
 from bevatron.generate.engine import Engine
 from bevatron.generate.options import chosen, recommended
-from bevatron.generate.prompts import Prompt, read_prompts
+from bevatron.generate.prompts import Prompt
 from bevatron.generate.request import Generation, Request, Sampling, TokenLogprob
 
 
 def generate(
     ckpt: str,
-    prompt: str | None,
+    prompts: Sequence[Prompt],
     *,
-    file: Path | None,
-    chat: bool,
-    system: str | None,
     chat_template: Path | None,
     max_new_tokens: int,
     stop: Sequence[str],
@@ -34,12 +31,11 @@ def generate(
     int8: bool,
     as_json: bool,
 ) -> None:
-    """Print the completion of a prompt while it is made, or one JSON object for each prompt.
+    """Print the completion of a prompt while it is made; `as_json`: one JSON object for each.
 
     Args:
         asked: fields of Sampling, None where the user said nothing.
     """
-    prompts = read_prompts(prompt, file, chat=chat, system=system)
     chosen(Sampling(), asked)  # a mistake in it is said before a model is loaded
     with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, max_batch=min(len(prompts), 32)) as engine:
         template = None
@@ -49,7 +45,7 @@ def generate(
             _request(engine, template, p, asked, max_new_tokens, tuple(stop), logprobs)
             for p in prompts
         ]
-        if as_json or file is not None:
+        if as_json:
             for one, request, answer in zip(
                 prompts, requests, engine.complete(requests), strict=True
             ):

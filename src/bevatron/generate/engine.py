@@ -315,9 +315,12 @@ def load_tokenizer(opened: Opened) -> Any:
             "has one, or name `tokenizer` in the run configuration"
         )
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BevatronError(f"{path}: cannot be read as a tokenizer ({error})") from error
+    tokenizer.no_truncation()  # some files have it from training, and would cut prompts
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def stop_tokens(opened: Opened) -> frozenset[int]:

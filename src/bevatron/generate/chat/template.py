@@ -27,7 +27,7 @@ from bevatron.generate.chat.messages import (
 )
 from bevatron.generate.chat.sandbox.budget import Budget
 from bevatron.generate.chat.sandbox.evaluate import ENVIRONMENT, evaluate
-from bevatron.generate.chat.sandbox.filters import shortened
+from bevatron.generate.chat.sandbox.functions import shortened
 
 FILE = "chat_template.jinja"
 LARGEST = 512 * 1024  # characters of a template; published ones have up to 20,000

@@ -12,8 +12,10 @@ from jinja2.parser import Parser
 
 from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.sandbox.budget import NODE, Budget
-from bevatron.generate.chat.sandbox.filters import Filters, functions
-from bevatron.generate.chat.sandbox.values import Function, Loop, Namespace, Values
+from bevatron.generate.chat.sandbox.filters import Filters
+from bevatron.generate.chat.sandbox.functions import functions
+from bevatron.generate.chat.sandbox.objects import Function, Loop, Namespace
+from bevatron.generate.chat.sandbox.values import Values
 
 DEEPEST = 60  # macros within each other
 

@@ -1,7 +1,7 @@
 """What expressions of a template may do with values: attributes, items, calls, operators.
 
 Values are None, bool, int, float, str, list, tuple, dict and its views, range, iterators over
-lists, jinja2's Undefined, and the classes of this file. Nothing else ever gets into a template.
+lists, jinja2's Undefined, and the classes of `objects.py`. Nothing else ever gets into a template.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
@@ -18,108 +17,23 @@ from jinja2.exceptions import SecurityError
 
 from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.sandbox.budget import NODE, VIEWS, Budget
+from bevatron.generate.chat.sandbox.objects import (
+    METHODS,
+    PADS,
+    READS,
+    SPLITS,
+    Function,
+    Loop,
+    Method,
+    Namespace,
+)
 
 LONGEST_INT = 16384  # bits
 WIDEST = 1000  # of padding, by anything
 ITERATOR: Any = type(iter([]))
 CONTAINERS: Any = (list, tuple, dict, range, *VIEWS)
 SIZED: Any = (str, *CONTAINERS, Undefined)
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-READS = _words(
-    """
-    startswith endswith find rfind index rindex count isdigit isalpha isalnum isspace
-    isupper islower isnumeric isdecimal isidentifier istitle isascii isprintable
-    """
-)
-MAKES = _words(
-    """
-    upper lower title capitalize swapcase casefold strip lstrip rstrip removeprefix
-    removesuffix
-    """
-)
-SPLITS = _words(
-    """
-    split rsplit splitlines partition rpartition
-    """
-)
-PADS = _words(
-    """
-    center ljust rjust zfill expandtabs
-    """
-)
 FLAGS = re.compile(r"[#0\- +*.\dhlL]*")
-METHODS: dict[type, frozenset[str]] = {
-    str: READS | MAKES | SPLITS | PADS | {"replace", "join", "format"},
-    dict: frozenset({"get", "items", "keys", "values", "copy"}),
-    list: frozenset({"index", "count", "copy"}),
-    tuple: frozenset({"index", "count"}),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """A method of a plain value, such as `text.strip`."""
-
-    owner: Any
-    name: str
-
-    def __repr__(self) -> str:
-        return f"<method {self.name}>"
-
-
-@dataclass(frozen=True, eq=False)
-class Function:
-    """A function of the template's world, such as `range`, or a macro."""
-
-    name: str
-    call: Callable[..., Any]
-
-    def __repr__(self) -> str:
-        return f"<function {self.name}>"
-
-
-@dataclass(eq=False, repr=False)
-class Namespace:
-    """`namespace(...)`: the one thing that a template may change."""
-
-    values: dict[str, Any]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise ChatError(f"the chat template sets {name!r} on a namespace, which is not allowed")
-        self.values[name] = value
-
-
-@dataclass(eq=False, repr=False)
-class Loop:
-    """The variable `loop`."""
-
-    items: list[Any]
-    index0: int = -1
-
-    def get(self, name: str) -> Any:
-        at, n = self.index0, len(self.items)
-        values: dict[str, Any] = {"index0": at, "index": at + 1, "length": n}
-        values |= {"revindex0": n - at - 1, "revindex": n - at}
-        values |= {"first": at == 0, "last": at == n - 1}
-        values |= {"depth0": 0, "depth": 1}  # of recursion, which there is none of
-        if name == "previtem":
-            return self.items[at - 1] if at > 0 else Undefined("there is no previous item")
-        if name == "nextitem":
-            return self.items[at + 1] if at + 1 < n else Undefined("there is no next item")
-        if name == "cycle":
-            return Function("loop.cycle", self._cycle)
-        return values[name] if name in values else Undefined(obj=self, name=name)
-
-    def _cycle(self, *values: Any) -> Any:
-        if not values:
-            raise ChatError("the chat template calls loop.cycle() without items")
-        return values[self.index0 % len(values)]
 
 
 class Values:
