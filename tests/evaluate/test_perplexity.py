@@ -90,9 +90,10 @@ def test_layouts_and_dtypes_change_the_loss_by_rounding_alone(
     alone = run(capsys, model / "native", "--data", store)
     split = run(capsys, model / "native", "--data", store, "--tp", 2, "--pp", 2)
     assert split["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-    rounded = run(capsys, model / "native", "--data", store, "--dtype", "bf16")
-    assert rounded["loss"] == pytest.approx(alone["loss"], rel=2e-2)
-    assert rounded["loss"] != alone["loss"]
+    for option in (["--dtype", "bf16"], ["--int8"]):
+        rounded = run(capsys, model / "native", "--data", store, *option)
+        assert rounded["loss"] == pytest.approx(alone["loss"], rel=2e-2)
+        assert rounded["loss"] != alone["loss"]
 
 
 def test_text_scores_as_its_store_and_several_as_one(
