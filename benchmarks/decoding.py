@@ -2,11 +2,12 @@
 
     python benchmarks/decoding.py [--shapes 60m,1b] [--dtypes fp32,bf16] [--batches 1,8]
                                   [--rounds 3] [--threads 1] [--new 32] [--int8]
+                                  [--prompt 128] [--long 1000]
 
 Every contender is a process of its own that stays warm; they take turns, so that a slow minute of
 the machine hits all of them, and work is counted in CPU-seconds of its process. A turn generates
-from prompts of 128 random tokens, once --new tokens and once a single one; the difference is
-decoding. The time to first token is of a prompt of 1,000 tokens. Weights are random, and greedy.
+from prompts of --prompt random tokens, once --new tokens and once a single one; the difference is
+decoding. The time to first token is of a prompt of --long tokens (0: none). Weights are random.
 
 The limit is the rate at which the best matrix-vector product of the dtype streams weights of these
 shapes, alone, in the same run: stock torch's products, and those that the engine uses. Its bytes
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-PROMPT, LONG = 128, 1000
 CONTENDERS = ("bevatron", "transformers")
 
 # What a contender gives: ask(batch, prompt length, new tokens) generates as much.
@@ -117,10 +118,10 @@ def limit(shape: dict[str, Any], dtype: str, int8: bool) -> dict[str, float]:
     ways: dict[str, list[Callable[[], object]]] = {"linear": [], "mv": [], "engine": []}
     for w in weights:
         x = torch.randn(w.shape[1])
-        ways["linear"].append(lambda w=w, x=x.to(kind)[None]: F.linear(x, w))
-        ways["mv"].append(lambda w=w, x=x.to(kind): torch.mv(w, x))
-        m = matrix(w, computes, batches=False)
-        ways["engine"].append(lambda m=m, x=x.to(computes)[None]: m(x))
+        ways["linear"].append(partial(F.linear, x.to(kind)[None], w))
+        ways["mv"].append(partial(torch.mv, w, x.to(kind)))
+        m = matrix(w, computes, batches=False, int8=int8)
+        ways["engine"].append(partial(m, x.to(computes)[None]))
     out = {}
     with torch.inference_mode():
         for name, products in ways.items():
@@ -221,12 +222,13 @@ def compare(shape: str, dtype: str, args: argparse.Namespace) -> None:
         for _ in range(args.rounds):
             for batch in args.batches:
                 for name, contender in contenders.items():
-                    first = contender.ask(batch, PROMPT, 1)[0]
-                    whole, _, peaks[name] = contender.ask(batch, PROMPT, 1 + args.new)
+                    first = contender.ask(batch, args.prompt, 1)[0]
+                    whole, _, peaks[name] = contender.ask(batch, args.prompt, 1 + args.new)
                     per_step = (whole - first) / args.new
                     found.setdefault((name, f"batch {batch}"), []).append(per_step)
-            for name, contender in contenders.items():
-                found.setdefault((name, "first token"), []).append(contender.ask(1, LONG, 1)[0])
+            for name, contender in contenders.items() if args.long else ():
+                took = contender.ask(1, args.long, 1)[0]
+                found.setdefault((name, "first token"), []).append(took)
         for contender in contenders.values():
             contender.close()
     for what in dict.fromkeys(what for _, what in found):
@@ -251,6 +253,8 @@ def main() -> None:
     parser.add_argument("--rounds", default=3, type=int)
     parser.add_argument("--threads", default=1, type=int)
     parser.add_argument("--new", default=32, type=int)
+    parser.add_argument("--prompt", default=128, type=int)
+    parser.add_argument("--long", default=1000, type=int)
     parser.add_argument("--int8", action="store_true", help="of bevatron; transformers has none")
     parser.add_argument("--dir", default=None, help="where the models are written for the time")
     args = parser.parse_args()

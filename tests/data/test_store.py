@@ -102,9 +102,9 @@ def test_other_starts_than_were_written_are_found_by_verify(store: Path) -> None
 
 
 def test_a_store_of_the_first_version_is_read(store: Path) -> None:
-    """It had no hash of documents.bin, no engine, no sources."""
+    """It had no hash of documents.bin, no engine, no sources, no bytes of text."""
     data = json.loads((store / FILE_NAME).read_text())
-    for key in ("encoding", "documents_hash", "engine", "sources"):
+    for key in ("encoding", "documents_hash", "engine", "sources", "text_bytes"):
         data.pop(key)
     (store / FILE_NAME).write_text(json.dumps(data))
     opened = TokenStore.open(store)

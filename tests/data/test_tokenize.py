@@ -72,6 +72,7 @@ def test_text_survives_the_round_trip(tmp_path: Path, model: Path) -> None:
     assert info.fingerprint == open_tokenizer(model / "tokenizer.json").fingerprint
     assert info.vocab_size == open_tokenizer(model).encoder.get_vocab_size()
     assert info.max_id == store.read(0, store.tokens).max()
+    assert info.text_bytes == len((POEM + NOTE).encode())
 
 
 def test_no_eos_is_written_if_none_is_wanted(tmp_path: Path, model: Path) -> None:
@@ -177,6 +178,7 @@ def test_files_cut_into_parts_give_the_tokens_of_whole_ones(
     store.verify()
     assert documents(store, model) == [long, "short", *filter(None, records)]
     assert store.info.skipped == {"not UTF-8": 1, "binary": 1, "empty": 6}
+    assert store.info.text_bytes == len("".join([long, "short", *records]).encode())
     whole = tokenize([root], tmp_path / "whole", tokenizer=model)
     assert whole.info == store.info
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import threading
 from collections.abc import Iterator
@@ -251,3 +252,41 @@ def test_generate_completes_a_prompt(llama: tuple[Path, Any]) -> None:
         ids = engine.tokenizer.encode("the fox").ids
         assert answer.tokens == greedy(model, ids, 8)
         assert answer.text == engine.tokenizer.decode(answer.tokens)
+
+
+def test_int8_rounds_the_weights_and_nothing_else(llama: tuple[Path, Any]) -> None:
+    folder, model = llama
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                scale = (parameter.abs().amax(1, keepdim=True) / 127).bfloat16().float()
+                parameter.copy_((parameter / scale).round() * scale)
+    ids = prompts(40)[0]
+    with Engine.open(folder, int8=True) as engine:
+        found = engine.loglikelihoods([ids, ids[:5]])
+        together = engine.complete([Request(p, 5) for p in prompts(1, 3, 9)])
+        alone = [engine.complete([Request(p, 5)])[0] for p in prompts(1, 3, 9)]
+    with torch.no_grad():
+        logits = rounded(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    # What is left is the rounding of activations to bf16.
+    assert (torch.tensor(found[0].logprobs) - expected).abs().max() < 0.1
+    assert (torch.tensor(found[1].logprobs) - expected[:4]).abs().max() < 0.1
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+
+
+def test_bf16_weights_are_computed_with_at_least_as_exactly_as_by_transformers(
+    tmp_path: Path,
+) -> None:
+    model = make(tmp_path / "fp32", "llama").bfloat16()
+    model.save_pretrained(tmp_path / "bf16")
+    ids = prompts(50)[0]
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        exact = model.float()(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    following = torch.tensor(ids[1:])[:, None]
+    with Engine.open(tmp_path / "bf16") as engine:
+        ours = torch.tensor(engine.loglikelihoods([ids])[0].logprobs)
+    wrong = (theirs - exact).gather(1, following)[:, 0].abs().mean()
+    assert (ours - exact.gather(1, following)[:, 0]).abs().mean() <= 1.2 * wrong

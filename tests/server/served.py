@@ -67,7 +67,7 @@ def make_model(
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>"}
-    described |= {"eos_token": "<|end|>", "model_max_length": CONTEXT}
+    described |= {"eos_token": "<|end|>", "model_max_length": context}
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)

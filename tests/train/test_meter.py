@@ -152,6 +152,7 @@ def test_bits_per_byte_needs_stores_that_know_their_bytes(tmp_path: Path) -> Non
     config = config_of(tmp_path)
     run = RunFolder(tmp_path / "run")
     meter = Meter(config, HOMOGENEOUS, Layout(), device=torch.device("cpu"), folder=run, step=0)
+    assert meter.bytes_per_token is None  # its stores were not made from text
     meter.bytes_per_token = 4.0
     meter.validation(1, {"val_loss": 2 * math.log(2)})
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())

@@ -473,6 +473,70 @@ def chat(
     )
 
 
+@app.command("eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def eval_(
+    context: typer.Context,
+    ckpt: Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DATA...", help="Token stores, text, .jsonl, .parquet, folders."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Of lm-evaluation-harness; all its other flags are passed on."),
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline parallel.")] = 1,
+    dtype: Dtype = None,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights, on CPU.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; default: what is here.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens seen at once; default: 2048 or the model's context.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens that a window scores; default: all that it sees.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="Tokens of each of the data; examples of each task.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte on tokens or text; with --tasks, any benchmark of
+    lm-evaluation-harness."""
+    if ckpt.startswith("-"):
+        raise BevatronError(f"CKPT comes first: `bevatron eval CKPT {ckpt} ...`")
+    model: dict[str, Any] = {"tp": tp, "pp": pp, "dtype": dtype, "int8": int8}
+    if tasks is not None:
+        from bevatron.evaluate.tasks import run_tasks
+
+        for option, value in (("--data", data), ("--seq-len", seq_len), ("--stride", stride)):
+            if value is not None:
+                raise BevatronError(f"{option} has no meaning with --tasks; leave one of them out")
+        limited = [] if limit is None else ["--limit", str(limit)]
+        run_tasks(ckpt, tasks, model, [*limited, *context.args], device=device, as_json=as_json)
+        return
+    from bevatron.evaluate.opening import open_engine
+    from bevatron.evaluate.perplexity import evaluate
+
+    unknown = [argument for argument in context.args if argument.startswith("-")]
+    if unknown:
+        raise BevatronError(
+            f"eval has no option {unknown[0]} of its own, and those of lm-evaluation-harness need "
+            "--tasks; see `bevatron eval --help`"
+        )
+    with open_engine(ckpt, **model, device=device) as engine:
+        found = evaluate(
+            engine,
+            [*(data or ()), *context.args],
+            seq_len=seq_len,
+            stride=stride,
+            limit=None if limit is None else int(limit),
+        )
+    _show(found, as_json)
+
+
 @app.command()
 def demo(
     source: Annotated[str | None, typer.Argument(help="HF folder or Hub id to start from.")] = None,

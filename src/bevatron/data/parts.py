@@ -19,7 +19,7 @@ from bevatron.checkpoint.boxes import new_hasher, spell
 from bevatron.data import tables
 from bevatron.data.encoder import Encoder
 from bevatron.data.sources import DATASET, JSONL, PACKED, PARQUET, Item, Part
-from bevatron.data.text import EMPTY, Piece, Unfit, jsonl_pieces, text_pieces
+from bevatron.data.text import EMPTY, Piece, Unfit, jsonl_pieces, text_pieces, utf8_bytes
 from bevatron.data.writer import StoreWriter, Written
 from bevatron.errors import BevatronError
 
@@ -88,8 +88,10 @@ def make_part(
     )
     try:
         for batch in _batches(_pieces(part, job.text_field, skipped)):
-            ids, lengths = encoder.encode([piece.text for piece in batch])
-            writer.add_batch(ids, lengths, [piece.ends for piece in batch])
+            texts = [piece.text for piece in batch]
+            ids, lengths = encoder.encode(texts)
+            ends = [piece.ends for piece in batch]
+            writer.add_batch(ids, lengths, ends, sum(map(utf8_bytes, texts)))
             if not alive():
                 raise BevatronError("the job was stopped")
     except Unfit as error:

@@ -54,6 +54,7 @@ class StoreInfo:
         skipped: why -> how many files (or records) were left out when the store was made.
         engine: what encoded, `tiktoken` or `tokenizers`, and `why`; the ids are the same.
         sources: as the user named them.
+        text_bytes: of UTF-8 that the documents had as text.
     The fields that default to None are absent in stores of earlier versions.
     """
 
@@ -72,6 +73,7 @@ class StoreInfo:
     documents_hash: str | None = None
     engine: Mapping[str, Any] | None = None
     sources: tuple[str, ...] | None = None
+    text_bytes: int | None = None
     version: int = VERSION
 
 
@@ -195,6 +197,7 @@ class TokenStore:
             "path": str(self.path),
             "tokens": info.tokens,
             "documents": info.documents,
+            "text_bytes": info.text_bytes,
             "bytes": sum(f.stat().st_size for f in files),
             "dtype": info.dtype,
             "tokenizer": info.tokenizer,
@@ -251,13 +254,14 @@ def _read_info(path: Path) -> StoreInfo:
         vocab_size=_get(data, file, "vocab_size", int),
         max_id=_get(data, file, "max_id", int),
         hash=_get(data, file, "hash", str),
-        eos_id=_optional_id(data, file, "eos_id"),
-        bos_id=_optional_id(data, file, "bos_id"),
+        eos_id=_optional_count(data, file, "eos_id"),
+        bos_id=_optional_count(data, file, "bos_id"),
         skipped=skipped if isinstance(skipped, dict) else {},
         encoding=_optional_hash(data, file, "encoding"),
         documents_hash=_optional_hash(data, file, "documents_hash"),
         engine=engine if isinstance(engine, dict) else None,
         sources=tuple(map(str, sources)) if isinstance(sources, list) else None,
+        text_bytes=_optional_count(data, file, "text_bytes"),
     )
     if info.dtype not in DTYPES:
         raise StoreError(f"{file}: dtype is {info.dtype!r}, expected uint16 or uint32; {AGAIN}")
@@ -276,7 +280,7 @@ def _get(data: Mapping[str, Any], file: Path, key: str, kind: type[T]) -> T:
     return value
 
 
-def _optional_id(data: Mapping[str, Any], file: Path, key: str) -> int | None:
+def _optional_count(data: Mapping[str, Any], file: Path, key: str) -> int | None:
     return None if data.get(key) is None else _get(data, file, key, int)
 
 

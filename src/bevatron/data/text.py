@@ -28,6 +28,11 @@ class Piece(NamedTuple):
     ends: bool
 
 
+def utf8_bytes(text: str) -> int:
+    """How many bytes a text has as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
 class Unfit(Exception):
     """A file is no text; its argument says why: BINARY or NOT_UTF8."""
 

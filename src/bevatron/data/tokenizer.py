@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,8 @@ from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 
 TOKENIZER = "tokenizer.json"
-CONFIGS = (
-    "generation_config.json",
-    "config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+OWN_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+CONFIGS = ("generation_config.json", "config.json", *OWN_CONFIGS)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -76,7 +72,7 @@ def open_tokenizer(source: str | Path) -> OpenTokenizer:
     if not ids:
         raise BevatronError(f"{file}: has an empty vocabulary; expected at least one token")
     size = max(ids) + 1
-    eos, bos, pad = (_special(file, encoder, size, kind) for kind in ("eos", "bos", "pad"))
+    eos, bos, pad = (special_id(file, encoder, kind) for kind in ("eos", "bos", "pad"))
     return OpenTokenizer(
         str(source), file, encoder, _hash(data), _encoding(encoder), size, eos, bos, pad
     )
@@ -144,9 +140,13 @@ def _download(name: str) -> Path:
     return file
 
 
-def _special(file: Path, encoder: Tokenizer, size: int, kind: str) -> int | None:
-    """The id that the files beside tokenizer.json name for `eos` or `bos`."""
-    for name in CONFIGS:
+def special_id(
+    file: Path, encoder: Tokenizer, kind: str, names: Sequence[str] = CONFIGS
+) -> int | None:
+    """The id for `eos`, `bos` or `pad`, from the first of `names` beside tokenizer.json that has
+    one."""
+    size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
+    for name in names:
         path = file.parent / name
         if not path.is_file():
             continue

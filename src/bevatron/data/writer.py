@@ -34,6 +34,7 @@ class Written:
         max_id: -1 if there is no token.
         hash, documents_hash: `xxh3:...` of the two files.
         open: whether the last document goes on in the next part.
+        text_bytes: of the text that the tokens came from; None if not all of it was counted.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class Written:
     hash: str
     documents_hash: str
     open: bool
+    text_bytes: int | None
 
 
 class StoreWriter:
@@ -64,6 +66,7 @@ class StoreWriter:
         self.tokens = 0
         self.documents = 0
         self.max_id = -1
+        self.text_bytes: int | None = 0
         self._hashers = {name: new_hasher() for name in (TOKENS, DOCUMENTS)}
         self._inside = inside
         self._files: dict[str, BinaryIO] = {}
@@ -74,9 +77,15 @@ class StoreWriter:
         """A piece of the current document; `ends`: it is the last one."""
         self.add_batch(np.asarray(ids, dtype=np.int64), [len(ids)], [ends])
 
-    def add_batch(self, ids: NDArray[Any], lengths: Sequence[int], ends: Sequence[bool]) -> None:
+    def add_batch(
+        self,
+        ids: NDArray[Any],
+        lengths: Sequence[int],
+        ends: Sequence[bool],
+        text_bytes: int | None = None,
+    ) -> None:
         """Pieces that follow each other in `ids`, `lengths[i]` tokens long; `ends[i]`: the piece is
-        its document's last.
+        its document's last. `text_bytes`: of the UTF-8 that all of them had as text, if known.
 
         A document whose pieces hold no token at all leaves no trace. Raises StoreError for an id
         outside of the vocabulary."""
@@ -104,6 +113,7 @@ class StoreWriter:
         self._write(DOCUMENTS, np.array(starts, dtype="<i8"))
         self.tokens = written
         self.documents += len(starts)
+        self._count_bytes(text_bytes)
 
     def append(self, folder: Path, part: Written) -> bool:
         """Copy a part behind what is here. False, and nothing is done, if its files are not what
@@ -122,8 +132,13 @@ class StoreWriter:
         self.documents += len(begins)
         self.tokens += part.tokens
         self.max_id = max(self.max_id, part.max_id)
+        self._count_bytes(part.text_bytes)
         self._inside = part.open and (self._inside or part.tokens > 0)
         return True
+
+    def _count_bytes(self, more: int | None) -> None:
+        if self.text_bytes is not None:
+            self.text_bytes = None if more is None else self.text_bytes + more
 
     def _check(self, ids: NDArray[Any]) -> None:
         if not len(ids):
@@ -154,6 +169,7 @@ class StoreWriter:
             hash=spell(self._hashers[TOKENS]),
             documents_hash=spell(self._hashers[DOCUMENTS]),
             open=self._inside,
+            text_bytes=self.text_bytes,
         )
 
     def finish(
@@ -187,6 +203,7 @@ class StoreWriter:
             documents_hash=written.documents_hash,
             engine=engine,
             sources=tuple(sources) if sources is not None else None,
+            text_bytes=written.text_bytes,
         )
         text = json.dumps({"format": "bevatron token store", **asdict(info)}, indent=2)
         (self.folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from bevatron.generate.step import Output, Scores, Segment, Step
 from bevatron.generate.stream import Stream
 from bevatron.generate.text import TextStream, Vocabulary
 
-CHUNK = 512  # prompt tokens of a step
+CHUNK = 1024  # prompt tokens of a step
 BESIDE = 64  # and while answers run, which wait for it
 
 

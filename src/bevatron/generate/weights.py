@@ -126,7 +126,7 @@ class Reader:
         return self.box(name, tuple(offset), tuple(shape))
 
     def matrix(self, weight: Tensor) -> Matrix:
-        return matrix(weight.flatten(0, -2), self.computes, batches=self.batches)
+        return matrix(weight.flatten(0, -2), self.computes, batches=self.batches, int8=self.int8)
 
     def bias(self, name: str) -> Tensor | None:
         if name not in self.parameters:

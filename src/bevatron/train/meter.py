@@ -144,10 +144,9 @@ def bytes_per_token(sources: Sequence[SourceConfig]) -> float | None:
     total = weights = 0.0
     for source in sources:
         info = TokenStore.open(Path(source.path)).info
-        size = getattr(info, "bytes", None)
-        if not size:
+        if not info.text_bytes:
             return None
-        total += source.weight * size / info.tokens
+        total += source.weight * info.text_bytes / info.tokens
         weights += source.weight
     return total / weights if weights else None
 
