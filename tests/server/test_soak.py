@@ -18,8 +18,8 @@ import pytest
 from tests.server.served import Served
 
 CLIENTS = 24
-# Bytes that may still be added after the warm-up. oneDNN keeps what it prepared for every shape that
-# it has seen; with prompts of one length alone the process does not grow by a page.
+# Bytes that may still be added after the warm-up. oneDNN keeps what it prepared for every shape
+# that it has seen; with prompts of one length alone the process does not grow by a page.
 GROWTH = 64 << 20
 
 
