@@ -85,7 +85,8 @@ def test_after_the_grace_answers_are_cut_and_a_second_signal_ends_at_once(patien
         served(patient) as server,
         httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: without it the client would hang up
+        next(lines)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         began = time.monotonic()
