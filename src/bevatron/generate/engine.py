@@ -266,8 +266,10 @@ def _default_tokens(model: Model, context: int) -> int:
     per_token = model.cache.bytes_per_position
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
-    else:
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:  # macOS does not say
+        free = 8 << 30
     fits = int(SHARE * free / max(1, per_token))
     return max(context, fits)
 
