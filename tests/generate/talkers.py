@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.bridge.hf_folders import llama, nanochat
-from tests.generate.chat_templates import SPECIALS, save_tokenizer, tokenizer
+from tests.generate.chat_templates import SPECIALS, reference, save_tokenizer, tokenizer
 
 
 def make_talker(folder: Path, template: str = "llama31", **generation: Any) -> Path:
@@ -38,3 +38,30 @@ def answer_of_transformers(folder: Path, ids: list[int], new: int) -> list[int]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     out = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)
     return list(out[0, len(ids) :].tolist())
+
+
+def make_parrot(folder: Path, chats: list[list[dict[str, Any]]], **options: Any) -> Path:
+    """A model that has learnt these chats by heart: it says what the assistant says in them."""
+    torch.manual_seed(0)
+    kwargs = {"vocab_size": tokenizer().get_vocab_size(), "max_position_embeddings": 1024}
+    model = llama(**kwargs, hidden_size=64, intermediate_size=128)
+    template = reference("llama_nemotron")
+    ids = [template.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
+    longest = max(map(len, ids))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+    labels = torch.tensor([row + [-100] * (longest - len(row)) for row in ids])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    loss = torch.tensor(9.0)
+    for _ in range(300):
+        loss = model(input_ids=tokens, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    assert loss < 0.1
+    model.save_pretrained(folder)
+    save_tokenizer(folder, "llama_nemotron")
+    eos = tokenizer().token_to_id("<|eot_id|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return folder

@@ -20,7 +20,7 @@ from bevatron.errors import BevatronError
 from bevatron.generate.chat.conversation import Conversation
 from bevatron.generate.console import harmless, show
 from tests.generate.chat_templates import reference
-from tests.generate.talkers import answer_of_transformers, make_talker
+from tests.generate.talkers import answer_of_transformers, make_parrot, make_talker
 
 PROMPT = ">>> "
 WAIT_S = 120
@@ -66,6 +66,12 @@ class Screen:
         """A line; returns what is shown until the next prompt."""
         self.type(text + "\n")
         return self.until(PROMPT).partition("\n")[2]  # without the echo
+
+    def interrupt(self) -> str:
+        """Ctrl-C, once what was shown is being waited after; what is shown until the prompt."""
+        time.sleep(1.0)
+        self.type("\x03")
+        return self.until(PROMPT)
 
     def end(self) -> int:
         deadline = time.monotonic() + WAIT_S
@@ -145,14 +151,13 @@ def test_a_conversation_in_a_terminal(screen: Screen, talker: Path, tmp_path: Pa
     assert "max_new_tokens 3000" in screen.say("/set max_new_tokens 3000")
     screen.type("Tell me more\n")
     screen.until("Tell me more")
-    time.sleep(1.5)
-    screen.type("\x03")
-    assert "interrupted" in screen.until(PROMPT)
+    assert "interrupted" in screen.interrupt()
     assert [m["role"] for m in saved()[-2:]] == ["user", "assistant"]
     screen.say("/set max_new_tokens 4")
     assert "4 tokens" in screen.say("Go on")
-    screen.type("half a line\x03")
-    assert "Ctrl-D or /quit ends" in screen.until(PROMPT)
+    screen.type("half a line")
+    screen.until("half a line")
+    assert "Ctrl-D or /quit ends" in screen.interrupt()
     screen.type("\x04")
     assert screen.end() == 0
     history = tmp_path / "state" / "bevatron" / "chat_history"
@@ -174,6 +179,33 @@ def test_conversations_are_saved_loaded_and_forgotten(screen: Screen, tmp_path: 
     (tmp_path / "precious.json").write_text("[5]")
     assert "exists and is no conversation" in screen.say("/save precious.json")
     screen.type("/quit\n")
+    assert screen.end() == 0
+
+
+@pytest.mark.slow  # it trains a model
+def test_tools_are_called_and_their_results_heard(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    chat = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": ""}]
+    chat[1]["tool_calls"] = [call]
+    chat += [{"role": "tool", "content": "sun"}, {"role": "assistant", "content": "Sunny."}]
+    folder = make_parrot(tmp_path / "hf", [chat], tools=[tool])
+    (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    screen = Screen(tmp_path, str(folder), "--tools", "tools.json", "--max-new-tokens", "60")
+    screen.until(PROMPT)
+    screen.type("Rome?\n")
+    shown = screen.until("weather gives> ")
+    assert 'calls weather(city="Rome")' in shown and "TOOLCALL" not in shown
+    assert "Sunny." in screen.say("sun")
+    screen.say("/save chat.json")
+    saved = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [m["role"] for m in saved] == ["user", "assistant", "tool", "assistant"]
+    assert saved[1]["tool_calls"][0]["function"] == call["function"]
+    screen.say("/reset")
+    screen.type("Rome?\n")  # and a result that never comes
+    screen.until("weather gives> ")
+    assert "taken back" in screen.interrupt()
+    screen.type("\x04")
     assert screen.end() == 0
 
 

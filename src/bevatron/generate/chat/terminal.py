@@ -176,7 +176,8 @@ class Terminal:
         except KeyboardInterrupt:
             stream.cancel()
         content, calls = self._parsed(text) if reason == "stop" else (text, [])
-        show((content if calls else held) + "\n")
+        left = content if calls else held
+        show(left + "\n" if left or not calls else "")
         if not text and reason == "interrupted":
             conversation.undo()
             note("interrupted before the first word; the message is taken back")
