@@ -1,4 +1,4 @@
-"""A headless Chromium over the DevTools protocol: pages that load, click, type and say what happened."""
+"""A headless Chromium over the DevTools protocol: pages that load, click, type and say what was."""
 
 from __future__ import annotations
 
@@ -138,8 +138,9 @@ class Page:
         return str(self.js(f"document.querySelector({selector!r})?.innerText ?? ''"))
 
     def click(self, selector: str) -> None:
-        """A press of the mouse in the middle of the element; it must be visible and on top there."""
-        x, y = self.wait(f"""(() => {{
+        """A press of the mouse in the middle of the element, which must be visible, on top there,
+        enabled, and no longer moving."""
+        place = f"""(() => {{
             const node = document.querySelector({selector!r});
             if (!node || node.disabled) return null;
             node.scrollIntoView({{block: "nearest"}});
@@ -147,7 +148,12 @@ class Page:
             const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
             const top = document.elementFromPoint(x, y);
             return box.width && (node.contains(top) || top?.contains(node)) ? [x, y] : null;
-        }})()""")
+        }})()"""
+        before = None
+        while (now := self.wait(place)) != before:
+            before = now
+            self.js("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 20)))")
+        x, y = now
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

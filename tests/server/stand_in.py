@@ -1,4 +1,4 @@
-"""A server that answers what a test wants: HTML, half an answer, an error. The page is the real one."""
+"""A server that answers what a test wants: HTML, half an answer, an error. The page is real."""
 
 from __future__ import annotations
 

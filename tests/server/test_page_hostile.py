@@ -1,4 +1,6 @@
-"""The page with answers that no small model gives: markup, failures, reasoning, tool calls, long texts."""
+"""The page with answers that no small model gives: markup, failures, reasoning, tool calls."""
+
+# ruff: noqa: E501 (scripts for the browser, hostile texts)
 
 from __future__ import annotations
 
@@ -138,7 +140,12 @@ def test_failures_are_said_and_can_be_tried_again(page: Page, stand_in: StandIn)
     stand_in.answer = lambda body: answers[len(stand_in.asked) - 1]
     ready(page, stand_in)
     say(page, "hello")
-    for words in ("the queue is full", "the prompt has 9 tokens", "status 502", "the engine stopped"):
+    for words in (
+        "the queue is full",
+        "the prompt has 9 tokens",
+        "status 502",
+        "the engine stopped",
+    ):
         page.wait(f"document.querySelector('.error')?.innerText.includes({words!r})")
         if words == "the engine stopped":
             assert page.text(".answer > .markdown") == "half an", "what came stays"
@@ -146,7 +153,9 @@ def test_failures_are_said_and_can_be_tried_again(page: Page, stand_in: StandIn)
         page.wait(f"!{RUNS}")
     page.wait("document.querySelector('.answer > .markdown').innerText === 'whole answer'")
     assert not page.text(".error")
-    assert all(body["messages"] == [{"role": "user", "content": "hello"}] for body in stand_in.asked)
+    assert all(
+        body["messages"] == [{"role": "user", "content": "hello"}] for body in stand_in.asked
+    )
 
 
 def test_what_got_no_answer_is_asked_with_what_follows(page: Page, stand_in: StandIn) -> None:
@@ -192,7 +201,9 @@ def test_settings_go_with_the_request(page: Page, stand_in: StandIn) -> None:
     ["so so\n</think>\n\nthe answer"],
     [{"reasoning_content": "so so"}, "the answer"],
 ])  # fmt: skip
-def test_reasoning_is_folded_and_not_sent_back(page: Page, stand_in: StandIn, pieces: list[Any]) -> None:
+def test_reasoning_is_folded_and_not_sent_back(
+    page: Page, stand_in: StandIn, pieces: list[Any]
+) -> None:
     stand_in.answer = lambda body: pieces
     ready(page, stand_in)
     say(page, "think")
@@ -223,8 +234,16 @@ def test_tool_calls_are_shown_and_their_results_sent(page: Page, stand_in: Stand
     page.click(".calls > button")
     page.wait("document.querySelectorAll('.turn').length === 5")
     _, assistant, weather, time = stand_in.asked[1]["messages"]
-    assert [c["function"]["arguments"] for c in assistant["tool_calls"]] == ['{"city": "Oslo"}', "{}"]
-    assert weather == {"role": "tool", "tool_call_id": "call0", "name": "get_weather", "content": "-3 degrees"}
+    assert [c["function"]["arguments"] for c in assistant["tool_calls"]] == [
+        '{"city": "Oslo"}',
+        "{}",
+    ]
+    assert weather == {
+        "role": "tool",
+        "tool_call_id": "call0",
+        "name": "get_weather",
+        "content": "-3 degrees",
+    }
     assert time["tool_call_id"] == "call1"
 
 
@@ -241,7 +260,9 @@ def test_scrolling_follows_but_never_fights_the_reader(page: Page, stand_in: Sta
     top = page.js("document.querySelector('#scroller').scrollTop")
     shown = page.js("document.querySelectorAll('.answer p').length")
     page.wait(f"document.querySelectorAll('.answer p').length > {shown + 15}")
-    assert abs(page.js("document.querySelector('#scroller').scrollTop") - top) < 500, "it stays there"
+    assert abs(page.js("document.querySelector('#scroller').scrollTop") - top) < 500, (
+        "it stays there"
+    )
     assert page.js(far) > 100
     page.click("#latest")
     page.wait(f"{far} < 60")

@@ -212,7 +212,7 @@ export function documentView(messages, act) {
 
 /** What stands where a conversation will be. */
 export function emptyState(model, completes, problem, retry) {
-  if (problem) return [el("h2", {}, "No connection"), el("p", {}, problem.message),
+  if (problem) return [el("h2", {}, problem.kind === "key" ? "An API key is needed" : "No connection"), el("p", {}, problem.message),
     el("button", { type: "button", class: "strong", click: retry }, "Try again")];
   if (!model) return [];
   const facts = [model.context && `${count(model.context)} tokens of context`,
