@@ -534,7 +534,7 @@ def eval_(
             stride=stride,
             limit=None if limit is None else int(limit),
         )
-    _show(found, as_json)
+    _show(found if as_json else _rounded(found), as_json)
 
 
 @app.command()
@@ -627,6 +627,15 @@ def _show(values: dict[str, Any], as_json: bool) -> None:
     width = max(len(key) for key in values)
     for key, value in values.items():
         print(f"{key:<{width}}  {_plain(value)}")
+
+
+def _rounded(value: Any) -> Any:
+    """With as many digits as people read."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _plain(value: Any) -> str:

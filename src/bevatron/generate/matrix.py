@@ -12,7 +12,9 @@ CPUs without bf16 arithmetic (gigaweights per second of one AVX2 core, 2816 x 51
     halves packed by FBGEMM        5.2-7.0      2.3-3.2
 
 So fp32 matrices are kept in the layout that one vector streams best, and once more packed for
-batches if there is memory for it; 16-bit ones are packed as halves, multiplied with fp32 vectors.
+batches if there is memory for it; 16-bit ones are packed as halves where the CPU has no arithmetic
+of its own for bf16. Sums are fp32 and results are rounded to the dtype of the vectors, as they are
+in torch's products.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Vectors up to which packed fp32 matrices are used. More are as fast without, and oneDNN keeps
+# what it prepared for every number that it has seen.
+BATCH = 64
 
 Matrix = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 ops: Any = torch.ops
@@ -50,14 +56,14 @@ class Streamed:
         self.transposed = (weight.t().contiguous() if out > width else weight.t()).detach()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is not None and len(x) > 1:
+        if self.packed is not None and 1 < len(x) <= BATCH:
             y: Tensor = ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
             return y
         return torch.mm(x, self.transposed)
 
 
 class Halves:
-    """Weights of 16 bits as fp16, packed by FBGEMM; vectors, sums and results are fp32."""
+    """Weights of 16 bits as fp16, packed by FBGEMM; vectors and sums are fp32 in between."""
 
     def __init__(self, weight: Tensor) -> None:
         with warnings.catch_warnings():
@@ -65,8 +71,8 @@ class Halves:
             self.packed = ops.quantized.linear_prepack_fp16(weight.float().contiguous(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = ops.quantized.linear_dynamic_fp16(x, self.packed)
-        return y
+        y: Tensor = ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        return y.to(x.dtype)
 
 
 class Int8:
@@ -101,15 +107,6 @@ def multiplies_bf16() -> bool:
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
-def computes_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of activations for weights of `dtype`. The same on every start: it depends on the
-    kind of CPU and not on a measurement."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cpu" and narrow and packs_halves() and not multiplies_bf16():
-        return torch.float32
-    return dtype
-
-
 def packs_halves() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
@@ -118,8 +115,9 @@ def packs_fp32() -> bool:
     return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
-def matrix(weight: Tensor, computes: torch.dtype, *, batches: bool, int8: bool = False) -> Matrix:
-    """The product with `weight` [out, in] for activations of dtype `computes`.
+def matrix(weight: Tensor, *, batches: bool, int8: bool = False) -> Matrix:
+    """The product with `weight` [out, in] for vectors of its dtype. What is chosen depends on the
+    kind of CPU and not on a measurement: every start computes the same.
 
     Args:
         batches: keep fp32 weights packed for several vectors, besides: twice the memory.
@@ -127,13 +125,13 @@ def matrix(weight: Tensor, computes: torch.dtype, *, batches: bool, int8: bool =
     """
     if int8:
         return Int8(weight)
-    if weight.device.type != "cpu" or weight.dtype == computes != torch.float32:
+    if weight.device.type != "cpu":
         return Plain(weight)
     if weight.dtype == torch.float32:
         return Streamed(weight, batches and packs_fp32())
-    if _fits_halves(weight):
+    if packs_halves() and not multiplies_bf16() and _fits_halves(weight):
         return Halves(weight)
-    return Streamed(weight.float(), batches and packs_fp32())
+    return Plain(weight)
 
 
 def _fits_halves(weight: Tensor) -> bool:

@@ -87,7 +87,7 @@ class Model:
         self, spec: ModelSpec, weights: ModelWeights, ranks: Ranks, device: torch.device
     ) -> None:
         self.spec, self.ranks, self.device = spec, ranks, device
-        self.weights, self.dtype = weights, weights.computes
+        self.weights, self.dtype = weights, weights.dtype
         shapes = {
             i: (a.groups, a.head_dim)
             for i, layer in weights.layers.items()
@@ -198,7 +198,7 @@ class Model:
         turned = heads[:, :, : a.queries + 1, : cos.shape[-1]]  # queries and key
         left, right = turned.chunk(2, dim=-1)
         swapped = torch.cat((right, left), dim=-1)
-        turned.mul_(cos).addcmul_(swapped, sin)
+        turned.mul_(cos).add_(swapped.mul_(sin))  # rounded as often as transformers does
         if a.qk_norm:
             both = heads[:, :, : a.queries + 1]
             both.copy_(rms(both, self.spec.norm.eps))

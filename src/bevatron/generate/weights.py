@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 
 from bevatron.bridge.opened import Opened
 from bevatron.checkpoint.sharded import DTYPES, box_reader
-from bevatron.generate.matrix import Matrix, computes_in, matrix
+from bevatron.generate.matrix import Matrix, matrix
 from bevatron.nn.norm import rms
 from bevatron.parallel.tensor import placement
 from bevatron.spec import MLP, Attention, Linear
@@ -66,9 +66,9 @@ class LayerWeights:
 
 @dataclass
 class ModelWeights:
-    """`computes`: dtype of activations; embed, head and final_norm where this stage has them."""
+    """`dtype`: of the activations too; embed, head and final_norm where this stage has them."""
 
-    computes: torch.dtype
+    dtype: torch.dtype
     embed: Tensor | None
     layers: dict[int, LayerWeights]
     final_norm: NormFunction | None
@@ -108,7 +108,7 @@ class Reader:
         int8: bool,
     ) -> None:
         self.spec, self.share, self.dtype, self.device = opened.spec, share, dtype, device
-        self.computes, self.batches, self.int8 = computes_in(dtype, device), batches, int8
+        self.batches, self.int8 = batches, int8
         self.parameters = {p.name: p for p in opened.spec.parameters()}
         self.read = box_reader(opened.folder, opened.manifest, "model/")
 
@@ -126,12 +126,12 @@ class Reader:
         return self.box(name, tuple(offset), tuple(shape))
 
     def matrix(self, weight: Tensor) -> Matrix:
-        return matrix(weight.flatten(0, -2), self.computes, batches=self.batches, int8=self.int8)
+        return matrix(weight.flatten(0, -2), batches=self.batches, int8=self.int8)
 
     def bias(self, name: str) -> Tensor | None:
         if name not in self.parameters:
             return None
-        return self.part(name).flatten().to(self.computes)
+        return self.part(name).flatten()
 
     def model(self) -> ModelWeights:
         share, spec = self.share, self.spec
@@ -144,12 +144,12 @@ class Reader:
             assert weight is not None
             head = self.matrix(weight)
         norm = self.norm("final_norm") if share.last else None
-        return ModelWeights(self.computes, embed if share.first else None, layers, norm, head)
+        return ModelWeights(self.dtype, embed if share.first else None, layers, norm, head)
 
     def norm(self, name: str) -> NormFunction:
         weight = bias = None
         if f"{name}.weight" in self.parameters:
-            weight = self.part(f"{name}.weight").to(self.computes)
+            weight = self.part(f"{name}.weight")
             bias = self.bias(f"{name}.bias")
         return make_norm(self.spec.norm, self.spec.hidden_size, weight, bias)
 
@@ -195,7 +195,6 @@ class Reader:
             weight = self.heads(f"{prefix}.qkv.weight", spec, range(first, last))
             if spec.qkv_bias:
                 bias = self.heads(f"{prefix}.qkv.bias", spec, range(first, last))
-                bias = bias.to(self.computes)
         return AttentionWeights(
             groups,
             queries,
