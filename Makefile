@@ -20,16 +20,20 @@ help:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[hf,dev]"
+	$(BIN)/python -m pip install -q -e ".[hf]"
+	touch $@
+
+.venv/ready-for-tests: .venv/ready
+	$(BIN)/python -m pip install -q -e ".[hf,dev,eval]"
 	touch $@
 
 demo: .venv/ready
 	$(BIN)/bevatron demo --overwrite
 
-test: .venv/ready
+test: .venv/ready-for-tests
 	$(BIN)/python -m pytest
 
-test-slow: .venv/ready
+test-slow: .venv/ready-for-tests
 	$(BIN)/python -m pytest -m slow
 
 .venv-compat/ready: Makefile pyproject.toml
@@ -39,16 +43,16 @@ test-slow: .venv/ready
 	.venv-compat/bin/python -m pip install -q -e . "transformers==4.57.6" pytest hypothesis
 	touch $@
 
-test-compat: .venv/ready .venv-compat/ready
+test-compat: .venv/ready-for-tests .venv-compat/ready
 	$(BIN)/python -m pytest tests/compat
 	.venv-compat/bin/python -m pytest tests/hf
 
-lint: .venv/ready
+lint: .venv/ready-for-tests
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 
-bench: .venv/ready
+bench: .venv/ready-for-tests
 	$(BIN)/python benchmarks/conversion.py
 
 clean:
