@@ -118,7 +118,7 @@ def test_selective_recomputation_keeps_about_what_is_estimated() -> None:
             return out
 
     with Seen() as seen:
-        decoder.layers["0"].run(x, {64: angles}, None, None)
+        decoder.layers["0"].run(x, {64: angles}, None)
     assert seen.nbytes + x.nbytes == pytest.approx(T * kept, rel=0.01)
 
 

@@ -73,9 +73,8 @@ def make_mask(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
-    """Softmax attention [B, H, T, D] of q [B, H, T, D] to k, v [B, G, S, D].
-
-    Without a mask, the queries are the last T of S positions and see all up to themselves."""
+    """Softmax attention [B, H, T, D] of q [B, H, T, D] to k, v [B, G, S, D]; S is T without a
+    mask, and each query sees all up to itself."""
     if mask is None:
         return _causal(q, k, v)
     if mask.dense is not None:
@@ -91,15 +90,9 @@ def _grouped(q: Tensor, k: Tensor) -> bool:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    new, held = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and torch.compiler.is_compiling() and new == held <= PRODUCTS:
+    if q.device.type == "cpu" and torch.compiler.is_compiling() and q.shape[2] <= PRODUCTS:
         return by_products(q, k, v)
-    mask = None
-    if 1 < new < held:  # a piece of a prompt: each token sees what came before it
-        mask = torch.ones(new, held, dtype=torch.bool, device=q.device).tril(held - new)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=new == held, enable_gqa=_grouped(q, k)
-    )
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=_grouped(q, k))
 
 
 def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ query heads and of the groups that those need.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,13 +17,6 @@ from bevatron.nn.comm import Comm, empty
 from bevatron.nn.norm import rms
 from bevatron.nn.rope import rotate
 from bevatron.spec import Attention as AttentionSpec
-
-
-class Cache(Protocol):
-    """Keys and values of the positions seen so far, for one layer."""
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, G, T, D] and return all that is held."""
 
 
 class Projection(nn.Module):
@@ -55,15 +46,12 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Mask | None = None,
-        cache: Cache | None = None,
     ) -> Tensor:
         x = self.comm.enter(x)  # [B, T, h]
         q, k, v = self._cut(x) if self.groups_are_cut else self._grouped(x)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.spec.qk_norm:
             q, k = rms(q, self.eps), rms(k, self.eps)
-        if cache is not None:
-            k, v = cache.append(k, v)  # [B, G, S, D], S >= T
         k, v = self.comm.context.gather(k, v)  # [B, G, S, D]
         if self.groups_are_cut:
             groups = self._group_of_head(x.device)

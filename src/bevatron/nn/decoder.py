@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevatron.nn.attend import Mask, make_mask
-from bevatron.nn.attention import Attention, Cache
+from bevatron.nn.attention import Attention
 from bevatron.nn.comm import LOCAL, Comm, empty
 from bevatron.nn.heads import Compute, Scores, Vocabulary, pool, softcap
 from bevatron.nn.mlp import MLP, Linear
@@ -71,17 +71,14 @@ class Layer(nn.Module):
         x: Tensor,
         rotations: Rotations,
         mask: Mask | None = None,
-        cache: Cache | None = None,
     ) -> Tensor:
-        return self.run(x, rotations, mask, cache)
+        return self.run(x, rotations, mask)
 
-    def run(
-        self, x: Tensor, rotations: Rotations, mask: Mask | None, cache: Cache | None
-    ) -> Tensor:
+    def run(self, x: Tensor, rotations: Rotations, mask: Mask | None) -> Tensor:
         attention, mlp = self.spec.attention, self.spec.mlp
         if isinstance(attention, AttentionSpec):
             normed = self.attention_norm(x)
-            x = x + self.attention(normed, rotations[attention.head_dim], mask, cache)
+            x = x + self.attention(normed, rotations[attention.head_dim], mask)
         elif attention is not None:
             x = x + self.attention(self.attention_norm(x))
         if mlp is not None:
@@ -132,7 +129,6 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        caches: dict[int, Cache] | None = None,
     ) -> Tensor:
         """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
         final norm; the scores [B, T, labels] of a head that is not causal_lm; `compute` of them and
@@ -140,7 +136,7 @@ class Decoder(nn.Module):
 
         Args:
             documents: [B, T] numbers of the documents that a sequence is packed of: a token sees
-                its own one alone. Not with caches.
+                its own one alone.
             positions: [B or 1, T]; those in the document, or else in the sequence, if absent.
 
         T is this rank's part of the sequence under context parallel, and all of that also where x
@@ -160,8 +156,8 @@ class Decoder(nn.Module):
             if mask is not None and mask.starts is not None:
                 positions = positions - mask.starts
         rotations = self.rotations(positions, x.dtype, whole)
-        for index, layer in self.layers.items():
-            x = layer(x, rotations, mask, caches.get(int(index)) if caches else None)
+        for layer in self.layers.values():
+            x = layer(x, rotations, mask)
         if self.final_norm is None:
             return x
         x = self.final_norm(x)
