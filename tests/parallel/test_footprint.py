@@ -62,7 +62,7 @@ def test_a_layer_keeps_about_what_is_estimated(index: int, dtype: torch.dtype) -
     angles = [t for pair in rotations.values() for t in pair]
     kept = Kept([*layer.parameters(), *angles])
     with kept.hooks:
-        layer.run(x, rotations, None, None)
+        layer.run(x, rotations, None)
     estimate = T * layer_activations(SPEC, index, Layout(), dtype.itemsize, "none")
     assert 0.75 * estimate <= kept.nbytes <= 1.01 * estimate
 
