@@ -22,7 +22,7 @@ from bevatron.nn.tiles import blocks_of, tiled
 
 # On a CPU, compiled products are faster than the fused kernel up to this length, in blocks of so
 # many queries that see no keys behind the block.
-PRODUCTS, BLOCK = 1024, 256
+PRODUCTS, BLOCK = 1024, 128
 # Largest mask [B, T, S], in elements, that is made as a whole.
 DENSE = {"cpu": 2**16}
 DENSE_ON_ACCELERATORS = 2**27
