@@ -229,7 +229,7 @@ def plot(curves: dict[str, list[tuple[int, float]]]) -> str:
         out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{bits:.2f}</text>')
         x, tokens = left + width * i / 5, most * i / 5e6
         out.append(
-            f'<text x="{x}" y="{top + height + 16}" text-anchor="middle">{tokens:.1f}</text>'
+            f'<text x="{x}" y="{top + height + 16}" text-anchor="middle">{tokens:.2f}</text>'
         )
     middle = left + width / 2
     out.append(f'<text x="{middle}" y="{top + height + 38}" text-anchor="middle">')
