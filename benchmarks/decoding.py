@@ -102,10 +102,9 @@ def limit(shape: dict[str, Any], dtype: str, int8: bool) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from bevatron.generate.matrix import computes_in, matrix
+    from bevatron.generate.matrix import matrix
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    computes = computes_in(kind, torch.device("cpu"))
     h, f, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
     width = h // heads
     rows = (heads + 2 * shape["num_key_value_heads"]) * width
@@ -120,8 +119,8 @@ def limit(shape: dict[str, Any], dtype: str, int8: bool) -> dict[str, float]:
         x = torch.randn(w.shape[1])
         ways["linear"].append(partial(F.linear, x.to(kind)[None], w))
         ways["mv"].append(partial(torch.mv, w, x.to(kind)))
-        m = matrix(w, computes, batches=False, int8=int8)
-        ways["engine"].append(partial(m, x.to(computes)[None]))
+        m = matrix(w, batches=False, int8=int8)
+        ways["engine"].append(partial(m, x.to(kind)[None]))
     out = {}
     with torch.inference_mode():
         for name, products in ways.items():
