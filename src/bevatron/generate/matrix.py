@@ -30,7 +30,7 @@ from torch import Tensor
 
 # Vectors up to which packed fp32 matrices are used. More are as fast without, and oneDNN keeps
 # what it prepared for every number that it has seen.
-BATCH = 64
+BATCH = 16
 
 Matrix = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 ops: Any = torch.ops
