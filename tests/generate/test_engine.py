@@ -172,14 +172,16 @@ def test_a_full_queue_refuses(llama: tuple[Path, Any]) -> None:
 
 
 def test_closing_ends_streams_as_cancelled(llama: tuple[Path, Any]) -> None:
+    before = set(threading.enumerate())
     engine = Engine.open(llama[0], max_batch=1)
     streams = [engine.submit(Request((1,), 10_000)) for _ in range(2)]
     next(streams[0])
+    assert [t.name for t in set(threading.enumerate()) - before] == ["bevatron-engine"]
     engine.close()
     assert [stream.result().finish_reason for stream in streams] == ["cancelled"] * 2
     with pytest.raises(BevatronError, match="closed"):
         engine.submit(Request((1,), 1))
-    assert not [t for t in threading.enumerate() if t.name.startswith("bevatron")]
+    assert not set(threading.enumerate()) - before
 
 
 def test_what_can_never_run_is_refused(llama: tuple[Path, Any]) -> None:
