@@ -538,6 +538,62 @@ def eval_(
 
 
 @app.command()
+def importance(
+    ckpt: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The scores to make, a safetensors file.")],
+    data: Annotated[list[Path], typer.Option(help="Token store; may be given several times.")],
+    samples: Annotated[int, typer.Option(min=1, help="How many to look at.")] = 1024,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one; default: 2048 or the context.")
+    ] = None,
+    aggregation: Annotated[
+        str, typer.Option(help="Over samples and over the sequence: mean, l2 or var each.")
+    ] = "l2,mean",
+    layers: Annotated[
+        str, typer.Option(help="bi, or also the loss without each layer (loss) or span (spans).")
+    ] = "bi",
+    span: Annotated[
+        list[int] | None, typer.Option(min=1, help="Layers of a span; may be given several times.")
+    ] = None,
+    loss_samples: Annotated[int, typer.Option(min=1, help="Samples for losses.")] = 128,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    dp_shard: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share parameters; default: the rest.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Also draw a page of the scores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score heads, neurons, channels and layers on calibration text, for pruning; also under
+    torchrun."""
+    from bevatron.compress.command import importance as score
+
+    score(
+        ckpt,
+        out,
+        data,
+        samples=samples,
+        seq_len=seq_len,
+        aggregation=aggregation,
+        layers=layers,
+        spans=span or [],
+        loss_samples=loss_samples,
+        tp=tp,
+        pp=pp,
+        dp_shard=dp_shard,
+        nproc=nproc,
+        dtype=dtype,
+        seed=seed,
+        html=html,
+        as_json=as_json,
+        show=lambda found: _show(found if as_json else _rounded(found), as_json),
+    )
+
+
+@app.command()
 def demo(
     source: Annotated[str | None, typer.Argument(help="HF folder or Hub id to start from.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Everything goes in here.")] = Path("demo"),

@@ -45,11 +45,19 @@ class Nodes:
 ONE_NODE = Nodes()
 
 
-def launch(arguments: list[str], nproc: int, *, nodes: Nodes = ONE_NODE, restarts: int = 0) -> None:
+def launch(
+    arguments: list[str],
+    nproc: int,
+    *,
+    nodes: Nodes = ONE_NODE,
+    restarts: int = 0,
+    saves: bool = True,
+) -> None:
     """Start `nproc` processes `python -m bevatron ARGUMENTS` on this machine and wait for them.
 
     Args:
         restarts: how often all of them are started anew after one failed.
+        saves: whether they save when they are asked to stop; for what is said on Ctrl-C.
     Raises a BevatronError with the message of the rank that failed first, and SystemExit with
     128 + number if the run ended because of a signal.
     """
@@ -70,7 +78,7 @@ def launch(arguments: list[str], nproc: int, *, nodes: Nodes = ONE_NODE, restart
         monitor_interval=0.2,
         signals_to_handle="",  # they are passed on, below
     )
-    with tempfile.TemporaryDirectory(prefix="bevatron-") as folder, _PassOn() as heard:
+    with tempfile.TemporaryDirectory(prefix="bevatron-") as folder, _PassOn(saves) as heard:
         os.environ[LAUNCHER] = folder
         if nodes.count > 1:  # a store for every restart, kept by rank 0; see world.job_store
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -91,8 +99,9 @@ def launch(arguments: list[str], nproc: int, *, nodes: Nodes = ONE_NODE, restart
 class _PassOn:
     """Passes signals on to the workers, which torch starts in sessions of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, saves: bool) -> None:
         self.asked: signal.Signals | None = None
+        self.saves = saves
 
     def __enter__(self) -> _PassOn:
         here = threading.current_thread() is threading.main_thread()
@@ -113,7 +122,7 @@ class _PassOn:
         if self.asked is None:
             self.asked = got
             os.environ[ASKED] = got.name
-            if got is signal.SIGINT:
+            if got is signal.SIGINT and self.saves:
                 text = "\nsaving after this step; Ctrl-C again stops at once without saving"
                 print(text, file=sys.stderr, flush=True)
         # A worker that is still importing would answer SIGINT with a traceback.

@@ -44,6 +44,7 @@ class Chart:
     spikes: bool = False
     settles: bool = False
     marks: list[tuple[int, Event]] = field(default_factory=list)  # run, event
+    axis: str = "step"  # what is counted from left to right
 
 
 def draw(chart: Chart) -> str:
@@ -91,6 +92,7 @@ def draw(chart: Chart) -> str:
     last = [c for c in chart.curves if c.style != "faint"]
     return (
         f'<figure class="{"chart wide" if chart.wide else "chart"}" '
+        f'data-axis="{escape(chart.axis)}" '
         f"data-frame='{json.dumps([*map(_plain, frame), int(logarithmic)])}'>"
         f"<figcaption><b>{escape(chart.title)}</b>{_legend(chart, last)}</figcaption>"
         f'<div class="plot">{"".join(parts)}</div>{_data(last)}</figure>'

@@ -27,9 +27,9 @@ function shown(v) {
   if (n >= 1e5) return Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 2 }).format(v);
   return n && n < 1e-3 ? v.toExponential(2) : String(+v.toPrecision(5));
 }
-function at(step) {
+function at(step, axis) {
   for (const c of charts) {
-    const inside = step !== null && step >= c.x0 && step <= c.x1;
+    const inside = step !== null && c.figure.dataset.axis === axis && step >= c.x0 && step <= c.x1;
     c.cursor.style.display = inside ? "" : "none";
     if (!inside) continue;
     const x = c.left + (step - c.x0) / (c.x1 - c.x0) * (c.right - c.left);
@@ -59,9 +59,9 @@ for (const c of charts) {
     }
     if (first === null) return;
     const head = document.createElement("div");
-    head.textContent = "step " + first.toLocaleString("en");
+    head.textContent = c.figure.dataset.axis + " " + first.toLocaleString("en");
     tip.prepend(head);
-    at(first);
+    at(first, c.figure.dataset.axis);
     c.figure.append(tip);
     const room = c.figure.getBoundingClientRect();
     const right = event.clientX - room.left > room.width / 2;

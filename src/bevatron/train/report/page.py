@@ -43,13 +43,18 @@ def page(records: Sequence[Record]) -> str:
             body.append(model(record, record.name if len(specs) > 1 else ""))
     body += [*(configuration(r, len(records) > 1) for r in records)]
     body += [origin(r) for r in records]
+    return document(title, "".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """A page of its own around `body`, which is HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
         f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style></head>\n"
-        f"<body><main>{''.join(body)}"
+        f"<body><main>{body}"
         f"<footer>Bevatron {escape(bevatron.__version__)}</footer></main>"
         f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
     )

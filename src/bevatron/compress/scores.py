@@ -1,0 +1,175 @@
+"""Importance scores of a model: a safetensors file of small fp32 tensors, higher = more important.
+
+embedding.channels                 [hidden_size], summed over the outputs of all norms
+layers.{i}.attention.heads         [num_attention_heads], of layers that have an attention
+layers.{i}.mlp.neurons             [intermediate_size], of layers that have an MLP
+layers.block_influence             [num_layers], 1 - mean cosine of the residual stream before and
+                                   after each layer
+layers.loss_without                [num_layers], the loss with one layer left out (if asked for)
+spans.{n}.loss_without             [num_layers - n + 1], with layers i to i + n - 1 left out
+loss                               [1], of the whole model (with either of the two before)
+
+No torch: whoever prunes reads these and nothing else of the calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bevatron.checkpoint.boxes import new_hasher, spell
+from bevatron.checkpoint.files import open_file
+from bevatron.checkpoint.safetensors_file import read_header, write_header
+from bevatron.errors import BevatronError
+from bevatron.spec import MLP, Attention, ModelSpec
+from bevatron.spec.json import to_json
+
+Floats = NDArray[np.float32]
+
+FORMAT, VERSION = "bevatron-importance", "1"
+CHANNELS, INFLUENCE = "embedding.channels", "layers.block_influence"
+LOSS_WITHOUT, LOSS = "layers.loss_without", "loss"
+
+
+class ScoresError(BevatronError):
+    """A file that holds no importance scores, or not those of this model."""
+
+
+def heads_name(layer: int) -> str:
+    return f"layers.{layer}.attention.heads"
+
+
+def neurons_name(layer: int) -> str:
+    return f"layers.{layer}.mlp.neurons"
+
+
+def span_name(layers: int) -> str:
+    """Of the losses without so many consecutive layers."""
+    return f"spans.{layers}.loss_without"
+
+
+def spec_hash(spec: ModelSpec) -> str:
+    """`xxh3:...` of the spec's text."""
+    hasher = new_hasher()
+    hasher.update(memoryview(to_json(spec).encode()))
+    return spell(hasher)
+
+
+def expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the scores that every file about this model has. Absent sublayers and those
+    that are one matrix have none."""
+    shapes: dict[str, tuple[int, ...]] = {CHANNELS: (spec.hidden_size,)}
+    for i, layer in enumerate(spec.layers):
+        if isinstance(layer.attention, Attention):
+            shapes[heads_name(i)] = (layer.attention.num_attention_heads,)
+        if isinstance(layer.mlp, MLP):
+            shapes[neurons_name(i)] = (layer.mlp.intermediate_size,)
+    return {**shapes, INFLUENCE: (len(spec.layers),)}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attributes:
+    tensors: by the names above, fp32.
+    metadata: format, version, `spec` (its hash), family, aggregation (`batch,sequence`), samples,
+        seq_len, tokens, seed, data (the token store's hash), dtype.
+    """
+
+    tensors: Mapping[str, Floats]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> Floats:
+        return self.tensors[CHANNELS]
+
+    @property
+    def block_influence(self) -> Floats:
+        return self.tensors[INFLUENCE]
+
+    def heads(self, layer: int) -> Floats:
+        return self.tensors[heads_name(layer)]
+
+    def neurons(self, layer: int) -> Floats:
+        return self.tensors[neurons_name(layer)]
+
+    def loss_without(self, layers: int = 1) -> Floats | None:
+        """The loss without so many consecutive layers, by the first of them; None if it was not
+        measured."""
+        single = self.tensors.get(LOSS_WITHOUT) if layers == 1 else None
+        return self.tensors.get(span_name(layers)) if single is None else single
+
+    @property
+    def spans(self) -> list[int]:
+        """Of which lengths there are losses without so many layers."""
+        found = (name.split(".") for name in self.tensors if name.startswith("spans."))
+        return sorted(int(parts[1]) for parts in found)
+
+    @property
+    def loss(self) -> float | None:
+        """Of the whole model, if losses were measured."""
+        return float(self.tensors[LOSS][0]) if LOSS in self.tensors else None
+
+    def check(self, spec: ModelSpec, what: str) -> None:
+        """Refuse scores of another model. `what`: the file, for the message. Raises ScoresError."""
+        own = spec_hash(spec)
+        if self.metadata.get("spec") != own:
+            raise ScoresError(
+                f"{what}: are scores of another model (spec {self.metadata.get('spec')}, this one "
+                f"is {own}); measure this model with `bevatron importance`"
+            )
+        for name, shape in expected(spec).items():
+            found = self.tensors.get(name)
+            if found is None or found.shape != shape:
+                has = "is absent" if found is None else f"has shape {list(found.shape)}"
+                raise ScoresError(
+                    f"{what}: {name} {has}, the model has {list(shape)}; measure it again with "
+                    "`bevatron importance`"
+                )
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, as a whole or not at all; an older one is replaced."""
+        path = Path(path)
+        if path.is_dir():
+            raise ScoresError(f"{path}: is a folder; name a file, such as {path / 'scores'}")
+        metadata = {"format": FORMAT, "version": VERSION, **self.metadata}
+        tensors = {name: np.ascontiguousarray(t, dtype="<f4") for name, t in self.tensors.items()}
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            file.write(write_header([(n, "F32", t.shape) for n, t in tensors.items()], metadata))
+            for tensor in tensors.values():
+                file.write(tensor.tobytes())
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Scores:
+        """Raises ScoresError for a file that holds something else or a number that is not finite,
+        CheckpointError for a damaged one."""
+        path = Path(path)
+        if path.is_dir():
+            raise ScoresError(f"{path}: is a folder, expected a file of `bevatron importance`")
+        header = read_header(path)
+        kind, version = header.metadata.get("format"), header.metadata.get("version")
+        if kind != FORMAT or version != VERSION:
+            raise ScoresError(
+                f"{path}: is no file of importance scores of version {VERSION} (its metadata says "
+                f"format {kind!r}, version {version!r}); make one with `bevatron importance`"
+            )
+        tensors: dict[str, Floats] = {}
+        with closing(open_file(path)) as file:
+            for name, stored in header.tensors.items():
+                if stored.dtype != "F32":
+                    raise ScoresError(f"{path}: {name} is {stored.dtype}, expected F32")
+                raw = bytearray(stored.nbytes)
+                file.read(memoryview(raw), stored.begin)
+                values = np.frombuffer(raw, dtype="<f4").reshape(stored.shape)
+                if not np.isfinite(values).all():
+                    raise ScoresError(
+                        f"{path}: {name} holds a number that is not finite; measure it again"
+                    )
+                tensors[name] = values
+        return cls(tensors, dict(header.metadata))

@@ -1,0 +1,60 @@
+"""Scores files: what is written is read, by safetensors too; others are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from bevatron.compress.scores import Scores, ScoresError, expected, spec_hash
+from tests.specs import HETEROGENEOUS, HOMOGENEOUS
+
+
+def scores_of(spec):
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.random(s, dtype=np.float32) for n, s in expected(spec).items()}
+    return Scores(tensors, {"spec": spec_hash(spec), "samples": "8"})
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    scores = scores_of(HETEROGENEOUS)
+    scores.write(tmp_path / "s.safetensors")
+    again = Scores.read(tmp_path / "s.safetensors")
+    again.check(HETEROGENEOUS, "s")
+    library = load_file(tmp_path / "s.safetensors")
+    assert set(library) == set(again.tensors) == set(scores.tensors)
+    for name, values in scores.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name], values)
+        np.testing.assert_array_equal(library[name], values)
+    assert again.metadata["samples"] == "8"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_absent_sublayers_have_no_scores():
+    names = set(expected(HETEROGENEOUS))
+    assert "layers.1.attention.heads" not in names  # no-op
+    assert "layers.3.attention.heads" not in names  # one matrix
+    assert "layers.5.mlp.neurons" not in names
+    assert "layers.0.attention.heads" in names and "layers.1.mlp.neurons" in names
+
+
+def test_scores_of_another_model_are_refused():
+    with pytest.raises(ScoresError, match="another model"):
+        scores_of(HOMOGENEOUS).check(HETEROGENEOUS, "s")
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"w": np.zeros(3, np.float32)}, path)
+    with pytest.raises(ScoresError, match="no file of importance scores"):
+        Scores.read(path)
+    with pytest.raises(ScoresError, match="folder"):
+        Scores.read(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    scores = scores_of(HOMOGENEOUS)
+    scores.tensors["layers.0.mlp.neurons"][3] = np.nan
+    scores.write(tmp_path / "s")
+    with pytest.raises(ScoresError, match=r"layers\.0\.mlp\.neurons holds a number"):
+        Scores.read(tmp_path / "s")
