@@ -8,6 +8,8 @@ query heads and of the groups that those need.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,10 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
+    """`tap`, if set, is called with what the output projection multiplies, [B, T, H*D]."""
+
+    tap: Callable[[Tensor], None] | None = None
+
     def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, comm: Comm) -> None:
         super().__init__()
         self.spec, self.comm, self.eps = spec, comm, eps
@@ -58,6 +64,8 @@ class Attention(nn.Module):
             k, v = k[:, groups], v[:, groups]  # [B, H, S, D]
         y = attend(q, k, v, mask)  # [B, H, T, D]
         y = y.transpose(1, 2).flatten(2)  # [B, T, H*D]
+        if self.tap is not None:
+            self.tap(y)
         y = self.comm.leave(F.linear(y, self.comm.view(self.o.weight)))  # [B, T, h]
         return y if self.o.bias is None else y + self.comm.shared(self.o.bias)
 

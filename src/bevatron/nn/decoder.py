@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,12 @@ class Decoder(nn.Module):
 
     Parameters have the spec's names and global shapes and are uninitialised; build it under
     `torch.device("meta")` and fill it from a checkpoint or with `bevatron.parallel.init`.
+
+    Attributes:
+        left_out: layers that a forward passes by, to see what they are worth.
     """
+
+    left_out: Collection[int] = ()
 
     def __init__(
         self,
@@ -156,8 +161,9 @@ class Decoder(nn.Module):
             if mask is not None and mask.starts is not None:
                 positions = positions - mask.starts
         rotations = self.rotations(positions, x.dtype, whole)
-        for layer in self.layers.values():
-            x = layer(x, rotations, mask)
+        for i, layer in self.layers.items():
+            if not self.left_out or int(i) not in self.left_out:
+                x = layer(x, rotations, mask)
         if self.final_norm is None:
             return x
         x = self.final_norm(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +17,10 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 class MLP(nn.Module):
+    """`tap`, if set, is called with what the down projection multiplies, [B, T, f]."""
+
+    tap: Callable[[Tensor], None] | None = None
+
     def __init__(self, spec: MLPSpec, hidden_size: int, comm: Comm) -> None:
         super().__init__()
         self.spec, self.comm = spec, comm
@@ -37,6 +43,8 @@ class MLP(nn.Module):
             y = activate(gate, self.spec.activation) * up
         else:
             y = activate(F.linear(x, weight, bias), self.spec.activation)  # [B, T, f]
+        if self.tap is not None:
+            self.tap(y)
         y = comm.leave(F.linear(y, comm.view(self.down.weight)))  # [B, T, h]
         return y if self.down.bias is None else y + comm.shared(self.down.bias)
 

@@ -1,0 +1,311 @@
+"""How important every head, neuron, channel and layer is: one forward pass over calibration text.
+
+All ranks of a process group compute it together, at any layout but context parallel ones, and all
+get the same scores.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bevatron.bridge.dtypes import parse_dtype
+from bevatron.bridge.opened import Opened, open_weights
+from bevatron.checkpoint.sharded import DTYPES
+from bevatron.compress.calibrate import Aggregation, Calibration
+from bevatron.compress.scores import LOSS, LOSS_WITHOUT, Floats, Scores, span_name, spec_hash
+from bevatron.data.sampler import Sampler
+from bevatron.data.store import StoreError, TokenStore
+from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
+from bevatron.errors import BevatronError
+from bevatron.nn.comm import Comm
+from bevatron.nn.heads import Compute
+from bevatron.parallel.agree import on_all
+from bevatron.parallel.layout import Layout, LayoutError, check
+from bevatron.parallel.pipeline import pass_down
+from bevatron.parallel.place import Placed, place, reshard
+from bevatron.parallel.provider import PRECISION
+from bevatron.parallel.weights import stream
+from bevatron.parallel.world import default_device, mesh, world
+from bevatron.progress import Advance, progress
+from bevatron.spec import ModelSpec
+from bevatron.train.cross_entropy import IGNORE
+from bevatron.train.objectives import Pretrain
+
+SAMPLES, SEQ_LEN = 1024, 2048  # SEQ_LEN unless the model's context is shorter
+LOSS_SAMPLES = 128  # a loss per layer is a pass per layer
+TOGETHER = 4096  # tokens of a micro-batch
+LAYERS = ("bi", "loss", "spans")
+ONE_PROCESS = Layout()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on which text. `spans`: of how many layers; 1 for single ones."""
+
+    samples: int
+    loss_samples: int
+    seq_len: int
+    seed: int
+    aggregation: Aggregation
+    spans: tuple[int, ...]
+
+
+def measure(
+    ckpt: str | Path,
+    data: Sequence[str | Path],
+    *,
+    samples: int = SAMPLES,
+    seq_len: int | None = None,
+    aggregation: str = "l2,mean",
+    layers: str = "bi",
+    spans: Sequence[int] = (),
+    loss_samples: int = LOSS_SAMPLES,
+    layout: Layout = ONE_PROCESS,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Scores:
+    """The scores of a model, the same on every rank of the process group; without one, in this
+    process.
+
+    Args:
+        ckpt: native checkpoint, run (its newest step), HF folder or Hub id.
+        data: token stores; samples are drawn from all of them in proportion to their tokens.
+        seq_len: tokens of a sample; default 2,048 or the model's context, if shorter.
+        aggregation: `batch,sequence` of mean, l2 and var.
+        layers: `bi` for block influence alone; `loss` for the loss without each layer besides;
+            `spans` for the loss without each contiguous span of so many layers as `spans` says,
+            a quarter and a half of them by default. These take a pass per layer or span, over the
+            first `loss_samples` samples.
+        dtype: bf16, fp16 or fp32 to compute in; default: as stored.
+    Raises BevatronError, with one message on all ranks if it fails on one of them.
+    """
+    # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    device = default_device()
+    with world(device):
+        ready: list[tuple[Opened, Plan, Sampler]] = []
+
+        def prepare() -> None:
+            opened = open_weights(ckpt)
+            plan = make_plan(
+                opened.spec, samples, seq_len, aggregation, layers, spans, loss_samples, seed
+            )
+            ready.append((opened, plan, open_sampler(opened, data, plan, layout)))
+
+        on_all(prepare)
+        opened, plan, sampler = ready[0]
+        precision = precision_of(opened, dtype)
+        placed = place(
+            opened.spec,
+            layout,
+            mesh(layout, device),
+            make_compute,
+            device=device,
+            precision=precision,
+            seq_len=plan.seq_len,
+        )
+        stream(placed, opened)
+        tensors, loss = Pass(placed, sampler, plan, device, precision).run()
+    metadata = {
+        "spec": spec_hash(opened.spec),
+        "family": opened.manifest.family,
+        "model": str(ckpt),
+        "aggregation": str(plan.aggregation),
+        "samples": str(plan.samples),
+        "seq_len": str(plan.seq_len),
+        "tokens": str(plan.samples * plan.seq_len),
+        "seed": str(plan.seed),
+        "data": ",".join(store.info.hash for store in sampler.stores),
+        "dtype": precision,
+    }
+    if loss is not None:
+        metadata["loss"] = repr(loss)
+    if plan.spans:
+        metadata["loss_samples"] = str(plan.loss_samples)
+    return Scores(tensors, metadata)
+
+
+def make_plan(
+    spec: ModelSpec,
+    samples: int,
+    seq_len: int | None,
+    aggregation: str,
+    layers: str,
+    spans: Sequence[int],
+    loss_samples: int,
+    seed: int,
+) -> Plan:
+    """Raises BevatronError for what cannot be measured of this model."""
+    count, context = len(spec.layers), spec.max_position_embeddings
+    if layers not in LAYERS:
+        raise BevatronError(f"layers is {layers!r}, expected one of {', '.join(LAYERS)}")
+    if samples < 1 or loss_samples < 1:
+        raise BevatronError(
+            f"{samples} samples, {loss_samples} for losses: expected at least 1 of each"
+        )
+    if layers != "bi" and spec.head.kind != "causal_lm":
+        raise BevatronError(
+            f"layers {layers} needs the loss of a language model; this model has the head "
+            f"{spec.head.kind}: use layers bi"
+        )
+    if spans and layers != "spans":
+        raise BevatronError(f"spans of {spans[0]} layers go with layers spans, not {layers}")
+    if layers == "spans" and not spans:
+        spans = sorted({max(1, count // 4), max(1, count // 2)})
+    if wrong := [n for n in spans if not 1 <= n < max(2, count)]:
+        raise BevatronError(
+            f"a span of {wrong[0]} layers cannot be left out of {count}; expected 1 to {count - 1}"
+        )
+    if seq_len is not None and not 1 <= seq_len <= context:
+        raise BevatronError(
+            f"the sequence length is {seq_len}, the model's context has {context} tokens "
+            "(max_position_embeddings); expected 1 to that"
+        )
+    return Plan(
+        samples,
+        min(samples, loss_samples),
+        seq_len or min(SEQ_LEN, context),
+        seed,
+        Aggregation.parse(aggregation),
+        (1,) if layers == "loss" else tuple(sorted(set(spans))),
+    )
+
+
+def open_sampler(opened: Opened, data: Sequence[str | Path], plan: Plan, layout: Layout) -> Sampler:
+    """The calibration text, checked against the model, and the layout too. Raises BevatronError."""
+    if layout.cp > 1:
+        raise LayoutError(f"importance has no context parallelism (cp {layout.cp}); use cp 1")
+    check(layout, opened.spec, seq_len=plan.seq_len, global_batch=layout.dp * layout.pp, micro=1)
+    stores = [TokenStore.open(Path(path)) for path in data]
+    for store in stores:
+        store.check_vocab(opened.spec.vocab_size)
+        _check_tokenizer(opened, store)
+    sampler = Sampler([(s, float(s.tokens)) for s in stores], plan.seq_len, plan.seed)
+    if plan.samples > sampler.epoch_length:
+        raise BevatronError(
+            f"{stores[0].path}{' and others' if len(stores) > 1 else ''}: has "
+            f"{sampler.epoch_length} samples of {plan.seq_len} tokens, {plan.samples} were asked "
+            f"for; use --samples {sampler.epoch_length}, a smaller --seq-len, or more text"
+        )
+    return sampler
+
+
+def _check_tokenizer(opened: Opened, store: TokenStore) -> None:
+    """Refuse tokens of another tokenizer, if the model has one: they would excite other neurons."""
+    file = opened.source / TOKENIZER if opened.source is not None else None
+    if file is None or not file.is_file():
+        return
+    own, info = open_tokenizer(file), store.info
+    if info.fingerprint != own.fingerprint and info.encoding != own.encoding:
+        raise StoreError(
+            f"{store.path}: was made with the tokenizer {info.tokenizer} ({info.fingerprint}), the "
+            f"model's is {own.file} ({own.fingerprint}); make it anew with `bevatron tokenize "
+            f"--tokenizer {opened.folder}`"
+        )
+
+
+def precision_of(opened: Opened, dtype: str | None) -> str:
+    """As `place` spells it."""
+    stored = opened.dtype if dtype is None else parse_dtype(dtype)
+    return PRECISION.get(DTYPES[stored], "fp32")
+
+
+def make_compute(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
+    """At the end: the sum of the losses; nothing for a head that is not a language model's."""
+    if spec.head.kind == "causal_lm":
+        return Pretrain().compute(comm, spec, batch)
+    return lambda scores, weight: scores.new_zeros(1)
+
+
+class Pass:
+    """Forwards over the samples, a part of which is every data-parallel rank's."""
+
+    def __init__(
+        self, placed: Placed, sampler: Sampler, plan: Plan, device: torch.device, precision: str
+    ) -> None:
+        self.placed, self.sampler, self.plan, self.device = placed, sampler, plan, device
+        self.dtype = {p: t for t, p in PRECISION.items()}[precision]
+        own = placed.mesh.get_local_rank
+        self.dp_rank = own("dp_replicate") * placed.layout.dp_shard + own("dp_shard")
+        self.counts = placed.is_last and own("tp") == 0
+
+    def run(self) -> tuple[dict[str, Floats], float | None]:
+        """All tensors of the scores, and the loss over all samples."""
+        plan, spec = self.plan, self.placed.spec
+        calibration = Calibration(self.placed, plan.aggregation, plan.seq_len)
+        with calibration.tapped(), self._shown("calibrating", plan.samples) as advance:
+            loss = self._forwards(plan.samples, advance, calibration)
+        tensors = calibration.scores(plan.samples)
+        if plan.spans:
+            tensors |= self._losses()
+        return tensors, loss if spec.head.kind == "causal_lm" else None
+
+    def _losses(self) -> dict[str, Floats]:
+        plan, layers = self.plan, len(self.placed.spec.layers)
+        passes = 1 + sum(layers - n + 1 for n in plan.spans)
+        with self._shown("leaving out layers", passes * plan.loss_samples) as advance:
+            found = {LOSS: [self._loss_without((), advance)]}
+            for n in plan.spans:
+                spans = (range(i, i + n) for i in range(layers - n + 1))
+                losses = [self._loss_without(span, advance) for span in spans]
+                found[LOSS_WITHOUT if n == 1 else span_name(n)] = losses
+        return {name: np.array(losses, dtype=np.float32) for name, losses in found.items()}
+
+    def _loss_without(self, layers: Collection[int], advance: Advance) -> float:
+        decoders = [stage.decoder for stage in self.placed.mine.values()]
+        for decoder in decoders:
+            decoder.left_out = layers
+        try:
+            return self._forwards(self.plan.loss_samples, advance)
+        finally:
+            for decoder in decoders:
+                decoder.left_out = ()
+
+    def _forwards(
+        self, samples: int, advance: Advance, calibration: Calibration | None = None
+    ) -> float:
+        """Pass the first `samples` of them through; their loss in nats per token, on all ranks.
+
+        All ranks make as many micro-batches, for they share parameters; rows beyond the samples
+        only fill the last one."""
+        plan, placed = self.plan, self.placed
+        dp, rows = placed.layout.dp, max(1, TOGETHER // plan.seq_len)
+        rows = min(rows, -(-samples // dp))
+        if placed.tied is not None:
+            placed.tied.fill_head()
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for begin in range(0, samples, rows * dp):
+                at = np.arange(rows, dtype=np.int64) * dp + begin + self.dp_rank
+                tokens = torch.from_numpy(self.sampler.samples(np.where(at < samples, at, 0)))
+                tokens = tokens.to(self.device)
+                valid = torch.from_numpy(at < samples).to(self.device)
+                labels = tokens[:, 1:].masked_fill(~valid[:, None], IGNORE)
+                if calibration is not None:
+                    calibration.begin_batch(valid)
+                out = pass_down(placed, tokens[:, :-1], self.dtype, {"labels": labels})
+                if calibration is not None:
+                    calibration.end_batch()
+                if out is not None and self.counts and placed.spec.head.kind == "causal_lm":
+                    total += out
+                advance(min(rows * dp, samples - begin))
+        reshard(placed)
+        dist.all_reduce(total)
+        return float(total) / (samples * plan.seq_len)
+
+    def _shown(self, what: str, total: int) -> AbstractContextManager[Any]:
+        """The progress, on the first rank."""
+        if dist.get_rank() == 0:
+            return progress(what, total, "samples")
+        quiet: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
+        return nullcontext(quiet)
