@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import transformers
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.native import open_native
 from bevatron.compress import prune as pruning
+from bevatron.compress.importance import measure
 from bevatron.compress.options import parse_count, parse_layers, read_per_layer
 from bevatron.compress.prune import prune
 from bevatron.compress.scores import Scores, ScoresError, expected, spec_hash
@@ -27,6 +29,7 @@ from bevatron.generate.load import load_decoder
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import parameter_count
 from tests.bridge.hf_folders import make
+from tests.compress.calibration import write_tokens
 
 IDS = torch.randint(0, 101, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -317,6 +320,23 @@ def test_scores_of_another_model_and_none_at_all_are_refused(llama, tmp_path: Pa
     with pytest.raises(PruneError, match="--data or --scores"):
         prune(native, tmp_path / "x", Targets(num_layers=1))
     assert not (tmp_path / "x").exists()
+
+
+def test_importance_is_measured_first_if_text_is_given(llama, tmp_path: Path) -> None:
+    native = tmp_path / "native"
+    shutil.copytree(llama[0], native)
+    (native / "source" / "tokenizer.json").unlink()  # no real one
+    tokens = write_tokens(tmp_path / "tokens", 101, 600)
+    targets = Targets(hidden_size=16, num_layers=2, depth_by="span")
+    options = {"samples": 3, "show_progress": False}
+    prune(native, tmp_path / "a", targets, data=tokens, **options)
+    scores = measure(native, [tokens], samples=3, layers="spans", spans=(1,))
+    prune(native, tmp_path / "b", targets, scores=scores, show_progress=False)
+    kept = [json.loads((tmp_path / n / "pruning.json").read_text()) for n in "ab"]
+    assert kept[0]["hidden"] == kept[1]["hidden"] == sorted(np.argsort(-scores.channels)[:16])
+    assert kept[0]["layers"] == kept[1]["layers"]
+    with pytest.raises(PruneError, match="--hidden-size is 99"):
+        prune(native, tmp_path / "c", Targets(hidden_size=99), data=tmp_path / "none")
 
 
 def test_damage_is_noticed_and_the_old_target_stays(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def prune(
     check_target(dst, overwrite=overwrite, apart_from=opened.folder)
     by_layer = targets.num_layers is not None and not targets.drop_layers
     if scores is None and data is not None and (by_layer or not dry_run):
-        scores = _measured(ckpt, data, samples, targets)
+        scores = _measured(opened, ckpt, data, samples, targets)
     if isinstance(scores, str | Path):
         scores, name = Scores.read(scores), str(scores)
     else:
@@ -118,10 +117,26 @@ def _check_options(targets: Targets, data: object, scores: object, merge_heads: 
             raise PruneError(f"{option} is {value}, expected one of {', '.join(known)}")
 
 
-def _measured(ckpt: str | Path, data: str | Path, samples: int, targets: Targets) -> Scores:
-    measure = import_module("bevatron.compress.importance").measure
-    found: Scores = measure(str(ckpt), data, samples=samples)
-    return found
+def _measured(
+    opened: Opened, ckpt: str | Path, data: str | Path, samples: int, targets: Targets
+) -> Scores:
+    from bevatron.compress.importance import measure  # it brings torch
+
+    count = len(opened.spec.layers)
+    number = count - (count if targets.num_layers is None else targets.num_layers)
+    _check_first(opened, targets, number)
+    layers = {"influence": "bi", "loss": "loss", "span": "spans"}[targets.depth_by]
+    by_layer = number > 0 and not targets.drop_layers
+    spans = (number,) if by_layer and layers == "spans" else ()
+    return measure(ckpt, [data], samples=samples, layers=layers if by_layer else "bi", spans=spans)
+
+
+def _check_first(opened: Opened, targets: Targets, number: int) -> None:
+    """Refuse impossible sizes before anything is measured, whichever layers will go."""
+    if number > 0 and not targets.drop_layers:
+        first = tuple(range(number))
+        targets = replace(targets, drop_layers=first, num_layers=None, per_layer={})
+    shape(opened.spec, targets, None, by_name(opened.manifest.family))
 
 
 def plan_pruning(
