@@ -351,9 +351,12 @@ def _facts(
     done = ["made from random weights" if record is None else "imported"]
     if record and record.dtype:
         done.append(f"converted to {FLOATS.get(record.dtype, record.dtype)} on import")
+    pruned = record.pruned if record else {}
+    if pruned:
+        done.append(f"pruned from {pruned['from']:,} to {pruned['to']:,} parameters")
     if native.manifest.step:
         done.append(f"trained for {native.manifest.step} steps")
-    elif record and not _unmodified(native):
+    elif record and not pruned and not _unmodified(native):
         done.append("weights changed")
     replaced = native.replaced_head()
     if replaced is not None:

@@ -39,7 +39,13 @@ def write_remote_code(folder: Path) -> None:
 
 
 def wont_read(spec: ModelSpec) -> list[str]:
-    """Which other programs will not read this model rightly as DeciLMForCausalLM, and why.
+    """Which other programs will not read this model rightly as DeciLMForCausalLM, and why."""
+    why = refusals(spec)
+    return [f"{reader} will not read it: {'; '.join(reasons)}" for reader, reasons in why.items()]
+
+
+def refusals(spec: ModelSpec) -> dict[str, list[str]]:
+    """Reader -> why it will not read this model rightly as DeciLMForCausalLM.
 
     From their source (`nemotron_nas.py` of vLLM, SGLang and TensorRT-LLM; `convert_hf_to_gguf.py`),
     not from running them."""
@@ -68,4 +74,28 @@ def wont_read(spec: ModelSpec) -> list[str]:
         refuses("it has biases in the MLP, which would be left out silently", "SGLang")
     if spec.head.kind != "causal_lm":
         refuses(f"it has the head {spec.head.kind}", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
-    return [f"{reader} will not read it: {'; '.join(reasons)}" for reader, reasons in why.items()]
+    return why
+
+
+READERS = ("vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
+
+
+def readers(spec: ModelSpec, family: str) -> dict[str, str]:
+    """What each of READERS makes of the export of this model: "yes", or what is in the way.
+
+    Those of classes other than DeciLMForCausalLM are said of their releases since September 2024,
+    before which llama.cpp took head_dim for hidden_size / num_attention_heads."""
+    if family == "llama_nemotron":
+        why = {reader: "; ".join(reasons) for reader, reasons in refusals(spec).items()}
+        return {reader: f"no: {why[reader]}" if reader in why else "yes" for reader in READERS}
+    if family not in ("llama", "mistral", "nemotron"):
+        return dict.fromkeys(READERS, f"not known: their classes for {family} were not looked at")
+    if spec.head.kind != "causal_lm":
+        return dict.fromkeys(READERS, f"not known: it has the head {spec.head.kind}")
+    found = dict.fromkeys(READERS, "yes")
+    attentions = [x.attention for x in spec.layers if isinstance(x.attention, Attention)]
+    if any(a.head_dim * a.num_attention_heads != spec.hidden_size for a in attentions):
+        found["llama.cpp"] = "since September 2024: head_dim is not hidden_size / heads"
+    if family == "nemotron":
+        found["SGLang"] = "not known: its class was not looked at"
+    return found

@@ -155,6 +155,69 @@ def inspect(
 
 
 @app.command()
+def prune(
+    ckpt: Checkpoint,
+    dst: Annotated[str, typer.Argument(help="The native checkpoint to make; a folder or a URL.")],
+    data: Annotated[Path | None, typer.Option(help="Token store to measure importance on.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="File of `bevatron importance`, instead of --data.")
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option()] = None,
+    intermediate_size: Annotated[int | None, typer.Option()] = None,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(help="Query heads; all KV heads stay.")
+    ] = None,
+    num_layers: Annotated[int | None, typer.Option(help="How many stay; see --depth-by.")] = None,
+    drop_layers: Annotated[
+        str | None, typer.Option(help="Which go, counted from 0, such as 15-30 or 3,5.")
+    ] = None,
+    depth_by: Annotated[
+        str, typer.Option(help="influence, loss, or span (neighbours) decides which layers go.")
+    ] = "influence",
+    params: Annotated[
+        str | None, typer.Option(help="Such as 4B: chooses the widths that are not given.")
+    ] = None,
+    per_layer: Annotated[
+        Path | None, typer.Option(help="JSON: layer -> its sizes; the result's layers differ.")
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="Of widths that --params chooses.")] = 64,
+    merge_heads: Annotated[str, typer.Option(help="none, residual or sum.")] = "none",
+    samples: Annotated[int, typer.Option(min=1, help="With --data.")] = 1024,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model in width and depth, by importance, into a smaller native checkpoint."""
+    from bevatron.compress.options import parse_count, parse_layers, read_per_layer
+    from bevatron.compress.prune import prune as make
+    from bevatron.compress.sizes import Targets
+
+    targets = Targets(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_attention_heads=num_attention_heads,
+        num_layers=num_layers,
+        drop_layers=parse_layers(drop_layers) if drop_layers is not None else (),
+        parameters=parse_count(params) if params is not None else None,
+        per_layer=read_per_layer(per_layer) if per_layer is not None else {},
+        multiple=multiple,
+        depth_by=depth_by,
+    )
+    report = make(
+        ckpt,
+        dst,
+        targets,
+        data=data,
+        scores=scores,
+        samples=samples,
+        merge_heads=merge_heads,
+        dry_run=dry_run,
+        overwrite=overwrite,
+    )
+    _show(report.to_dict(), as_json)
+
+
+@app.command()
 def tokenize(
     paths: Annotated[
         list[str],

@@ -130,7 +130,8 @@ class LlamaNemotron:
         config |= dict.fromkeys(GLOBAL_SIZES)
         if config.get("o_proj_bias") is not None:
             config["o_proj_bias"] = attention_bias
-        config["block_configs"] = self._blocks(spec, None if full else base)
+        same = not full and base is not None and base.get("hidden_size") == spec.hidden_size
+        config["block_configs"] = self._blocks(spec, base if same else None)
         write_rope(config, spec.rope, spec.max_position_embeddings, full)
         write_head(config, spec.head, self.architectures)
         return config

@@ -1,0 +1,279 @@
+"""A smaller model out of a trained one: streamed tensor by tensor into a new native checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bevatron.bridge.dtypes import FLOATS
+from bevatron.bridge.importer import check_space
+from bevatron.bridge.mover import Mover
+from bevatron.bridge.native import CONFIG
+from bevatron.bridge.opened import Opened, open_weights
+from bevatron.bridge.plan import lay_out
+from bevatron.bridge.remote_code import readers
+from bevatron.bridge.report import shown_progress
+from bevatron.bridge.unchanged import stamps, unchanged
+from bevatron.checkpoint.boxes import new_hasher, spell, verify_chunk
+from bevatron.checkpoint.files import located
+from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.compress.cutting import MERGES, Change, blocks, cut_shape, merge
+from bevatron.compress.outcome import PruneReport, class_of, family_of, sizes_of
+from bevatron.compress.scores import Scores
+from bevatron.compress.sizes import DEPTH_BY, PruneError, Shape, Targets
+from bevatron.compress.trim import Index, Kept, cut, keep, source_of
+from bevatron.compress.widths import shape
+from bevatron.families.family import by_name
+from bevatron.spec.count import parameter_count
+from bevatron.spec.json import to_json
+from bevatron.spec.model import Attention, ModelSpec
+
+RECORD = "pruning.json"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that is decided before the first byte is read."""
+
+    opened: Opened
+    shape: Shape
+    config: dict[str, Any] | None
+    report: PruneReport
+
+
+def prune(
+    ckpt: str | Path,
+    dst: str | Path,
+    targets: Targets,
+    *,
+    data: str | Path | None = None,
+    scores: str | Path | Scores | None = None,
+    samples: int = 1024,
+    merge_heads: str = "none",
+    dry_run: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> PruneReport:
+    """Write the pruned model as a native checkpoint at `dst`.
+
+    Args:
+        ckpt: whatever holds weights: a native checkpoint, a run, an HF folder or Hub id.
+        data: a token store on which importance is measured, with so many `samples`; or
+        scores: what was measured before. Neither is needed where `targets` names all that goes.
+        merge_heads: what becomes of dropped heads; see `cutting.merge`.
+        dry_run: only say what would be done.
+    Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
+    """
+    started = time.perf_counter()
+    dst = located(dst)
+    _check_options(targets, data, scores, merge_heads)
+    check_target(dst, overwrite=overwrite)
+    opened = open_weights(ckpt)
+    before = stamps(opened.folder)
+    check_target(dst, overwrite=overwrite, apart_from=opened.folder)
+    by_layer = targets.num_layers is not None and not targets.drop_layers
+    if scores is None and data is not None and (by_layer or not dry_run):
+        scores = _measured(opened, ckpt, data, samples, targets)
+    if isinstance(scores, str | Path):
+        scores, name = Scores.read(scores), str(scores)
+    else:
+        name = str(data)
+    if scores is not None:
+        scores.check(opened.spec, name)
+    plan = plan_pruning(opened, targets, scores, str(ckpt), str(dst), merge_heads)
+    check_space(dst, plan.report.bytes)
+    if dry_run and scores is None:
+        return replace(plan.report, dry_run=True)
+    kept = keep(opened.spec, plan.shape, scores)
+    changes = _merges(opened.spec, kept, merge_heads)
+    if dry_run:
+        return replace(plan.report, dry_run=True)
+    opened.check_copies()
+    with (
+        new_folder(dst, overwrite=overwrite, apart_from=opened.folder) as folder,
+        unchanged(opened.folder, before),
+    ):
+        verified = _write(plan, kept, changes, folder, show_progress)
+        (folder / RECORD).write_text(_record(plan, kept, scores) + "\n", encoding="utf-8")
+    seconds = round(time.perf_counter() - started, 3)
+    return replace(plan.report, verified=verified, seconds=seconds)
+
+
+def _check_options(targets: Targets, data: object, scores: object, merge_heads: str) -> None:
+    if data is not None and scores is not None:
+        raise PruneError("--data measures what --scores holds already; give one of the two")
+    for option, value, known in (
+        ("--merge-heads", merge_heads, MERGES),
+        ("--depth-by", targets.depth_by, DEPTH_BY),
+    ):
+        if value not in known:
+            raise PruneError(f"{option} is {value}, expected one of {', '.join(known)}")
+
+
+def _measured(
+    opened: Opened, ckpt: str | Path, data: str | Path, samples: int, targets: Targets
+) -> Scores:
+    from bevatron.compress.importance import measure  # it brings torch
+
+    count = len(opened.spec.layers)
+    number = count - (count if targets.num_layers is None else targets.num_layers)
+    _check_first(opened, targets, number)
+    layers = {"influence": "bi", "loss": "loss", "span": "spans"}[targets.depth_by]
+    by_layer = number > 0 and not targets.drop_layers
+    spans = (number,) if by_layer and layers == "spans" else ()
+    return measure(ckpt, [data], samples=samples, layers=layers if by_layer else "bi", spans=spans)
+
+
+def _check_first(opened: Opened, targets: Targets, number: int) -> None:
+    """Refuse impossible sizes before anything is measured, whichever layers will go."""
+    if number > 0 and not targets.drop_layers:
+        first = tuple(range(number))
+        targets = replace(targets, drop_layers=first, num_layers=None, per_layer={})
+    shape(opened.spec, targets, None, by_name(opened.manifest.family))
+
+
+def plan_pruning(
+    opened: Opened,
+    targets: Targets,
+    scores: Scores | None,
+    source: str,
+    target: str,
+    merge_heads: str = "none",
+) -> _Plan:
+    """Sizes, counts and the class of the result: exact, and without reading a weight."""
+    origin = by_name(opened.manifest.family)
+    made = shape(opened.spec, targets, scores, origin)
+    text = opened.source_text(CONFIG)
+    base = json.loads(text) if text is not None else None
+    family, notes = family_of(made.spec, origin)
+    config = None
+    if family is not None and base is not None:
+        config = family.config(made.spec, FLOATS[opened.dtype], base)
+    carried = [n for n in opened.manifest.tensors if n.startswith("carried/")]
+    if carried:
+        notes.append(
+            f"{len(carried)} rotary buffers of the source were left out; readers make their own"
+        )
+    weights = opened.manifest.weights()
+    sources = {p.name: weights[source_of(made.layers, p.name)] for p in made.spec.parameters()}
+    before, count = parameter_count(opened.spec), parameter_count(made.spec)
+    report = PruneReport(
+        source=source,
+        target=target,
+        family=(family or origin).name,
+        exports_as=class_of(family, made.spec),
+        before=before,
+        parameters=count,
+        share=round(count / before, 4),
+        sizes=sizes_of(made.spec),
+        dropped_layers=[i for i in range(len(opened.spec.layers)) if i not in made.layers],
+        dtype=FLOATS[opened.dtype],
+        bytes_read=sum(e.nbytes for e in sources.values()),
+        bytes=sum(p.numel * ITEMSIZE[sources[p.name].dtype] for p in made.spec.parameters()),
+        merge_heads=merge_heads,
+        readers=readers(made.spec, family.name) if family is not None else {},
+        notes=[*made.notes, *notes],
+    )
+    return _Plan(opened, made, config, report)
+
+
+def _merges(spec: ModelSpec, kept: Kept, mode: str) -> dict[str, Change]:
+    """New parameter -> how dropped heads change the old one before it is cut."""
+    found = {}
+    for new, old in enumerate(kept.layers):
+        attention = spec.layers[old].attention
+        if not isinstance(attention, Attention):
+            continue
+        for part in ("qkv.weight", "qkv.bias", "o.weight"):
+            change = merge(mode, part.partition(".")[0], attention, kept.pairs[new])
+            if change is not None:
+                found[f"layers.{new}.attention.{part}"] = change
+    return found
+
+
+def _write(
+    plan: _Plan, kept: Kept, changes: Mapping[str, Change], folder: Path, show_progress: bool
+) -> dict[str, Any]:
+    """Fill a new folder: weights, what the source had beside them, and the manifest last."""
+    opened, spec = plan.opened, plan.shape.spec
+    weights = opened.manifest.weights()
+    cuts = {p.name: cut(opened.spec, kept, p) for p in spec.parameters()}
+    table = [
+        (f"model/{p.name}", weights[cuts[p.name].source].dtype, p.shape) for p in spec.parameters()
+    ]
+    places, headers = lay_out(table)
+    (folder / "model").mkdir()
+    entries: dict[str, TensorEntry] = {}
+    shown = shown_progress("pruning", plan.report.bytes_read, show_progress)
+    with shown as advance, Mover(lambda n: None) as mover:
+        for file, header in headers.items():
+            mover.write(folder / file, 0, header)
+        for name, dtype, shape_ in table:
+            own = cuts[name.removeprefix("model/")]
+            source = weights[own.source]
+            assert cut_shape(source.shape, own.index) == shape_, (name, own.source)
+            for chunk in source.chunks:
+                if chunk.hash:  # a Hugging Face folder has none
+                    verify_chunk(opened.folder, chunk, ITEMSIZE[dtype], own.source)
+            file, at = places[name]
+            hasher, done = new_hasher(), 0
+            change = changes.get(name.removeprefix("model/"))
+            for block in blocks(opened.folder, source, own.index, change):
+                data = np.ascontiguousarray(block).reshape(-1).view("u1").data
+                hasher.update(data)
+                mover.write(folder / file, at + done, data)
+                done += len(data)
+            whole = Chunk((0,) * len(shape_), shape_, file, at, spell(hasher))
+            entries[name] = TensorEntry(dtype, shape_, (whole,))
+            advance(source.nbytes)
+    with shown_progress("verifying", plan.report.bytes, show_progress) as advance:
+        for name, entry in entries.items():
+            verify_chunk(folder, entry.chunks[0], ITEMSIZE[entry.dtype], name)
+            advance(entry.nbytes)
+    _write_rest(plan, folder, entries)
+    return {"tensors": len(entries), "equal": True, "by": "xxh3-128 of each, read back"}
+
+
+def _write_rest(plan: _Plan, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Everything but weights; what commits the folder comes last."""
+    opened = plan.opened
+    if opened.provenance is not None:
+        pruned = {"from": plan.report.before, "to": plan.report.parameters}
+        opened = replace(opened, provenance=replace(opened.provenance, pruned=pruned))
+    opened.copy_origin(folder)
+    if plan.config is not None:
+        text = json.dumps(plan.config, indent=2) + "\n"
+        (folder / "source" / CONFIG).write_text(text, encoding="utf-8")
+    (folder / "spec.json").write_text(to_json(plan.shape.spec), encoding="utf-8")
+    manifest = Manifest(plan.report.family, 0, entries)
+    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _record(plan: _Plan, kept: Kept, scores: Scores | None) -> str:
+    """pruning.json: what went, so that it can be done again or compared: indices into the old
+    model, per new layer."""
+
+    def listed(index: Index | None) -> list[int] | None:
+        return None if index is None else [int(i) for i in index]
+
+    report = plan.report
+    return json.dumps(
+        {
+            "source": report.source,
+            "source_step": plan.opened.manifest.step,
+            "parameters": {"before": report.before, "after": report.parameters},
+            "merge_heads": report.merge_heads,
+            "scores": dict(scores.metadata) if scores else None,
+            "layers": list(kept.layers),
+            "hidden": listed(kept.hidden),
+            "heads": [listed(i) for i in kept.heads],
+            "neurons": [listed(i) for i in kept.neurons],
+        }
+    )
