@@ -23,8 +23,8 @@ from bevatron.parallel.split import end_loads, in_flight, layer_load, stage_rang
 from bevatron.parallel.world import mesh
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, parameter_count
+from bevatron.train.chunked import CHUNK_LOGITS
 from bevatron.train.config import RunConfig
-from bevatron.train.cross_entropy import CHUNK_LOGITS
 from bevatron.train.objectives import Objective
 from bevatron.train.rules import groups
 from bevatron.train.start import Start, find_start
