@@ -92,7 +92,6 @@ MORE = [
     Case(Layout(tp=2, sequence_parallel=False), options="top"),
     Case(Layout(dp_replicate=2, dp_shard=2, shard="gradients"), "capped"),
     Case(Layout(cp=2), options="all", documents=True),
-    Case(Layout(cp=2, tp=2), "homogeneous"),
     Case(Layout(pp=2, tp=2), "capped", "all"),
 ]
 
@@ -143,3 +142,19 @@ def beside_transformers(case: Case) -> list[tuple[float, float, float]]:
 def test_loss_and_gradient_are_those_of_a_plain_loop_with_transformers(pool: Pool) -> None:
     for ours, wanted, _ in pool.run(1, beside_transformers, Case(teacher="homogeneous"))[0]:
         assert ours == pytest.approx(wanted, rel=1e-5)
+
+
+def in_bf16(case: Case) -> tuple[float, set[torch.dtype]]:
+    trainer = make(case)
+    done = trainer.step(samples(trainer, 0), 1e-3)
+    assert done is not None
+    teacher = trainer.objective.companions["teacher"].placed
+    return done[0], {p.dtype for p in teacher.parameters.values()}
+
+
+def test_in_bf16_the_teacher_is_stored_as_bf16(pool: Pool) -> None:
+    exact, _ = pool.run(1, in_bf16, Case())[0]
+    for layout in (Layout(), Layout(tp=2, pp=2)):
+        for loss, dtypes in pool.run(layout.world_size, in_bf16, Case(layout, precision="bf16")):
+            assert dtypes == {torch.bfloat16}
+            assert loss == pytest.approx(exact, rel=0.03)
