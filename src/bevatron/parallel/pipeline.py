@@ -50,6 +50,13 @@ def pass_down(placed: Placed, ids: Tensor, dtype: torch.dtype, batch: Batch) -> 
     return out if placed.is_last else None
 
 
+def micro_batches(ids: Tensor, batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
+    """Micro-batches of `size` samples."""
+    n = ids.shape[0] // size
+    pieces = {k: v.chunk(n) for k, v in batch.items()}
+    return [(p, {k: v[i] for k, v in pieces.items()}) for i, p in enumerate(ids.chunk(n))]
+
+
 class Runner:
     """Forward and backward over micro-batches of fixed shape.
 
@@ -147,7 +154,7 @@ class Runner:
         total = torch.zeros(self.entries, device=ids.device)
         self._fill_tied_head()
         with torch.no_grad():
-            for part, extra in self._chunks(ids, batch):
+            for part, extra in micro_batches(ids, batch, self.micro_batch):
                 out = pass_down(self.placed, part, self.dtype, extra)
                 if out is not None:
                     total += out
@@ -164,7 +171,7 @@ class Runner:
         so that no rank ever holds all of them; replicas sum theirs once, at the end."""
         stage: Any = self.placed.stage
         layout = self.placed.layout
-        parts = self._chunks(ids, batch)
+        parts = micro_batches(ids, batch, self.micro_batch)
         for i, (part, extra) in enumerate(parts):
             last = i == len(parts) - 1
             stage.set_requires_gradient_sync(last or layout.shards > 1)
@@ -172,8 +179,3 @@ class Runner:
             stage.set_reshard_after_backward(last or layout.regathers)
             stage.set_is_last_backward(last)
             self._scaled(stage(part, **extra), part).backward()
-
-    def _chunks(self, ids: Tensor, batch: Batch) -> list[tuple[Tensor, Batch]]:
-        n = ids.shape[0] // self.micro_batch
-        pieces = {k: v.chunk(n) for k, v in batch.items()}
-        return [(p, {k: v[i] for k, v in pieces.items()}) for i, p in enumerate(ids.chunk(n))]

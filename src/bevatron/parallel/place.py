@@ -33,13 +33,16 @@ from bevatron.spec import ModelSpec, ParameterSpec
 # From a micro-batch's tensors to what the last stage computes with its hidden states.
 MakeCompute = Callable[[Comm, ModelSpec, dict[str, Tensor]], Compute]
 
+GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Stage(nn.Module):
     """A decoder slice together with what is computed at the end: one FSDP root, one pipeline stage.
 
-    forward(ids or hidden, **batch) -> hidden states, or on the last stage the objective's sums."""
+    forward(ids or hidden, **batch) -> hidden states, or on the last stage the objective's sums;
+    without anything to compute, there too hidden states."""
 
-    def __init__(self, decoder: Decoder, make_compute: MakeCompute) -> None:
+    def __init__(self, decoder: Decoder, make_compute: MakeCompute | None) -> None:
         super().__init__()
         self.decoder, self.make_compute = decoder, make_compute
 
@@ -51,7 +54,7 @@ class Stage(nn.Module):
         **batch: Tensor,
     ) -> Tensor:
         decoder, compute = self.decoder, None
-        if decoder.head is not None:
+        if decoder.head is not None and self.make_compute is not None:
             compute = self.make_compute(decoder.comm, decoder.spec, batch)
         return decoder(x, compute, positions=positions, documents=documents)  # type: ignore[no-any-return]
 
@@ -99,7 +102,7 @@ def place(
     spec: ModelSpec,
     layout: Layout,
     mesh: DeviceMesh,
-    make_compute: MakeCompute,
+    make_compute: MakeCompute | None,
     *,
     device: torch.device,
     precision: str,
@@ -111,6 +114,8 @@ def place(
     """Build this rank's stages with uninitialised parameters; see the module's docstring.
 
     Args:
+        make_compute: None for a frozen model that gives its hidden states: its parameters are
+            stored in the dtype of `precision` and take no gradients.
         seq_len, micro_batch: of a micro-batch, for the balance of the stages."""
     stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
     grid = sharding_mesh(mesh, layout)  # where parameters lie
@@ -128,12 +133,16 @@ def place(
         first, last = number == 0, number == len(stages) - 1
         with torch.device("meta"):
             decoder = Decoder(spec, layers=stages[number], embed=first, head=last, comm=comm)
+        if make_compute is None and precision != "fp32":
+            decoder.to(GATHERED[precision])
         if layout.tp > 1:
             tensor_parallel.distribute(decoder, known, spec, grid["tp"])
             decoder.tie()
+        if make_compute is None:
+            decoder.requires_grad_(False)
         prepare(decoder, recompute, compile_layers)
         stage = Stage(decoder, make_compute)
-        shard(stage, layout, grid, precision)
+        shard(stage, layout, grid, precision if make_compute is not None else "fp32")
         stage.to_empty(device=device)
         decoder.tie()
         mine[number] = stage
@@ -151,7 +160,7 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     over = mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision != "fp32":
-        gathered = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        gathered = GATHERED[precision]
         policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     # [2, f, h] has too short a first dimension. Along f a rank's part is two long runs of a file,
     # along h a piece of every row; FSDP cuts either only evenly.

@@ -45,10 +45,12 @@ class ModelConfig(Section):
 # Every objective, and the settings that mean something to it.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "pretrain": ("z_loss",),
+    "distill": ("teacher", "divergence", "temperature", "top_k", "ce"),
     "sequence_classification": ("labels", "problem_type", "new_head"),
     "token_classification": ("labels", "new_head", "label_all_tokens", "join_words"),
     "question_answering": ("new_head", "stride"),
 }
+UNLABELLED = ("pretrain", "distill")  # these read token stores
 
 
 class ObjectiveConfig(Section):
@@ -56,6 +58,8 @@ class ObjectiveConfig(Section):
 
     Attributes:
         z_loss: weight of the mean of logsumexp(logits)^2 (PaLM: 1e-4), reported apart.
+        teacher: the model to distil from: a native checkpoint, a run, an HF folder or a Hub id.
+        divergence, temperature, top_k, ce: see `compress.divergence.Divergence`.
         labels: names, in order; of the new head that a language model gets.
         problem_type: of that head; by default regression for one label, else single_label.
         new_head: replace the head that the model has by a freshly initialised one.
@@ -69,6 +73,11 @@ class ObjectiveConfig(Section):
 
     name: str = "pretrain"
     z_loss: float = Field(0.0, ge=0)
+    teacher: str | None = None
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    temperature: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, ge=1)
+    ce: float = Field(0.0, ge=0)
     labels: list[str] = []
     problem_type: (
         Literal["regression", "single_label_classification", "multi_label_classification"] | None
@@ -89,6 +98,8 @@ class ObjectiveConfig(Section):
             if getattr(self, key) != field.default:
                 takers = " or ".join(name for name, keys in OBJECTIVES.items() if key in keys)
                 raise ValueError(f"{key} means nothing to {self.name}, only to {takers}; drop it")
+        if self.name == "distill" and self.teacher is None:
+            raise ValueError("distill needs a teacher; name its folder in objective.teacher")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError("labels has a name twice; name every label once")
         return self

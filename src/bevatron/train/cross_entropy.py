@@ -1,7 +1,6 @@
 """Cross-entropy over a vocabulary that ranks may share, without ever holding all logits.
 
-One pass over chunks of tokens computes the loss and both gradients; the backward only scales.
-At most `chunk x V/tp` fp32 logits exist at a time (the idea of Wijmans et al., arXiv 2411.09009).
+At most `chunk x V/tp` fp32 logits exist at a time.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bevatron.nn.comm import Comm
+from bevatron.train.chunked import CHUNK_LOGITS, sums_of_chunks
 
 IGNORE = -100
-CHUNK_LOGITS = 2**24
 
 
 def cross_entropy_sum(
@@ -48,56 +47,15 @@ def cross_entropy_and_z(
     first, _ = comm.bounds(rows)
     # By the largest share of an uneven vocabulary, so that all ranks have as many chunks.
     tokens = max(1, CHUNK_LOGITS // -(-rows // comm.size))
-    keep = torch.is_grad_enabled()
     flat, targets = hidden.flatten(0, 1), labels.flatten()
-    both: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets, first, tokens, comm, softcap, z_loss, keep, compiled
-    )
-    return both
+    compute = _compiled_chunk() if compiled and comm.size == 1 else _chunk
 
+    def chunk(x: Tensor, w: Tensor, piece: slice, keep: bool) -> tuple[Tensor, Tensor | None]:
+        loss, z, dlogits = compute(x, w, targets[piece], first, comm, softcap, z_loss, keep)
+        return torch.stack((loss + z, z)), dlogits
 
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [N, h]
-        weight: Tensor,  # [V, h]
-        labels: Tensor,  # [N]
-        first: int,
-        tokens: int,
-        comm: Comm,
-        cap: float | None,
-        z_loss: float,
-        keep: bool,
-        compiled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        chunk = _compiled_chunk() if compiled and comm.size == 1 else _chunk
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        z_total = torch.zeros_like(total)
-        dx = torch.empty_like(x) if keep else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if keep else None
-        for begin in range(0, len(x), tokens):
-            piece = slice(begin, begin + tokens)
-            loss, z, dlogits = chunk(
-                x[piece], weight, labels[piece], first, comm, cap, z_loss, keep
-            )
-            total += loss + z
-            z_total += z
-            if dlogits is not None and dx is not None and dweight is not None:
-                torch.mm(dlogits, weight, out=dx[piece])
-                if dweight.dtype == x.dtype:
-                    dweight.addmm_(dlogits.T, x[piece])
-                else:  # the product in x's dtype, the sum in fp32
-                    dweight += dlogits.T @ x[piece]
-        if dx is not None and dweight is not None:
-            ctx.save_for_backward(dx, dweight.to(weight.dtype))
-        ctx.mark_non_differentiable(z_total)
-        return total, z_total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), *[None] * 8
+    sums = sums_of_chunks(flat, weight, tokens, 2, chunk)
+    return sums[0], sums[1].detach()
 
 
 @cache

@@ -23,8 +23,8 @@ from bevatron.parallel.split import end_loads, in_flight, layer_load, stage_rang
 from bevatron.parallel.world import mesh
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, parameter_count
+from bevatron.train.chunked import CHUNK_LOGITS
 from bevatron.train.config import RunConfig
-from bevatron.train.cross_entropy import CHUNK_LOGITS
 from bevatron.train.objectives import Objective
 from bevatron.train.rules import groups
 from bevatron.train.start import Start, find_start
@@ -40,7 +40,8 @@ class StagePlan:
     Attributes:
         stage: its place, and `layers` those of all of its stages.
         parameters_per_rank: elements of its shards, exact.
-        weights, optimizer: bytes of its shards and of the optimizer's states, exact.
+        weights, optimizer: bytes of its shards, a teacher's among them, and of the optimizer's
+            states, exact.
         gradients: fp32; its shards, and with several micro-batches the unsharded sums.
         gathered: weights in the run's precision, as they are used.
         activations: estimate, of all micro-batches in flight.
@@ -203,6 +204,8 @@ def _stage(
     if train.recompute != "none":  # one layer at a time is there in full again
         per_token += max((kept(i, "none") for i in layers), default=0.0)
     weights = footprint.local_bytes(list(parameters.values()))
+    companions = [c.placed.parameters.values() for c in trainer.objective.companions.values()]
+    frozen = sum(footprint.local_bytes(list(values)) for values in companions)
     accumulated = sum(footprint.unsharded(p) for p in parameters.values())
     states = {id(state): state for _, state in trainer.optimizer.states().values()}
     head = footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
@@ -211,7 +214,7 @@ def _stage(
         layers=layers,
         parameters=sum(p.numel() for p in parameters.values()),
         parameters_per_rank=weights // footprint.FP32,
-        weights=weights,
+        weights=weights + frozen,
         gradients=weights + (footprint.FP32 * accumulated if micro_batches > 1 else 0),
         optimizer=sum(s.numel() * s.element_size() for s in states.values()),
         gathered=itemsize * footprint.gathered_elements(parameters, layout.regathers),

@@ -141,6 +141,20 @@ def _check_tokenizers(stores: Sequence[TokenStore], tokenizer: Path | None) -> N
                 )
 
 
+def check_companion(where: str, companion: Path, own: Path) -> None:
+    """A model that reads the same token ids has the same tokenizer, or one that encodes alike."""
+    if fingerprint(companion) == fingerprint(own):
+        return
+    encoding = open_tokenizer(own).encoding
+    if encoding is None or open_tokenizer(companion).encoding != encoding:
+        raise StoreError(
+            f"{where}: has another tokenizer ({companion / TOKENIZER}, {fingerprint(companion)}) "
+            f"than the model that is trained ({own / TOKENIZER}, {fingerprint(own)}), so its "
+            "token ids mean other text; use models of one tokenizer, or set "
+            "data.allow_other_tokenizer: true if that is meant"
+        )
+
+
 def _same(store: TokenStore, fingerprint: str, encoding: str | None) -> bool:
     """Whether a store's tokenizer is this one, or was merely saved anew."""
     if store.info.fingerprint == fingerprint:

@@ -19,13 +19,15 @@ from bevatron.nn.comm import Comm
 from bevatron.nn.heads import Compute, at, last_token
 from bevatron.spec import Head, ModelSpec
 from bevatron.train.cross_entropy import IGNORE
-from bevatron.train.objectives import Samples, Vector, mean_over
+from bevatron.train.objectives import NONE, Samples, Vector, mean_over
 
 Batch = dict[str, Tensor]
 
 
 class _OnScores:
     """What the three have in common: `sums` of whole fp32 scores [B, T, labels]."""
+
+    companions = NONE
 
     def sums(self, scores: Tensor, batch: Batch) -> list[Tensor]:
         raise NotImplementedError

@@ -17,7 +17,7 @@ from bevatron.data.rows import Rows
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.train import feed
-from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.config import UNLABELLED, RunConfig, SourceConfig
 from bevatron.train.feed import Feed, own_tokenizer
 from bevatron.train.head_objectives import problem_type
 from bevatron.train.read_ahead import Batch, ReadAhead
@@ -29,7 +29,7 @@ SHUFFLE = 3  # tells these permutations from the sampler's
 
 def open_feed(config: RunConfig, start: Start, **options: Any) -> ReadAhead:
     """What the objective reads: token stores, or labelled examples. Options as of `Feed`."""
-    if config.objective.name == "pretrain":
+    if config.objective.name in UNLABELLED:
         return Feed(config.data, start.spec, tokenizer=own_tokenizer(config, start), **options)
     return LabelledFeed(config, start, **options)
 
@@ -37,7 +37,7 @@ def open_feed(config: RunConfig, start: Start, **options: Any) -> ReadAhead:
 def check_data(config: RunConfig, start: Start) -> None:
     """Open all data once, before any process starts. Raises BevatronError if they do not fit."""
     sources = [*config.data.train, *config.data.validation]
-    if config.objective.name != "pretrain":
+    if config.objective.name not in UNLABELLED:
         Rows([Path(source.path) for source in sources], _labelled(config, start).check)
         return
     feed.check_data(config, start)

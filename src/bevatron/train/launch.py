@@ -146,6 +146,7 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
     )
     if config.data.document_mask:
         check_documents(start.spec, config.data.seq_len)
+    _check_companions(config, layout, start)
     from bevatron.parallel.split import stage_ranges
 
     stage_ranges(
@@ -161,6 +162,32 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
     if not absent:
         check_data(config, start)
     return start
+
+
+def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
+    """The frozen models that the objective brings must run at the layout and read the same ids."""
+    from bevatron.data.tokenizer import TOKENIZER
+    from bevatron.train.feed import check_companion, own_tokenizer
+    from bevatron.train.objectives import objective_of
+
+    own = None if config.data.allow_other_tokenizer else own_tokenizer(config, start)
+    objective = objective_of(config.objective, start.spec)
+    for name, companion in objective.companions.items():
+        try:
+            check(
+                layout,
+                companion.spec,
+                seq_len=config.data.seq_len,
+                global_batch=config.train.global_batch,
+                micro=config.train.micro_batch,
+            )
+            if config.data.document_mask:
+                check_documents(companion.spec, config.data.seq_len)
+        except LayoutError as error:
+            raise LayoutError(f"objective.{name}: {error}") from None
+        source = companion.weights.source if companion.weights is not None else None
+        if own is not None and source is not None and (source / TOKENIZER).is_file():
+            check_companion(f"objective.{name}", source, own)
 
 
 def _check_export(config: RunConfig, start: Start) -> None:
@@ -216,8 +243,9 @@ def _run(
     """Inside the process group."""
     import torch.distributed as dist
 
+    from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import job_store
-    from bevatron.train.objectives import objective_of
+    from bevatron.train.objectives import Objective, objective_of
     from bevatron.train.run import Run
     from bevatron.train.start import opened_run
     from bevatron.train.watch import Watch
@@ -233,7 +261,11 @@ def _run(
         Watch(timeout_s, dist.get_rank(), dist.get_world_size(), store) as watch,
         opened_run(config, say) as start,
     ):
-        objective = objective_of(config.objective, start.spec, config.train.compile)
+        made: list[Objective] = []
+        on_all(
+            lambda: made.append(objective_of(config.objective, start.spec, config.train.compile))
+        )
+        objective = made[0]
         run = Run(config, start, layout, objective, device, allow_changed, stopping, watch)
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             say(f"restart {restarts}: a process had failed")

@@ -92,7 +92,8 @@ class Meter:
         self.last_validation = values["val_loss"]
         line: dict[str, Any] = {"step": step, **values}
         if self.bytes_per_token:
-            line["val_bpb"] = values["val_loss"] / math.log(2) / self.bytes_per_token
+            nats = values.get("val_ce", values["val_loss"])  # of the data, whatever is minimised
+            line["val_bpb"] = nats / math.log(2) / self.bytes_per_token
         self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:

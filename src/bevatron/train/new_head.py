@@ -13,6 +13,7 @@ from bevatron.train.config import ObjectiveConfig
 
 NEEDS: dict[str, HeadKind] = {
     "pretrain": "causal_lm",
+    "distill": "causal_lm",
     "sequence_classification": "sequence_classification",
     "token_classification": "token_classification",
     "question_answering": "question_answering",
@@ -38,8 +39,8 @@ def with_head(
         return replace(spec, head=_padded(old, pad)), ()
     if kind == "causal_lm":
         raise BevatronError(
-            f"objective.name pretrain needs a model with a causal_lm head; this one has the head "
-            f"{old.kind}: {_advice(old.kind)}"
+            f"objective.name {objective.name} needs a model with a causal_lm head; this one has "
+            f"the head {old.kind}: {_advice(old.kind)}"
         )
     if old.kind not in ("causal_lm", "none") and not objective.new_head:
         raise BevatronError(

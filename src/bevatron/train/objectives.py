@@ -7,7 +7,8 @@ and packing never change a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bevatron.nn.comm import Comm
 from bevatron.nn.heads import Compute
+from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import ObjectiveConfig
 from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z
@@ -26,6 +28,7 @@ from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z
 # within its sample, from 0. Of labelled examples `tokens` [n, T] and what `head_objectives` names.
 Samples = dict[str, Tensor]
 Vector = NDArray[np.float64]
+NONE: Mapping[str, Companion] = MappingProxyType({})
 
 
 class Objective(Protocol):
@@ -33,11 +36,14 @@ class Objective(Protocol):
     entries: how many sums `compute` gives. The first ones, `counted` of them, are divided by
         the numbers of `count` and added up: that is the loss that is differentiated. The others
         are metrics' sums without a gradient.
+    companions: frozen models that run before the trained one. On the last stage, the batch of
+        `compute` holds the last hidden states of each under its name.
     """
 
     name: str
     entries: int
     counted: int
+    companions: Mapping[str, Companion]
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...].
@@ -67,6 +73,7 @@ class Pretrain:
 
     name = "pretrain"
     counted = 1
+    companions = NONE
 
     def __init__(self, z_loss: float = 0.0, compiled: bool = False) -> None:
         self.z_loss, self.compiled = z_loss, compiled
@@ -113,6 +120,10 @@ def objective_of(config: ObjectiveConfig, spec: ModelSpec, compiled: bool = Fals
 
     if config.name == "pretrain":
         return Pretrain(config.z_loss, compiled)
+    if config.name == "distill":
+        from bevatron.compress.distill import distill  # a room above
+
+        return distill(config, spec)
     if config.name == "sequence_classification":
         return head_objectives.SequenceClassification(spec.head)
     if config.name == "token_classification":

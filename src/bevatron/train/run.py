@@ -73,6 +73,7 @@ class Run:
             device=device,
         )
         self.device = device
+        self.companions = self._fingerprints(objective, allow_changed)
         on_all(lambda: self._open_feed(allow_changed))
         self._fill()
         self.made_with = made_with(layout, device)
@@ -106,7 +107,28 @@ class Run:
     def _state(self) -> dict[str, Any]:
         """What a step's train_state.json says besides."""
         state = {"made_with": self.made_with, "guard": self.guard.state()}
+        if self.companions:
+            state["companions"] = self.companions
         return {**state, "data": self.feed.fingerprints()}
+
+    def _fingerprints(self, objective: Objective, allow_changed: bool) -> dict[str, str]:
+        """Of the objective's frozen models, which no checkpoint holds: they must stay the same.
+        Collective."""
+        companions = objective.companions
+
+        def look() -> dict[str, str]:
+            return {n: c.fingerprint() for n, c in companions.items()} if self.is_main else {}
+
+        found = on_all(look)[0]
+        before = self.start.state.get("companions", {}) if self.start.state is not None else {}
+        for name in found if not allow_changed else ():
+            if before.get(name, found[name]) != found[name]:
+                raise BevatronError(
+                    f"objective.{name}: is another model than the one that {self.folder.path} was "
+                    f"started with (fingerprint {found[name][:12]}, was {before[name][:12]}); put "
+                    "that one back, use another run.dir, or --allow-changed"
+                )
+        return found
 
     def _check_unchanged(self, allow_changed: bool) -> None:
         """What decides the numbers may not change between starts of one run."""
@@ -121,6 +143,7 @@ class Run:
     def _fill(self) -> None:
         """Random weights, or the boxes of a checkpoint after checking its hashes."""
         trainer, weights = self.trainer, self.start.weights
+        trainer.fill_companions()
         if weights is None:
             trainer.fill_random(self.config.train.seed)
             return

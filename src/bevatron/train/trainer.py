@@ -6,7 +6,8 @@ No files and no loop here; `run.py` has those.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -70,6 +71,16 @@ class Trainer:
             recompute=train.recompute,
             compile_layers=train.compile,
         )
+        for companion in objective.companions.values():
+            companion.place(
+                layout,
+                mesh,
+                device=device,
+                precision=train.precision,
+                seq_len=seq_len,
+                micro_batch=train.micro_batch,
+                compile_layers=train.compile,
+            )
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.runner = Runner(
             self.placed,
@@ -97,6 +108,11 @@ class Trainer:
     def fill_random(self, seed: int) -> None:
         """Initialise all parameters; the values depend on the seed and the spec alone."""
         fill_random(self.placed, seed)
+
+    def fill_companions(self) -> None:
+        """Fill the objective's frozen models. Collective."""
+        for companion in self.objective.companions.values():
+            companion.fill()
 
     def load_weights(self, shapes: Shapes, read: ReadBox) -> None:
         """Fill the parameters from a checkpoint's boxes."""
@@ -147,9 +163,10 @@ class Trainer:
         if ids is None:
             return None
         scale = torch.tensor(1 / counts.clip(1), dtype=torch.float32, device=self.device)
-        sums = self.runner.step(ids, batch, scale)
-        if replay:
-            check_replay(self.placed, sums, lambda: self.runner.step(ids, batch, scale))
+        with self._accompanied(ids, batch) as whole:
+            sums = self.runner.step(ids, whole, scale)
+            if replay:
+                check_replay(self.placed, sums, lambda: self.runner.step(ids, whole, scale))
         *totals, squared = self._sums(self._counted(sums), squared_norm(self.placed)[None])
         found = self.objective.report(np.array(totals), counts)
         self.reported = {name: float(value) for name, value in found.items()}
@@ -167,7 +184,18 @@ class Trainer:
         ids, batch, counts = self._agreed(samples)
         if ids is None:
             return None
-        return self._sums(self._counted(self.runner.evaluate(ids, batch))), counts
+        with self._accompanied(ids, batch) as whole:
+            sums = self.runner.evaluate(ids, whole)
+        return self._sums(self._counted(sums)), counts
+
+    @contextmanager
+    def _accompanied(self, ids: Tensor, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The batch with what the companions say of it, on the ranks that have the last stage."""
+        companions = self.objective.companions
+        found = {name: companion.run(ids, batch) for name, companion in companions.items()}
+        yield {**batch, **{name: x for name, x in found.items() if x is not None}}
+        for companion in companions.values():
+            companion.release()
 
     def _agreed(self, samples: Samples | None) -> tuple[Tensor | None, dict[str, Tensor], Vector]:
         """What the stages get of the samples, and the counts of the global batch; no ids if there
