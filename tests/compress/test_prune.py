@@ -167,6 +167,25 @@ def test_sorting_by_importance_at_full_width_changes_no_logits(tmp_path: Path, m
     assert all(a[n].chunks[0].hash != b[n].chunks[0].hash for n in a if "norm" not in n)
 
 
+def test_the_head_of_a_classifier_loses_the_channels_that_go(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 101, "intermediate_size": 48, "num_hidden_layers": 3, "num_labels": 3}
+    config = transformers.LlamaConfig(**sizes, pad_token_id=0)
+    torch.manual_seed(0)
+    old = transformers.LlamaForSequenceClassification(config)
+    old.save_pretrained(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "native", show_progress=False)
+    scores = random_scores(open_native(tmp_path / "native").spec)
+    prune(tmp_path / "native", tmp_path / "small", BOTH, scores=scores, show_progress=False)
+    export_checkpoint(tmp_path / "small", tmp_path / "out", show_progress=False)
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(tmp_path / "out").eval()
+    wanted = sliced(old.state_dict(), open_native(tmp_path / "native").spec, scores, BOTH)
+    found = model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
 def test_a_run_or_a_hugging_face_folder_is_pruned_as_it_is(tmp_path: Path) -> None:
     native, _, scores = source(tmp_path)
     for path, name in ((native, "a"), (tmp_path / "hf", "b")):
