@@ -24,7 +24,7 @@ help:
 	touch $@
 
 .venv/ready-for-tests: .venv/ready
-	$(BIN)/python -m pip install -q -e ".[hf,dev,eval]"
+	$(BIN)/python -m pip install -q -e ".[hf,dev]"
 	touch $@
 
 demo: .venv/ready
@@ -34,6 +34,7 @@ test: .venv/ready-for-tests
 	$(BIN)/python -m pytest
 
 test-slow: .venv/ready-for-tests
+	$(BIN)/python -m pip install -q -e ".[eval]"
 	$(BIN)/python -m pytest -m slow
 
 .venv-compat/ready: Makefile pyproject.toml

@@ -84,6 +84,7 @@ def test_the_loss_on_a_store_is_that_of_transformers(
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_layouts_and_dtypes_change_the_loss_by_rounding_alone(
     model: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,7 @@ def test_layouts_change_no_answer(model: Path, tasks: Path) -> None:
     agree(alone, evaluate(tasks, "bevatron", {**native, "tp": 2, "pp": 2}))
 
 
+@pytest.mark.slow
 def test_the_unchanged_lm_eval_has_the_same_scores_through_our_server(
     model: Path, tasks: Path
 ) -> None:

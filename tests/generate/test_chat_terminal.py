@@ -165,6 +165,7 @@ def test_a_conversation_in_a_terminal(screen: Screen, talker: Path, tmp_path: Pa
     assert history.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_conversations_are_saved_loaded_and_forgotten(screen: Screen, tmp_path: Path) -> None:
     old = [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]
     (tmp_path / "old.json").write_text(json.dumps(old))

@@ -66,6 +66,7 @@ def test_equal_layers_share_what_was_compiled(pool: Pool) -> None:
     assert assert_compiled_equals_eager(pool, "homogeneous", Layout(), "none", "aot_eager") == 2
 
 
+@pytest.mark.slow
 def test_compiled_and_recomputed_layers_equal_eager_ones(pool: Pool) -> None:
     """Compiled inside, recomputed outside, under tensor and data parallelism."""
     layout = Layout(tp=2, dp_shard=2)

@@ -79,6 +79,7 @@ def train_in_tiles(case: Case) -> list[tuple[float, float]]:
         attend.DENSE, tiles.QUERIES, tiles.KEYS, tiles.SCORES = before
 
 
+@pytest.mark.slow
 def test_in_tiles_too(pool: Pool) -> None:
     """With uneven KV heads, documents, sequence parallel."""
     expected = reference(pool, Case("heterogeneous", documents=True))

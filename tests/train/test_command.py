@@ -124,6 +124,7 @@ def test_bf16_started_from_the_hf_folder_exports_into_its_own_files(work: Path) 
     assert ours.read_bytes() != theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_hf_folder_trains_at_tp2_pp2_under_torchrun_without_a_conversion(work: Path) -> None:
     """The loss of one process, at four."""
     for run, launcher, layout in (
@@ -139,6 +140,7 @@ def test_an_hf_folder_trains_at_tp2_pp2_under_torchrun_without_a_conversion(work
     assert [x for _, x in four] == pytest.approx([x for _, x in one], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_random_heterogeneous_weights_train_and_export_as_llama_nemotron(work: Path) -> None:
     """No source at all: config.json is written from the spec, the tokenizer comes along."""
     layers = (
@@ -203,6 +205,7 @@ def test_bad_input_is_one_message_and_no_run_folder(
     assert not (work / "refused").exists()
 
 
+@pytest.mark.slow
 def test_one_damaged_byte_stops_all_ranks_with_its_message(work: Path) -> None:
     shutil.copytree(work / "native", work / "damaged")
     path = work / "damaged" / "model" / "00001.safetensors"

@@ -158,6 +158,7 @@ def test_one_of_four_ranks_that_fails_stops_all_with_its_message(
     assert not re.search(r"error: rank [013]", said), "the others only lost a peer"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(
     config: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

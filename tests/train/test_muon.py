@@ -31,13 +31,13 @@ from tests.train_steps import STEPS, Case, make_trainer, samples
 # cut along f and along h; replicas; stages.
 LAYOUTS = {
     "tp2": ("heterogeneous", Layout(tp=2)),
-    "tp4": ("homogeneous", Layout(tp=4)),
-    "fsdp4": ("heterogeneous", Layout(dp_shard=4)),
     "tp2-fsdp2": ("heterogeneous", Layout(tp=2, dp_shard=2)),
-    "hsdp2x2": ("heterogeneous", Layout(dp_replicate=2, dp_shard=2)),
     "pp2": ("heterogeneous", Layout(pp=2)),
 }
 LONG = {
+    "hsdp2x2": ("heterogeneous", Layout(dp_replicate=2, dp_shard=2)),
+    "fsdp4": ("heterogeneous", Layout(dp_shard=4)),
+    "tp4": ("homogeneous", Layout(tp=4)),
     "fsdp2": ("heterogeneous", Layout(dp_shard=2)),
     "tp4-nanochat": ("nanochat", Layout(tp=4)),
     "tp2-nemotron": ("nemotron", Layout(tp=2)),
@@ -101,6 +101,7 @@ def test_the_layout_changes_nothing_in_the_long_run(pool: Pool, name: str) -> No
     check_layout(pool, *LONG[name])
 
 
+@pytest.mark.slow
 def test_another_layout_continues_the_momentum(pool: Pool, tmp_path: Path) -> None:
     """Saved at TP2 x PP2 x FSDP2 as `optimizer/momentum/...`; momentum is still warming up."""
     case = Case("heterogeneous", optimizer="muon")

@@ -81,6 +81,7 @@ def evaluate_between_steps(case: Case) -> list[float]:
     return [float(np.sum(x)) for x in out]
 
 
+@pytest.mark.slow
 def test_validation_is_the_same_at_every_layout_and_disturbs_nothing(pool: Pool) -> None:
     """It sees each update, and the updates do not see it."""
     expected = pool.run(1, evaluate_between_steps, Case("heterogeneous"))[0]
