@@ -67,6 +67,7 @@ def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_parts_and_resumes_with_the_same_teacher_alone(work: Path) -> None:
     ran = train(work, "train.steps=2")
     assert ran.returncode == 0, ran.stderr

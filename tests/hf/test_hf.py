@@ -351,6 +351,7 @@ def test_a_pipeline_takes_chat_messages(tmp_path: Path) -> None:
     assert set(answer["content"].split()) <= {f"w{i}" for i in range(97)}
 
 
+@pytest.mark.slow
 def test_the_transformers_command_line_knows_the_classes() -> None:
     code = "import sys, bevatron.hf as hf; import transformers as t; "
     code += "assert t.DeciLMForCausalLM is hf.DeciLMForCausalLM"

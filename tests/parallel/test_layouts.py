@@ -112,7 +112,7 @@ def lost_gradient(case: Case) -> str:
     trainer = make_trainer(case)
     layers = trainer.placed.stage.decoder.layers
     first = layers[min(layers, key=int)]
-    first.run = lambda x, rotations, mask, cache: x
+    first.run = lambda x, rotations, mask: x
     try:
         trainer.step(samples(trainer, 0), 1e-2)
     except BevatronError as error:
