@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from training import SHAPES, Shape
+from training import SHAPES, Shape, llama_config
 
 CONTEXT = 2048
 
@@ -37,18 +37,10 @@ def make_model(shape: Shape, folder: Path, bf16: bool) -> None:
     """A Hugging Face folder of this shape, with a tokenizer for the ids."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocab,
-        max_position_embeddings=CONTEXT,
-    )
+    config = llama_config(shape, max_position_embeddings=CONTEXT)
     model = LlamaForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32)
     model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

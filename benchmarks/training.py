@@ -147,20 +147,26 @@ def plain_loop(model: Any, loss_of: Callable[[Any], Any], bf16: bool, batch: Any
     return step
 
 
-def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: Shape, **more: Any) -> Any:
+    """transformers' configuration of this shape."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.ffn,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocab,
-        attn_implementation="sdpa",
-        use_cache=False,
+        **more,
     )
+
+
+def transformers(shape: Shape, bf16: bool, compiled: bool) -> Step:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(shape, attn_implementation="sdpa", use_cache=False)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     if compiled:

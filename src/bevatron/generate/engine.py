@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from bevatron.generate.text import Vocabulary
 from bevatron.generate.workers import Group, open_group
 from bevatron.parallel.agree import explain
 from bevatron.parallel.world import default_device
+from bevatron.train.hardware import free_bytes
 
 __all__ = ["Engine", "Generation", "generate"]
 
@@ -263,14 +263,7 @@ class Engine:
 
 def _default_tokens(model: Model, context: int) -> int:
     """As many positions as a share of the free memory holds, and at least one context."""
-    per_token = model.cache.bytes_per_position
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:  # macOS does not say
-        free = 8 << 30
-    fits = int(SHARE * free / max(1, per_token))
+    fits = int(SHARE * free_bytes(model.device) / max(1, model.cache.bytes_per_position))
     return max(context, fits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -47,6 +48,16 @@ def memory_gib(device: torch.device) -> float:
         return float(torch.get_device_module(device).max_memory_allocated(device)) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now: the device's, or the machine's for a CPU; 8 GiB where the system
+    does not say (macOS)."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 << 30
 
 
 def tune_allocator() -> None:

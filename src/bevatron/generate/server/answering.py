@@ -7,10 +7,10 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine
@@ -19,6 +19,9 @@ from bevatron.generate.server.gate import Receive, Scope, Send
 from bevatron.generate.server.metrics import Metrics
 from bevatron.generate.server.refusal import Refusal, bad, gone, stopping
 from bevatron.generate.stream import Stream
+
+if TYPE_CHECKING:
+    from bevatron.generate.server.serving import Serving
 
 Result = TypeVar("Result")
 LAST_EVENT = b"data: [DONE]\n\n"
@@ -177,3 +180,27 @@ async def beside(function: Callable[..., Result], *arguments: Any) -> Result:
     """Run what takes a while in a thread, so that others' streams go on."""
     running: Awaitable[Result] = asyncio.to_thread(function, *arguments)
     return await running
+
+
+class Reply(Protocol):
+    """What a route makes of the engine's answers."""
+
+    requests: list[Request]
+
+    def whole(self, answers: Answers, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        """The body, of the pieces of every stream."""
+
+    def events(self, answers: Answers) -> AsyncIterator[Any]:
+        """The same in parts."""
+
+
+async def respond(
+    reply: Callable[[Serving, Any], Reply], serving: Serving, http: HttpRequest, asked: Any
+) -> Response:
+    """Answer the body `asked` of a request, whole or as a stream."""
+    serving.check_model(asked.model)
+    made = await beside(reply, serving, asked)
+    answers = Answers(serving.engine, serving.metrics, made.requests)
+    if asked.stream:
+        return EventStream(answers, lambda: made.events(answers))
+    return JSONResponse(made.whole(answers, await answers.whole(http)))

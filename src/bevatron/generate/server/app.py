@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import bevatron
 from bevatron.generate.server import page
-from bevatron.generate.server.answering import encode_event
+from bevatron.generate.server.answering import encode_event, respond
 from bevatron.generate.server.body import read
-from bevatron.generate.server.chat import chat
-from bevatron.generate.server.completions import complete
+from bevatron.generate.server.chat import ChatCompletion
+from bevatron.generate.server.completions import Completion
 from bevatron.generate.server.fields import ChatRequest, CompletionRequest, LoadRequest
 from bevatron.generate.server.gate import App, Gate
 from bevatron.generate.server.refusal import Refusal
@@ -109,12 +109,14 @@ def _generating(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/completions", **_takes(CompletionRequest))
     async def create_completion(request: Request) -> Response:
         """Continue prompts."""
-        return await complete(serving, request, await read(request, CompletionRequest))
+        asked = await read(request, CompletionRequest)
+        return await respond(Completion, serving, request, asked)
 
     @app.post("/v1/chat/completions", **_takes(ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
-        return await chat(serving, request, await read(request, ChatRequest))
+        asked = await read(request, ChatRequest)
+        return await respond(ChatCompletion, serving, request, asked)
 
     @app.post("/load_model", **_takes(LoadRequest))
     async def load_model(request: Request) -> Response:

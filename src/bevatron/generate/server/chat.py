@@ -9,13 +9,11 @@ from contextlib import aclosing
 from typing import Any
 
 from pydantic import ValidationError
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
 
 from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.tools import may_begin_call, parse_tool_calls
 from bevatron.generate.request import Piece, Request
-from bevatron.generate.server.answering import Answers, EventStream, beside
+from bevatron.generate.server.answering import Answers
 from bevatron.generate.server.fields import ChatRequest
 from bevatron.generate.server.refusal import bad, invalid
 from bevatron.generate.server.serving import Serving, count, usage
@@ -92,9 +90,9 @@ class ChatCompletion:
             "finish_reason": reason,
         }
 
-    def reply(self, whole: Sequence[Sequence[Piece]]) -> dict[str, Any]:
-        choices = [self.choice(i, pieces) for i, pieces in enumerate(whole)]
-        return {**self.head, "choices": choices, "usage": usage([self.prompt], count(whole))}
+    def whole(self, answers: Answers, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        choices = [self.choice(i, answer) for i, answer in enumerate(pieces)]
+        return {**self.head, "choices": choices, "usage": usage([self.prompt], count(pieces))}
 
     async def events(self, answers: Answers) -> AsyncIterator[Any]:
         """The role, then text as it becomes certain, then why it ended. With tools, text that may
@@ -164,13 +162,3 @@ def with_config(asked: ChatRequest) -> ChatRequest:
         return ChatRequest.model_validate({**found, **asked.model_dump(exclude_unset=True)})
     except ValidationError as error:
         raise invalid(error) from error
-
-
-async def chat(serving: Serving, http: HttpRequest, asked: ChatRequest) -> Response:
-    serving.check_model(asked.model)
-    completion = await beside(ChatCompletion, serving, asked)
-    answers = Answers(serving.engine, serving.metrics, completion.requests)
-    if asked.stream:
-        return EventStream(answers, lambda: completion.events(answers))
-    whole = await answers.whole(http)
-    return JSONResponse(completion.reply(whole))

@@ -6,11 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
-
 from bevatron.generate.request import Piece, Request
-from bevatron.generate.server.answering import Answers, EventStream, beside
+from bevatron.generate.server.answering import Answers
 from bevatron.generate.server.fields import CompletionRequest
 from bevatron.generate.server.refusal import bad
 from bevatron.generate.server.serving import Serving, count, usage
@@ -85,11 +82,11 @@ class Completion:
         reason = "length" if self.silent and reason else reason
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def reply(self, answers: Answers, whole: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+    def whole(self, answers: Answers, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
         choices = [
-            self.choice(answers, i, pieces, self.offsets(i)) for i, pieces in enumerate(whole)
+            self.choice(answers, i, answer, self.offsets(i)) for i, answer in enumerate(pieces)
         ]
-        new = 0 if self.silent else count(whole)
+        new = 0 if self.silent else count(pieces)
         return {**self.head, "choices": choices, "usage": usage(self.prompts, new)}
 
     async def events(self, answers: Answers) -> AsyncIterator[Any]:
@@ -116,13 +113,3 @@ def as_prompts(prompt: Any) -> list[Any]:
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
-
-
-async def complete(serving: Serving, http: HttpRequest, asked: CompletionRequest) -> Response:
-    serving.check_model(asked.model)
-    completion = await beside(Completion, serving, asked)
-    answers = Answers(serving.engine, serving.metrics, completion.requests)
-    if asked.stream:
-        return EventStream(answers, lambda: completion.events(answers))
-    whole = await answers.whole(http)
-    return JSONResponse(completion.reply(answers, whole))

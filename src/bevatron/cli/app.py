@@ -1,0 +1,95 @@
+"""The program, and what its verbs share: options, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import bevatron
+from bevatron.errors import BevatronError
+
+app = typer.Typer(
+    name="bevatron",
+    help="From Hugging Face to a training cluster and back: convert, train in 3D, generate.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace DST; the old one stays until the new is whole.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show what would be done, tensor by tensor; write nothing."),
+]
+Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")]
+Checkpoint = Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="1 keeps all.")]
+TopK = Annotated[int | None, typer.Option(help="0 keeps all.")]
+MinP = Annotated[float | None, typer.Option(help="Share of the likeliest token's probability.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="1 is none.")]
+ChatTemplateFile = Annotated[Path | None, typer.Option(help="Instead of the checkpoint's own.")]
+TensorParallel = Annotated[int, typer.Option(min=1, help="Processes that share each layer.")]
+PipelineParallel = Annotated[int, typer.Option(min=1, help="Processes that share the layers.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="8-bit weights, on CPUs.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"bevatron {bevatron.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def known(option: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise BevatronError(f"{option} {value}: not supported yet; use {', '.join(known)}")
+
+
+def no_blas() -> None:
+    """numpy's BLAS reserves memory for every core when loaded; conversion multiplies nothing."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    """One JSON object, or a line per key."""
+    if as_json:
+        print(json.dumps(values))
+        return
+    width = max(len(key) for key in values)
+    for key, value in values.items():
+        print(f"{key:<{width}}  {_plain(value)}")
+
+
+def rounded(value: Any) -> Any:
+    """With as many digits as people read."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, list):
+        return "".join(f"\n  {_plain(v)}" for v in value) or "none"
+    return "none" if value is None else str(value)

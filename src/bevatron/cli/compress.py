@@ -1,0 +1,140 @@
+"""Verbs that make a model smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bevatron.cli.app import (
+    Checkpoint,
+    DryRun,
+    Dtype,
+    Json,
+    Overwrite,
+    PipelineParallel,
+    TensorParallel,
+    app,
+    rounded,
+    show,
+)
+
+
+@app.command()
+def importance(
+    ckpt: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The scores to make, a safetensors file.")],
+    data: Annotated[list[Path], typer.Option(help="Token store; may be given several times.")],
+    samples: Annotated[int, typer.Option(min=1, help="How many to look at.")] = 1024,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one; default: 2048 or the context.")
+    ] = None,
+    aggregation: Annotated[
+        str, typer.Option(help="Over samples and over the sequence: mean, l2 or var each.")
+    ] = "l2,mean",
+    layers: Annotated[
+        str, typer.Option(help="bi, or also the loss without each layer (loss) or span (spans).")
+    ] = "bi",
+    span: Annotated[
+        list[int] | None, typer.Option(min=1, help="Layers of a span; may be given several times.")
+    ] = None,
+    loss_samples: Annotated[int, typer.Option(min=1, help="Samples for losses.")] = 128,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    dp_shard: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share parameters; default: the rest.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Also draw a page of the scores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score heads, neurons, channels and layers on calibration text, for pruning; also under
+    torchrun."""
+    from bevatron.compress.command import importance as score
+
+    score(
+        ckpt,
+        out,
+        data,
+        samples=samples,
+        seq_len=seq_len,
+        aggregation=aggregation,
+        layers=layers,
+        spans=span or [],
+        loss_samples=loss_samples,
+        tp=tp,
+        pp=pp,
+        dp_shard=dp_shard,
+        nproc=nproc,
+        dtype=dtype,
+        seed=seed,
+        html=html,
+        as_json=as_json,
+        show=lambda found: show(found if as_json else rounded(found), as_json),
+    )
+
+
+@app.command()
+def prune(
+    ckpt: Checkpoint,
+    dst: Annotated[str, typer.Argument(help="The native checkpoint to make; a folder or a URL.")],
+    data: Annotated[Path | None, typer.Option(help="Token store to measure importance on.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="File of `bevatron importance`, instead of --data.")
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option()] = None,
+    intermediate_size: Annotated[int | None, typer.Option()] = None,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(help="Query heads; all KV heads stay.")
+    ] = None,
+    num_layers: Annotated[int | None, typer.Option(help="How many stay; see --depth-by.")] = None,
+    drop_layers: Annotated[
+        str | None, typer.Option(help="Which go, counted from 0, such as 15-30 or 3,5.")
+    ] = None,
+    depth_by: Annotated[
+        str, typer.Option(help="influence, loss, or span (neighbours) decides which layers go.")
+    ] = "influence",
+    params: Annotated[
+        str | None, typer.Option(help="Such as 4B: chooses the widths that are not given.")
+    ] = None,
+    per_layer: Annotated[
+        Path | None, typer.Option(help="JSON: layer -> its sizes; the result's layers differ.")
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="Of widths that --params chooses.")] = 64,
+    merge_heads: Annotated[str, typer.Option(help="none, residual or sum.")] = "none",
+    samples: Annotated[int, typer.Option(min=1, help="With --data.")] = 1024,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model in width and depth, by importance, into a smaller native checkpoint."""
+    from bevatron.compress.options import parse_count, parse_layers, read_per_layer
+    from bevatron.compress.prune import prune as make
+    from bevatron.compress.sizes import Targets
+
+    targets = Targets(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_attention_heads=num_attention_heads,
+        num_layers=num_layers,
+        drop_layers=parse_layers(drop_layers) if drop_layers is not None else (),
+        parameters=parse_count(params) if params is not None else None,
+        per_layer=read_per_layer(per_layer) if per_layer is not None else {},
+        multiple=multiple,
+        depth_by=depth_by,
+    )
+    report = make(
+        ckpt,
+        dst,
+        targets,
+        data=data,
+        scores=scores,
+        samples=samples,
+        merge_heads=merge_heads,
+        dry_run=dry_run,
+        overwrite=overwrite,
+    )
+    show(report.to_dict(), as_json)

@@ -1,0 +1,106 @@
+"""Verbs between Hugging Face folders, Nanotron and native checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bevatron.cli.app import DryRun, Dtype, Json, Overwrite, app, known, no_blas, show
+from bevatron.errors import CheckFailed
+
+
+@app.command("import")
+def import_(
+    src: Annotated[
+        str, typer.Argument(help="A Hugging Face folder, Hub id or Nanotron checkpoint.")
+    ],
+    dst: Annotated[str, typer.Argument(help="The native checkpoint to make; a folder or a URL.")],
+    dtype: Dtype = None,
+    source_format: Annotated[str, typer.Option("--from", help="auto, hf or nanotron.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a Hugging Face or Nanotron model into a native checkpoint."""
+    no_blas()
+    from bevatron.bridge.convert import import_checkpoint
+
+    known("--from", source_format, "auto", "hf", "nanotron")
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "overwrite": overwrite}
+    options["source_format"] = source_format
+    if dry_run:
+        from bevatron.bridge.preview import preview_import
+
+        seen = preview_import(src, dst, **options)
+        print(json.dumps(seen.to_dict()) if as_json else seen.text())
+        return
+    report = import_checkpoint(src, dst, **options)
+    show(report.to_dict(), as_json)
+
+
+@app.command()
+def export(
+    src: Annotated[str, typer.Argument(help="A native checkpoint or a run; a folder or a URL.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to make.")],
+    target_format: Annotated[str, typer.Option("--to", help="hf or nanotron.")] = "hf",
+    dtype: Dtype = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Such as 5GB; default: the source's shards, else 5GB.")
+    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a native checkpoint or a run into a Hugging Face folder or a Nanotron checkpoint."""
+    no_blas()
+    from bevatron.bridge.convert import export_checkpoint
+
+    known("--to", target_format, "hf", "nanotron")
+    options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
+    options |= {"overwrite": overwrite, "target_format": target_format}
+    if dry_run:
+        from bevatron.bridge.preview import preview_export
+
+        seen = preview_export(src, dst, **options)
+        print(json.dumps(seen.to_dict()) if as_json else seen.text())
+        return
+    report = export_checkpoint(src, dst, **options)
+    show(report.to_dict(), as_json)
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(help="Native checkpoint, run or Hugging Face folder.")],
+    b: Annotated[str, typer.Argument(help="The other one.")],
+    logits: Annotated[bool, typer.Option("--logits/--no-logits")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compare two models: every tensor by its hash, then logits. Status 0 only if they agree."""
+    from bevatron.bridge.verify import verify as compare
+
+    report = compare(a, b, logits=logits)
+    print(json.dumps(report.to_dict()) if as_json else report.text())
+    if not report.ok:
+        raise CheckFailed(f"{a} and {b} differ; see above")
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str, typer.Argument(help="Hugging Face folder, native checkpoint, run or token store.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what a model is: family, layers, bytes, dtype, step; or what a token store is."""
+    if (Path(path) / "store.json").is_file():
+        from bevatron.data.store import TokenStore
+
+        show(TokenStore.open(Path(path)).describe(), as_json)
+        return
+    from bevatron.bridge.inspect import inspect as look
+
+    show(look(path), as_json)

@@ -1,0 +1,201 @@
+"""Verbs around a training run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bevatron.cli.app import Json, Overwrite, app, known, show
+from bevatron.errors import BevatronError, CheckFailed
+
+
+@app.command()
+def tokenize(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC... DST",
+            help="Text, .jsonl, .parquet, folders, datasets (org/name[:config]); then target.",
+        ),
+    ],
+    tokenizer: Annotated[str, typer.Option(help="Folder with tokenizer.json, or Hub id.")],
+    text_field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    split: Annotated[
+        str | None, typer.Option(help="Of a dataset (train); makes a folder be read as one.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one per core.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto, tiktoken or tokenizers; all give the same ids.")
+    ] = "auto",
+    overwrite: Overwrite = False,
+    eos: Annotated[bool, typer.Option("--eos/--no-eos", help="End documents with eos.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Turn text into a memory-mapped token store. Killed, the same command goes on from there."""
+    from bevatron.data.encoder import ENGINES
+    from bevatron.data.tokenize import tokenize as make
+
+    known("--engine", engine, *ENGINES)
+    if len(paths) < 2:
+        raise BevatronError("tokenize needs at least one source and a target: SRC... DST")
+    *sources, target = paths
+    store = make(
+        list(sources),
+        Path(target),
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        append_eos=eos,
+        text_field=text_field,
+        split=split,
+        workers=workers,
+        engine=engine,  # type: ignore[arg-type]  # checked above
+    )
+    info = store.info
+    shown = {"path": target, "tokens": info.tokens, "documents": info.documents}
+    show({**shown, "skipped": dict(info.skipped), "engine": dict(info.engine or {})}, as_json)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: restarts from the newest step on a failure.")
+    ] = 0,
+    nnodes: Annotated[
+        int, typer.Option(min=1, help="Machines that start this command, each --nproc processes.")
+    ] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option(help="With --nnodes: HOST:PORT on the first of them.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, say what each rank takes, start nothing.")
+    ] = False,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: of how many processes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one object.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration.")
+    ] = False,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Resume although what decides numbers changed.")
+    ] = False,
+) -> None:
+    """Train, or continue, by a run configuration; also under torchrun.
+
+    SIGTERM, SIGUSR1 or Ctrl-C: save after this step and end, with status 128 + the signal's number.
+    """
+    from bevatron.train.launch import train as start
+    from bevatron.train.workers import ONE_NODE, Nodes
+
+    if nnodes > 1 and (nproc is None or rendezvous is None):
+        raise BevatronError(f"--nnodes {nnodes} needs --nproc N and --rendezvous HOST:PORT")
+    start(
+        config,
+        overrides or [],
+        nproc=nproc,
+        nodes=Nodes(nnodes, rendezvous) if rendezvous is not None else ONE_NODE,
+        max_restarts=max_restarts,
+        dry_run=dry_run,
+        paper_ranks=world,
+        as_json=as_json,
+        print_config=print_config,
+        allow_changed=allow_changed,
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html in the run, or here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML page about a run, or several side by side: curves, checkpoints, configuration."""
+    from bevatron.train.report import report as write
+
+    made = write(runs, output, as_json=as_json)
+    print(json.dumps(made) if as_json else made)
+
+
+@app.command()
+def doctor(
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes to try; default: one per GPU, at least 2.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for them to exchange.")] = 120,
+    as_json: Json = False,
+) -> None:
+    """Look at this machine and let processes exchange data; also under torchrun. Status 1 if they
+    cannot."""
+    from bevatron.train.doctor import doctor as look
+    from bevatron.train.doctor import text
+
+    report = look(nproc, timeout)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(report) if as_json else text(report))
+    if not report["ok"]:
+        raise CheckFailed("the processes could not exchange data; see above")
+
+
+launcher = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.add_typer(launcher, name="launch", help="Write what a cluster's scheduler runs.")
+
+
+@launcher.callback()
+def _launcher() -> None:
+    pass
+
+
+@launcher.command()
+def slurm(
+    config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: on CPUs, with --nproc.")] = 8,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes per node; default: one per GPU.")
+    ] = None,
+    time: Annotated[str, typer.Option(help="The job's time limit.")] = "04:00:00",
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    job_name: Annotated[str, typer.Option()] = "bevatron",
+    signal_before: Annotated[
+        int, typer.Option(min=1, help="Seconds before the limit at which the run saves.")
+    ] = 120,
+    max_restarts: Annotated[int, typer.Option(min=0, help="On a failed process.")] = 3,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="A further option of sbatch, such as --exclusive.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
+) -> None:
+    """Print a Slurm batch script for a run: it saves before the limit, requeues itself, goes on."""
+    from bevatron.train.slurm import script
+
+    text = script(
+        config,
+        overrides or [],
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        nproc=nproc,
+        time=time,
+        partition=partition,
+        account=account,
+        name=job_name,
+        signal_before_s=signal_before,
+        max_restarts=max_restarts,
+        sbatch=sbatch or [],
+    )
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
