@@ -17,21 +17,17 @@ that are done are not repeated.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import platform
 import resource
 import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from real_text import bevatron, plot, prepare
 
 from bevatron.data.store import TokenStore
 from bevatron.spec import MLP, Attention, Init, LayerSpec, ModelSpec, Norm, Rope
@@ -40,7 +36,6 @@ from bevatron.spec.json import to_json
 VOCAB_SIZE, WIDTH, DEPTH, HEAD_DIM = 4096, 192, 4, 64
 SEQ_LEN, BATCH = 256, 8
 VAL_BATCHES, POINTS = 16, 10  # validations of 32,768 tokens, so many over a long run
-END = "<|end_of_text|>"
 SHARED: dict[str, Any] = {
     "data": {"seq_len": SEQ_LEN, "train": [{"path": "train"}], "validation": [{"path": "val"}]},
     "schedule": {"name": "wsd", "warmup_steps": 20, "decay_fraction": 0.4},
@@ -75,45 +70,6 @@ def model() -> ModelSpec:
         logit_softcap=15.0,
         init=Init(scale_attention_output=True),
     )
-
-
-def prepare(folder: Path) -> dict[str, int]:
-    """Text, tokenizer, token stores and spec; how large the texts are."""
-    library = Path(sysconfig.get_path("stdlib"))
-    nbytes = {"train": 0, "val": 0}
-    for path in sorted(library.rglob("*.py")):
-        name = path.relative_to(library).as_posix()
-        if "site-packages" in name or not path.is_file():
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        held_out = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
-        part = "val" if held_out else "train"
-        target = folder / f"{part}-text" / name.replace("/", "__").replace(".py", ".txt")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8", newline="")
-        nbytes[part] += len(text.encode())
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train([str(p) for p in sorted((folder / "train-text").iterdir())], trainer)
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
-    (folder / "spec.json").write_text(to_json(model()), encoding="utf-8")
-    for part in nbytes:
-        bevatron(folder, "tokenize", f"{part}-text", part, "--tokenizer", "tokenizer")
-    return nbytes
-
-
-def bevatron(folder: Path, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "bevatron", *arguments], cwd=folder, check=True)
 
 
 def train(
@@ -160,7 +116,9 @@ def main() -> None:
     if not (folder / "prepared.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / "prepared.json").write_text(json.dumps(prepare(folder)))
+        nbytes = prepare(folder, VOCAB_SIZE)
+        (folder / "spec.json").write_text(to_json(model()), encoding="utf-8")
+        (folder / "prepared.json").write_text(json.dumps(nbytes))
     nbytes = json.loads((folder / "prepared.json").read_text())
     tokens = {part: TokenStore.open(folder / part).tokens for part in nbytes}
     per_nat = tokens["val"] / nbytes["val"] / math.log(2)
@@ -179,8 +137,9 @@ def main() -> None:
         results["runs"][name] = run
         print(f"{name} lr {best:g}, {chosen.steps} steps: {run['curve'][-1][1]:.4f} bits per byte")
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    curves = {name: run["curve"] for name, run in results["runs"].items()}
-    (folder / "convergence.svg").write_text(plot(curves), encoding="utf-8")
+    curves = {LABELS[name]: run["curve"] for name, run in results["runs"].items()}
+    picture = plot(curves, "bits per byte")
+    (folder / "convergence.svg").write_text(picture, encoding="utf-8")
     print(table(results))
 
 
@@ -202,45 +161,6 @@ def table(results: dict[str, Any]) -> str:
 
 
 LABELS = {"adamw": "AdamW", "muon": "Muon"}
-COLOURS = {"adamw": "#c0504d", "muon": "#1f6fb4"}
-
-
-def plot(curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Bits per byte over tokens as SVG."""
-    left, top, width, height = 56, 16, 560, 300
-    points = [point for curve in curves.values() for point in curve]
-    most = max(t for t, _ in points)
-    low = math.floor(10 * min(v for _, v in points)) / 10
-    high = math.ceil(10 * max(v for _, v in points)) / 10
-
-    def at(tokens: float, bits: float) -> str:
-        x = left + width * tokens / most
-        return f"{x:.1f},{top + height * (high - bits) / (high - low):.1f}"
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} '
-        f'{top + height + 48}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{left + width + 20}" height="{top + height + 48}" fill="white"/>',
-    ]
-    for i in range(6):
-        bits = low + (high - low) * i / 5
-        y = top + height * (high - bits) / (high - low)
-        out.append(f'<path d="M{left},{y:.1f}h{width}" stroke="#ddd"/>')
-        out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{bits:.2f}</text>')
-        x, tokens = left + width * i / 5, most * i / 5e6
-        out.append(
-            f'<text x="{x}" y="{top + height + 16}" text-anchor="middle">{tokens:.2f}</text>'
-        )
-    middle = left + width / 2
-    out.append(f'<text x="{middle}" y="{top + height + 38}" text-anchor="middle">')
-    out.append("million tokens; held-out bits per byte</text>")
-    for i, (name, curve) in enumerate(curves.items()):
-        line = " ".join(at(*point) for point in curve)
-        colour, y = COLOURS[name], top + 20 + 18 * i
-        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        out.append(f'<text x="{left + width - 110}" y="{y}" fill="{colour}">')
-        out.append(f"{LABELS[name]} {curve[-1][1]:.3f}</text>")
-    return "\n".join([*out, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":
