@@ -18,12 +18,11 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from measured import measured
 
 from bevatron.bridge.shards import SHARD_SIZE, new_shards
 from bevatron.families import for_spec
@@ -80,20 +79,6 @@ def prime(work: Path) -> None:
     os.sync()
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and peak memory in MB of one process and its children."""
-    shell = "import resource, subprocess, sys, json; p = subprocess.run(sys.argv[1:], check=True); "
-    shell += "r = resource.getrusage(resource.RUSAGE_CHILDREN); "
-    shell += "print(json.dumps([r.ru_utime + r.ru_stime, r.ru_maxrss / 1e3]))"
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", shell, *command], check=True, stdout=subprocess.PIPE
-    )
-    wall = time.perf_counter() - start
-    cpu, memory = json.loads(done.stdout.splitlines()[-1])
-    return wall, cpu, memory
-
-
 def contenders(work: Path, transformers: bool) -> dict[str, tuple[list[str], Path]]:
     """Name -> command and what it writes, in the order of a round."""
     hf, native, out = work / "hf", work / "native", work / "out"
@@ -139,7 +124,8 @@ def main() -> None:
             for name, (command, target) in todo.items():
                 shutil.rmtree(target, ignore_errors=True)
                 prime(work)
-                results[name].append(measure(command))
+                cost = measured(command)
+                results[name].append((cost.wall_s, cost.cpu_s, cost.peak_mb))
                 print(f"round {number + 1}: {name}: {results[name][-1][0]:.2f} s", file=sys.stderr)
                 if name == "bevatron export":
                     same = all(

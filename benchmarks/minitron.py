@@ -21,13 +21,13 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from measured import Measured, measured
 from real_text import bevatron, plot, prepare
 
 from bevatron.compress.scores import Scores
@@ -60,20 +60,18 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def ask(self, *arguments: str) -> dict[str, Any]:
-        """What a command prints with --json, with its CPU-seconds and peak memory (GiB)."""
-        command = ["/usr/bin/env", "python3", "-c", ASK, sys.executable, "-m", "bevatron"]
-        command += [*arguments, "--json"]
-        done = subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, check=True)
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+    def ask(self, *arguments: str) -> tuple[dict[str, Any], Measured]:
+        """What a command prints with --json, and what it cost."""
+        command = [sys.executable, "-m", "bevatron", *arguments, "--json"]
+        cost = measured(command, self.folder)
+        return json.loads(cost.stdout), cost
 
     def loss(self, checkpoint: str) -> float:
         """Held-out nats per token."""
         known = self.folder / f"{checkpoint}.loss"
         if not known.exists():
             arguments = ("--data", "val", "--limit", str(SCORED), "--seq-len", str(SEQ_LEN))
-            answer = self.ask("eval", checkpoint, *arguments)["answer"]
+            answer, _ = self.ask("eval", checkpoint, *arguments)
             known.write_text(str(answer["loss"]))
         return float(known.read_text())
 
@@ -103,15 +101,6 @@ class Lab:
         values = [json.loads(line) for line in lines]
         key = "val_ce" if any("val_ce" in v for v in values) else "val_loss"
         return [(v["step"] * BATCH * SEQ_LEN, v[key]) for v in values if key in v]
-
-
-ASK = """
-import json, resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True)
-spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps({"answer": json.loads(done.stdout), "cpu_s": spent.ru_utime + spent.ru_stime,
-                  "peak_gib": spent.ru_maxrss / 2**20}))
-"""
 
 
 def teacher(lab: Lab, steps: int) -> str:
@@ -221,20 +210,20 @@ def costs(lab: Lab, models: dict[str, str]) -> dict[str, Any]:
     the program, and peak memory."""
     found = {}
     for label, checkpoint in models.items():
-        few, many = (
-            lab.ask("eval", checkpoint, "--data", "val", "--seq-len", "256", "--limit", str(n))
-            for n in (2_048, SCORED)
+        text = ("--data", "val", "--seq-len", str(SEQ_LEN))
+        (_, few), (_, many) = (
+            lab.ask("eval", checkpoint, *text, "--limit", str(n)) for n in (2_048, SCORED)
         )
         prompt = ("--prompt", "import os", "--temperature", "0")
-        short, long = (
+        (start, short), (answer, long) = (
             lab.ask("generate", checkpoint, *prompt, "--max-new-tokens", str(n)) for n in (8, 232)
         )
-        written = len(long["answer"]["tokens"]) - len(short["answer"]["tokens"])
+        written = len(answer["tokens"]) - len(start["tokens"])
         found[label] = {
-            "parameters": lab.ask("inspect", checkpoint)["answer"]["parameters"],
-            "read": (SCORED - 2_048) / (many["cpu_s"] - few["cpu_s"]),
-            "write_ms": 1000 * (long["cpu_s"] - short["cpu_s"]) / written,
-            "peak_gib": many["peak_gib"],
+            "parameters": lab.ask("inspect", checkpoint)[0]["parameters"],
+            "read_per_cpu_s": (SCORED - 2_048) / (many.cpu_s - few.cpu_s),
+            "written_cpu_ms": 1000 * (long.cpu_s - short.cpu_s) / written,
+            "peak_mb": many.peak_mb,
             "bytes": sum(p.stat().st_size for p in (lab.folder / checkpoint).rglob("model/*")),
         }
     return found

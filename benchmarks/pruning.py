@@ -9,14 +9,12 @@ made. The source is an ordinary Hugging Face folder whose weights are one random
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from measured import measured
 
 from bevatron.bridge.shards import new_shards
 from bevatron.compress.scores import Scores, expected, spec_hash
@@ -61,13 +59,11 @@ def main() -> None:
         for name, (options, count) in CASES.items():
             command = [sys.executable, "-m", "bevatron", "prune", str(source), str(target)]
             command += ["--scores", str(root / "scores.safetensors"), "--json", *options]
-            started = time.perf_counter()
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-            seconds = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-            report = json.loads(done.stdout)
+            cost = measured(command)
+            report = json.loads(cost.stdout)
             assert report["parameters"] == count, report["parameters"]
-            print(f"{name}: {count:,} parameters, {seconds:.1f} s, peak so far {peak:.0f} MB")
+            print(f"{name}: {count:,} parameters, {cost.wall_s:.1f} s, ", end="")
+            print(f"{cost.cpu_s:.1f} CPU-s, peak {cost.peak_mb:.0f} MB")
             shutil.rmtree(target)
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -18,18 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from measured import measured
 
 from bevatron.data.store import TOKENS, TokenStore
 from bevatron.data.tokenize import cores
@@ -107,19 +105,6 @@ def train(text: Path, target: Path, vocab: int) -> None:
     tokenizer.save(str(target / "tokenizer.json"))
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of a command with all its processes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    wall = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return wall, cpu
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -152,11 +137,12 @@ def main() -> None:
         "bevatron, tokenizers": bevatron(home / "slow", "--engine", "tokenizers"),
     }
     for command in contenders.values():  # the page cache, once
-        measure(command)
+        measured(command)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(arguments.rounds):
         for name, command in contenders.items():
-            taken[name].append(measure(command))
+            cost = measured(command)
+            taken[name].append((cost.wall_s, cost.cpu_s))
 
     print(f"{megabytes:.1f} MB in {len(files)} documents, vocabulary {arguments.vocab}, ", end="")
     print(
