@@ -3,11 +3,13 @@
     python benchmarks/decoding.py [--shapes 60m,1b] [--dtypes fp32,bf16] [--batches 1,8]
                                   [--rounds 3] [--threads 1] [--new 32] [--int8]
                                   [--prompt 128] [--long 1000]
+                                  [--llama-cpp PATH/TO/llama-batched-bench]
 
 Every contender is a process of its own that stays warm; they take turns, so that a slow minute of
 the machine hits all of them, and work is counted in CPU-seconds of its process. A turn generates
 from prompts of --prompt random tokens, once --new tokens and once a single one; the difference is
 decoding. The time to first token is of a prompt of --long tokens (0: none). Weights are random.
+llama.cpp, if its program is there (and the package gguf), is started for every measurement.
 
 The limit is the rate at which the best matrix-vector product of the dtype streams weights of these
 shapes, alone, in the same run: stock torch's products, and those that the engine uses. Its bytes
@@ -29,6 +31,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from measured import measured
 
 SHAPES: dict[str, dict[str, Any]] = {
     "60m": {
@@ -160,6 +164,66 @@ def child(name: str, folder: str, shape: str, threads: int, int8: bool) -> None:
         print(json.dumps([cpu, wall, peak]), flush=True)
 
 
+class LlamaCpp:
+    """llama-batched-bench with the same weights; its start is the same in all measurements."""
+
+    def __init__(self, program: str, folder: str, shape: str, threads: int) -> None:
+        self.program, self.threads = program, threads
+        self.file = Path(folder) / "model.gguf"
+        write_gguf(Path(folder), SHAPES[shape], self.file)
+
+    def ask(self, batch: int, length: int, new: int) -> tuple[float, float, float]:
+        counts = ["-npp", str(length), "-ntg", str(new), "-npl", str(batch)]
+        context = ["-c", str(batch * (length + new)), "-t", str(self.threads)]
+        cost = measured([self.program, "-m", str(self.file), *counts, *context])
+        return cost.cpu_s, cost.wall_s, cost.peak_mb / 1.024**3 / 1e3
+
+    def close(self) -> None:
+        self.file.unlink()
+
+
+def write_gguf(folder: Path, shape: dict[str, Any], target: Path) -> None:
+    """The folder's weights for llama.cpp, without a tokenizer. (Rows of queries and keys stay in
+    the order of Hugging Face, which llama.cpp would rotate otherwise: the work is the same.)"""
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}
+    names |= {"self_attn.o_proj": "attn_output"}
+    names |= {f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_vocab_size(shape["vocab_size"])
+    writer.add_tokenizer_model("none")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(shape["hidden_size"])
+    writer.add_block_count(shape["num_hidden_layers"])
+    writer.add_feed_forward_length(shape["intermediate_size"])
+    writer.add_head_count(shape["num_attention_heads"])
+    writer.add_head_count_kv(shape["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(shape["hidden_size"] // shape["num_attention_heads"])
+    for source, tensor in load_file(folder / "model.safetensors").items():
+        stem = source.removesuffix(".weight")
+        if stem.startswith("model.layers."):
+            _, _, layer, rest = stem.split(".", 3)
+            stem = f"blk.{layer}.{names[rest]}"
+        else:
+            stem = top[stem]
+        name = f"{stem}.weight"
+        if tensor.ndim > 1 and tensor.dtype == torch.bfloat16:
+            bits = tensor.view(torch.uint8).numpy()
+            writer.add_tensor(name, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 class Contender:
     def __init__(self, name: str, folder: str, shape: str, threads: int, int8: bool) -> None:
         command = [sys.executable, __file__, "--child", name, folder, shape, str(threads)]
@@ -213,9 +277,11 @@ def compare(shape: str, dtype: str, args: argparse.Namespace) -> None:
         names = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in rates.items())
         floor = streamed(SHAPES[shape]) * itemsize / max(rates.values())
         print(f"\n{shape} {dtype}: GB/s of one vector: {names}; limit {floor * 1e3:.1f} ms/token")
-        contenders = {
+        contenders: dict[str, Contender | LlamaCpp] = {
             name: Contender(name, folder, shape, args.threads, args.int8) for name in CONTENDERS
         }
+        if args.llama_cpp:
+            contenders["llama.cpp"] = LlamaCpp(args.llama_cpp, folder, shape, args.threads)
         found: dict[tuple[str, str], list[float]] = {}
         peaks: dict[str, float] = {}
         for _ in range(args.rounds):
@@ -231,11 +297,14 @@ def compare(shape: str, dtype: str, args: argparse.Namespace) -> None:
         for contender in contenders.values():
             contender.close()
     for what in dict.fromkeys(what for _, what in found):
-        ours, theirs = (statistics.median(found[name, what]) for name in CONTENDERS)
-        line = f"  {what:12} bevatron {ours * 1e3:8.1f} ms  transformers {theirs * 1e3:8.1f} ms"
-        line += f"  {theirs / ours:5.2f}x"
+        times = {name: statistics.median(found[name, what]) for name in contenders}
+        ours = times["bevatron"]
+        line = f"  {what:12}"
+        for name, took in times.items():
+            line += f" {name} {took * 1e3:8.1f} ms"
+            line += f" ({took / ours:.2f}x) " if name != "bevatron" else " "
         if what == "batch 1":
-            line += f"  {floor / ours:4.0%} of the limit"
+            line += f" {floor / ours:4.0%} of the limit"
         print(line, flush=True)
     print("  peak GiB: " + ", ".join(f"{name} {peak:.2f}" for name, peak in peaks.items()))
 
@@ -255,6 +324,7 @@ def main() -> None:
     parser.add_argument("--prompt", default=128, type=int)
     parser.add_argument("--long", default=1000, type=int)
     parser.add_argument("--int8", action="store_true", help="of bevatron; transformers has none")
+    parser.add_argument("--llama-cpp", help="its program llama-batched-bench")
     parser.add_argument("--dir", default=None, help="where the models are written for the time")
     args = parser.parse_args()
     for shape in args.shapes:
