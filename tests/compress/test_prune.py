@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from bevatron.bridge.convert import export_checkpoint
+from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.native import open_native
+from bevatron.compress import prune as pruning
 from bevatron.compress.importance import measure
 from bevatron.compress.options import parse_count, parse_layers, read_per_layer
 from bevatron.compress.prune import prune
@@ -24,6 +25,7 @@ from bevatron.families import by_name
 from bevatron.families.published import preset
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import parameter_count
+from tests.bridge.hf_folders import make, rewrite
 from tests.compress.calibration import write_tokens
 from tests.compress.pruned import BOTH, random_scores, sliced, source, stock
 
@@ -226,3 +228,52 @@ def test_options_are_read_strictly(tmp_path: Path) -> None:
     path.write_text('{"0": {"width": 256}}')
     with pytest.raises(PruneError, match="width is unknown"):
         read_per_layer(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_are_no_numbers_are_refused_if_they_would_stay(
+    dtype: str, value: float, tmp_path: Path
+) -> None:
+    make(tmp_path / "hf", dtype=dtype)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][47, 31] = value
+
+    rewrite(tmp_path / "hf", spoil)
+    import_checkpoint(tmp_path / "hf", tmp_path / "native", show_progress=False)
+    scores = random_scores(open_native(tmp_path / "native").spec)
+    scores.tensors["embedding.channels"][31] = 2
+    scores.tensors["layers.1.mlp.neurons"][47] = 2
+    targets = Targets(hidden_size=16, intermediate_size=24)
+    with pytest.raises(PruneError, match=r"native: layers\.1\.mlp\.gate_up\.weight holds 1 NaN or"):
+        prune(tmp_path / "native", tmp_path / "x", targets, scores=scores, show_progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "native"]
+    scores.tensors["layers.1.mlp.neurons"][47] = -1  # it goes
+    prune(tmp_path / "native", tmp_path / "x", targets, scores=scores, show_progress=False)
+    (tmp_path / "native" / "source" / "tokenizer.json").unlink()
+    tokens = write_tokens(tmp_path / "tokens", 101, 600)
+    with pytest.raises(
+        ScoresError, match=r"native: .* holds a number that is not finite; look for"
+    ):
+        measure(tmp_path / "native", [tokens], samples=3)
+
+
+def test_a_source_that_changed_since_it_was_measured_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the weights are read, see tests/faults; here before the first of them is."""
+    native, _, _ = source(tmp_path)
+    (native / "source" / "tokenizer.json").unlink()
+    tokens = write_tokens(tmp_path / "tokens", 101, 600)
+    weights = next((native / "model").iterdir())
+
+    def measured(*args: object) -> Scores:
+        scores = random_scores(open_native(native).spec)
+        weights.write_bytes(weights.read_bytes())
+        return scores
+
+    monkeypatch.setattr(pruning, "_measured", measured)
+    with pytest.raises(BevatronError, match=rf"{weights.name}: changed while it was being read"):
+        prune(native, tmp_path / "x", BOTH, data=tokens, show_progress=False)
+    assert not (tmp_path / "x").exists()
