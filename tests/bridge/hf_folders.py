@@ -27,7 +27,12 @@ def nanochat(**changes):
     return transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**{**SIZES, **changes}))
 
 
-MAKERS = {"llama": llama, "nemotron": nemotron, "nanochat": nanochat}
+def mistral(**changes):
+    config = transformers.MistralConfig(**{**SIZES, "sliding_window": None, **changes})
+    return transformers.MistralForCausalLM(config)
+
+
+MAKERS = {"llama": llama, "nemotron": nemotron, "nanochat": nanochat, "mistral": mistral}
 
 
 def make(path: Path, maker: str = "llama", dtype: str = "float32", shard: str = "5GB", **changes):

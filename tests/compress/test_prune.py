@@ -1,4 +1,4 @@
-"""Pruned models: what is kept, what is counted, and that stock transformers computes the same."""
+"""Pruned models: what is kept, what is counted, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.native import open_native
@@ -18,172 +17,17 @@ from bevatron.compress import prune as pruning
 from bevatron.compress.importance import measure
 from bevatron.compress.options import parse_count, parse_layers, read_per_layer
 from bevatron.compress.prune import prune
-from bevatron.compress.scores import Scores, ScoresError, expected, spec_hash
+from bevatron.compress.scores import Scores, ScoresError
 from bevatron.compress.sizes import LayerTarget, PruneError, Targets
-from bevatron.compress.trim import keep
 from bevatron.compress.widths import shape
 from bevatron.errors import BevatronError
 from bevatron.families import by_name
 from bevatron.families.published import preset
-from bevatron.generate.load import load_decoder
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import parameter_count
-from tests.bridge.hf_folders import make
+from tests.bridge.hf_folders import make, rewrite
 from tests.compress.calibration import write_tokens
-
-IDS = torch.randint(0, 101, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def random_scores(spec: ModelSpec, seed: int = 0, **more: np.ndarray) -> Scores:
-    rng = np.random.default_rng(seed)
-    tensors = {n: rng.random(s, dtype=np.float32) for n, s in expected(spec).items()}
-    return Scores({**tensors, **more}, {"spec": spec_hash(spec)})
-
-
-def source(tmp_path: Path, maker: str = "llama", **changes) -> tuple[Path, ModelSpec, Scores]:
-    """A native checkpoint, and scores for it."""
-    make(tmp_path / "hf", maker, **changes)
-    import_checkpoint(tmp_path / "hf", tmp_path / "native", show_progress=False)
-    spec = open_native(tmp_path / "native").spec
-    return tmp_path / "native", spec, random_scores(spec)
-
-
-def stock(folder: Path) -> tuple[transformers.PreTrainedModel, dict[str, torch.Tensor]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    return model.eval(), dict(model.state_dict())
-
-
-def native_logits(folder: Path) -> torch.Tensor:
-    decoder, _ = load_decoder(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return decoder.logits(IDS)
-
-
-def sliced(
-    old: dict[str, torch.Tensor], spec: ModelSpec, scores: Scores, targets: Targets
-) -> dict[str, torch.Tensor]:
-    """The pruned state dict, from the names of transformers alone."""
-    t = {k: torch.from_numpy(np.array(v)) for k, v in scores.tensors.items()}
-
-    def best(values: torch.Tensor, count: int) -> torch.Tensor:
-        return values.topk(count).indices.sort().values
-
-    h = best(t["embedding.channels"], targets.hidden_size or spec.hidden_size)
-    layers = [i for i in range(len(spec.layers)) if i not in targets.drop_layers]
-    new = {}
-    for name, whole in old.items():
-        value = whole
-        parts = name.split(".")
-        if "layers" not in parts:
-            new[name] = value[..., h] if parts[-2] != "classifier" else value
-            continue
-        i = int(parts[2])
-        if i not in layers:
-            continue
-        a, m = spec.layers[i].attention, spec.layers[i].mlp
-        q, groups = a.num_attention_heads, a.num_key_value_heads
-        wanted = targets.num_attention_heads or q
-        per_group = t[f"layers.{i}.attention.heads"].reshape(groups, -1)
-        heads = torch.cat(
-            [best(per_group[g], wanted // groups) + g * (q // groups) for g in range(groups)]
-        )
-        rows = torch.cat([torch.arange(x * a.head_dim, (x + 1) * a.head_dim) for x in heads])
-        f = best(t[f"layers.{i}.mlp.neurons"], targets.intermediate_size or m.intermediate_size)
-        kind, weight = parts[-2], parts[-1] == "weight"
-        if kind == "q_proj":
-            value = value[rows]
-        if kind in ("gate_proj", "up_proj", "fc1"):
-            value = value[f]
-        if kind in ("o_proj", "down_proj", "fc2"):
-            if weight:
-                value = value[:, rows if kind == "o_proj" else f]
-            value = value[h]
-        elif "norm" in kind or weight:
-            value = value[..., h]
-        parts[2] = str(layers.index(i))
-        new[".".join(parts)] = value
-    return new
-
-
-BOTH = Targets(hidden_size=16, intermediate_size=24, drop_layers=(1,))
-CASES = {
-    "width": ("llama", {}, Targets(hidden_size=24, intermediate_size=20)),
-    "depth": ("llama", {}, Targets(drop_layers=(0, 2))),
-    "both": ("llama", {}, BOTH),
-    "tied": ("llama", {"tie_word_embeddings": True}, BOTH),
-    "biased": ("llama", {"attention_bias": True, "mlp_bias": True}, BOTH),
-    "heads": (
-        "llama",
-        {"num_attention_heads": 8, "head_dim": 8},
-        Targets(num_attention_heads=4, hidden_size=24),
-    ),
-    "heads and biases": (
-        "llama",
-        {"num_attention_heads": 8, "head_dim": 8, "attention_bias": True},
-        Targets(num_attention_heads=2, intermediate_size=20),
-    ),
-    "bfloat16": ("llama", {"dtype": "bfloat16"}, BOTH),
-    "nemotron": ("nemotron", {"num_attention_heads": 8}, replace(BOTH, num_attention_heads=4)),
-    "nanochat": ("nanochat", {}, replace(BOTH, num_attention_heads=2)),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_pruned_is_an_independent_slice_and_computes_the_same_in_stock_transformers(
-    case: str, tmp_path: Path
-) -> None:
-    maker, changes, targets = CASES[case]
-    native, spec, scores = source(tmp_path, maker, **changes)
-    report = prune(native, tmp_path / "small", targets, scores=scores, show_progress=False)
-    export_checkpoint(tmp_path / "small", tmp_path / "out", show_progress=False)
-    model, found = stock(tmp_path / "out")
-    old, before = stock(tmp_path / "hf")
-    assert type(model) is type(old)
-    wanted = sliced(before, spec, scores, targets)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
-    counted = sum(p.numel() for p in model.parameters())
-    assert report.parameters == counted
-    with torch.no_grad():
-        theirs = model.float()(IDS).logits
-    assert (native_logits(tmp_path / "small") - theirs).abs().max() <= 1e-5
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
-        tmp_path / "hf" / "tokenizer.json"
-    ).read_bytes()
-
-
-def test_sorting_by_importance_at_full_width_changes_no_logits(tmp_path: Path, monkeypatch) -> None:
-    changes = {"num_attention_heads": 8, "head_dim": 8, "attention_bias": True}
-    native, spec, scores = source(tmp_path, "llama", **changes)
-    ranked = keep(spec, pruning.Shape((0, 1, 2), spec), scores, ranked=True)
-    assert not np.array_equal(ranked.hidden, np.arange(32))
-    monkeypatch.setattr(pruning, "keep", lambda *a: ranked)
-    monkeypatch.setattr(pruning, "shape", lambda *a: pruning.Shape((0, 1, 2), spec))
-    prune(native, tmp_path / "sorted", Targets(), scores=scores, show_progress=False)
-    one, two = native_logits(native), native_logits(tmp_path / "sorted")
-    assert (one - two).abs().max() <= 1e-5
-    a, b = (open_native(p).manifest.weights() for p in (native, tmp_path / "sorted"))
-    assert all(a[n].chunks[0].hash != b[n].chunks[0].hash for n in a if "norm" not in n)
-
-
-def test_the_head_of_a_classifier_loses_the_channels_that_go(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"vocab_size": 101, "intermediate_size": 48, "num_hidden_layers": 3, "num_labels": 3}
-    config = transformers.LlamaConfig(**sizes, pad_token_id=0)
-    torch.manual_seed(0)
-    old = transformers.LlamaForSequenceClassification(config)
-    old.save_pretrained(tmp_path / "hf")
-    import_checkpoint(tmp_path / "hf", tmp_path / "native", show_progress=False)
-    scores = random_scores(open_native(tmp_path / "native").spec)
-    prune(tmp_path / "native", tmp_path / "small", BOTH, scores=scores, show_progress=False)
-    export_checkpoint(tmp_path / "small", tmp_path / "out", show_progress=False)
-    kind = transformers.AutoModelForSequenceClassification
-    model = kind.from_pretrained(tmp_path / "out").eval()
-    wanted = sliced(old.state_dict(), open_native(tmp_path / "native").spec, scores, BOTH)
-    found = model.state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+from tests.compress.pruned import BOTH, random_scores, sliced, source, stock
 
 
 def test_a_run_or_a_hugging_face_folder_is_pruned_as_it_is(tmp_path: Path) -> None:
@@ -194,37 +38,6 @@ def test_a_run_or_a_hugging_face_folder_is_pruned_as_it_is(tmp_path: Path) -> No
     assert {n: t.chunks[0].hash for n, t in a.items()} == {
         n: t.chunks[0].hash for n, t in b.items()
     }
-
-
-def test_layers_that_differ_export_as_llama_nemotron_and_load_with_its_code(tmp_path: Path) -> None:
-    native, _, scores = source(tmp_path, intermediate_size=1024)
-    per_layer = {0: LayerTarget(intermediate_size=300), 2: LayerTarget(no_attention=True)}
-    targets = Targets(hidden_size=24, per_layer=per_layer)
-    report = prune(native, tmp_path / "small", targets, scores=scores, show_progress=False)
-    assert report.exports_as == "DeciLMForCausalLM"
-    assert report.sizes["intermediate_size"] == [512, 1024, 1024]
-    assert any("300 became 512" in note for note in report.notes)
-    assert report.readers["vLLM"] == "yes"
-    assert "head_dim" in report.readers["llama.cpp"]
-    export_checkpoint(tmp_path / "small", tmp_path / "out", show_progress=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", trust_remote_code=True
-    ).eval()
-    assert sum(p.numel() for p in model.parameters()) == report.parameters
-    with torch.no_grad():
-        theirs = model(IDS).logits
-    assert (native_logits(tmp_path / "small") - theirs).abs().max() <= 1e-5
-    # a second time, from what is now a Llama-Nemotron, whose ffn_mult must follow hidden_size
-    again = Targets(hidden_size=16, num_layers=2)
-    small = random_scores(open_native(tmp_path / "small").spec, 3)
-    prune(tmp_path / "small", tmp_path / "less", again, scores=small, show_progress=False)
-    export_checkpoint(tmp_path / "less", tmp_path / "out2", show_progress=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out2", trust_remote_code=True
-    ).eval()
-    with torch.no_grad():
-        theirs = model(IDS).logits
-    assert (native_logits(tmp_path / "less") - theirs).abs().max() <= 1e-5
 
 
 def test_the_published_counts_follow_from_the_8b_spec() -> None:
@@ -415,3 +228,52 @@ def test_options_are_read_strictly(tmp_path: Path) -> None:
     path.write_text('{"0": {"width": 256}}')
     with pytest.raises(PruneError, match="width is unknown"):
         read_per_layer(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_are_no_numbers_are_refused_if_they_would_stay(
+    dtype: str, value: float, tmp_path: Path
+) -> None:
+    make(tmp_path / "hf", dtype=dtype)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][47, 31] = value
+
+    rewrite(tmp_path / "hf", spoil)
+    import_checkpoint(tmp_path / "hf", tmp_path / "native", show_progress=False)
+    scores = random_scores(open_native(tmp_path / "native").spec)
+    scores.tensors["embedding.channels"][31] = 2
+    scores.tensors["layers.1.mlp.neurons"][47] = 2
+    targets = Targets(hidden_size=16, intermediate_size=24)
+    with pytest.raises(PruneError, match=r"native: layers\.1\.mlp\.gate_up\.weight holds 1 NaN or"):
+        prune(tmp_path / "native", tmp_path / "x", targets, scores=scores, show_progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "native"]
+    scores.tensors["layers.1.mlp.neurons"][47] = -1  # it goes
+    prune(tmp_path / "native", tmp_path / "x", targets, scores=scores, show_progress=False)
+    (tmp_path / "native" / "source" / "tokenizer.json").unlink()
+    tokens = write_tokens(tmp_path / "tokens", 101, 600)
+    with pytest.raises(
+        ScoresError, match=r"native: .* holds a number that is not finite; look for"
+    ):
+        measure(tmp_path / "native", [tokens], samples=3)
+
+
+def test_a_source_that_changed_since_it_was_measured_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the weights are read, see tests/faults; here before the first of them is."""
+    native, _, _ = source(tmp_path)
+    (native / "source" / "tokenizer.json").unlink()
+    tokens = write_tokens(tmp_path / "tokens", 101, 600)
+    weights = next((native / "model").iterdir())
+
+    def measured(*args: object) -> Scores:
+        scores = random_scores(open_native(native).spec)
+        weights.write_bytes(weights.read_bytes())
+        return scores
+
+    monkeypatch.setattr(pruning, "_measured", measured)
+    with pytest.raises(BevatronError, match=rf"{weights.name}: changed while it was being read"):
+        prune(native, tmp_path / "x", BOTH, data=tokens, show_progress=False)
+    assert not (tmp_path / "x").exists()

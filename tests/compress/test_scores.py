@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from bevatron.compress.scores import Scores, ScoresError, expected, spec_hash
+from bevatron.errors import BevatronError
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 
 
@@ -58,3 +61,43 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     scores.write(tmp_path / "s")
     with pytest.raises(ScoresError, match=r"layers\.0\.mlp\.neurons holds a number"):
         Scores.read(tmp_path / "s")
+    with pytest.raises(ScoresError, match=r"layers\.0\.mlp\.neurons holds a number"):
+        scores.check(HOMOGENEOUS, "s")  # not every one comes from a file
+
+
+def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path):
+    """One bit at a time, and cut short everywhere: the numbers read are those written, or none."""
+    path, scores = tmp_path / "s", scores_of(HOMOGENEOUS)
+    scores.write(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in [*range(8), *rng.integers(8, len(whole), 300)]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            found = Scores.read(path)
+            found.check(HOMOGENEOUS, "s")
+        except BevatronError as error:
+            assert str(path) in str(error) or str(error).startswith("s: ")
+            continue
+        for name, values in scores.tensors.items():
+            np.testing.assert_array_equal(found.tensors[name], values)
+    for length in rng.integers(0, len(whole), 50):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BevatronError, match=str(path)):
+            Scores.read(path)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path, scores = tmp_path / "s", scores_of(HOMOGENEOUS)
+    path.write_text("old")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(ScoresError, match="cannot be written"):
+            scores.write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert path.read_text() == "old"

@@ -22,8 +22,10 @@ import pytest
 from bevatron.bridge import exporter, importer
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.checkpoint.new_folder import new_folder
+from bevatron.compress import prune
 from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import assert_same_folder, make, rewrite
+from tests.faults.children import CALLS
 from tests.faults.refusal import EMBED, NORM, WEIGHTS, contents, file_of, refused
 
 ROOT = Path(__file__).parents[2]
@@ -76,17 +78,17 @@ def pair(small: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("option", ["new", "overwrite"])
-@pytest.mark.parametrize("verb", ["import", "export"])
+@pytest.mark.parametrize("verb", CALLS)
 def test_fault_33_disk_full_at_every_page(can_mount, pair: Path, verb: str, option: str) -> None:
     assert child("full", verb, pair, option, mounts=True) > 15
 
 
 @pytest.mark.parametrize("limit", [0, 1000, 5000, 15000])
-@pytest.mark.parametrize("verb", ["import", "export"])
+@pytest.mark.parametrize("verb", CALLS)
 def test_fault_33_a_write_that_fails_in_any_file(model, verb: str, limit: int) -> None:
     """A limit on the size of files stands in for a full disk where none can be mounted."""
     source = model()
-    if verb == "export":
+    if verb != "import":
         import_checkpoint(source, source.parent / "native")
         source = source.parent / "native"
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -95,12 +97,11 @@ def test_fault_33_a_write_that_fails_in_any_file(model, verb: str, limit: int) -
         refused_with_limit(source, verb)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    call = import_checkpoint if verb == "import" else export_checkpoint
-    call(source, source.parent / "target")
+    CALLS[verb](source, source.parent / "target")
 
 
 def refused_with_limit(source: Path, verb: str) -> None:
-    call = import_checkpoint if verb == "import" else export_checkpoint
+    call = CALLS[verb]
     before = sorted(source.parent.iterdir())
     with pytest.raises(BevatronError, match=r"target.*File too large"):
         call(source, source.parent / "target")
@@ -114,7 +115,7 @@ def refused_with_limit(source: Path, verb: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["new", "overwrite"])
-@pytest.mark.parametrize("verb", ["import", "export"])
+@pytest.mark.parametrize("verb", CALLS)
 def test_fault_35_read_only_disk(can_mount, pair: Path, verb: str, option: str) -> None:
     assert child("read-only", verb, pair, option, mounts=True) == 1
 
@@ -203,7 +204,7 @@ except MemoryError:
 
 
 @pytest.mark.parametrize("option", ["new", "overwrite", "overwrite-without-swap"])
-@pytest.mark.parametrize("verb", ["import", "export"])
+@pytest.mark.parametrize("verb", CALLS)
 def test_fault_34_killed_at_every_write_then_run_again(pair: Path, verb: str, option: str) -> None:
     assert child("killed", verb, pair, option) > 40
 
@@ -269,7 +270,7 @@ def test_fault_37_the_second_of_two_is_told_who_is_first(model, overwrite: bool)
 
 
 @pytest.mark.parametrize("option", ["new", "overwrite"])
-@pytest.mark.parametrize("verb", ["import", "export"])
+@pytest.mark.parametrize("verb", CALLS)
 def test_fault_37_six_at_once_on_one_target(pair: Path, verb: str, option: str) -> None:
     assert child("race", verb, pair, option) == 25
 
@@ -337,15 +338,15 @@ CHANGES = [grow, shrink, overwrite_in_place, replace_by_another, Path.unlink]
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("which", ["weights", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("verb", ["import", "export"])
+@pytest.mark.parametrize("verb", CALLS)
 def test_fault_38_source_that_changes_while_it_is_read(
     model, monkeypatch, verb: str, which: str, change: Callable[[Path], None]
 ) -> None:
     """It changes after the first buffer has been read."""
     source = model("many")
     path = file_of(source, NORM) if which == "weights" else source / which
-    call = import_checkpoint if verb == "import" else export_checkpoint
-    if verb == "export":
+    call = CALLS[verb]
+    if verb != "import":
         import_checkpoint(source, source.parent / "native")
         source = source.parent / "native"
         path = source / ("model/00001.safetensors" if which == "weights" else f"source/{which}")
@@ -360,8 +361,8 @@ def test_fault_38_source_that_changes_while_it_is_read(
 
         yield advance
 
-    module = importer if verb == "import" else exporter
-    monkeypatch.setattr(module, "shown_progress", progress)
+    modules = {"import": importer, "export": exporter, "prune": prune}
+    monkeypatch.setattr(modules[verb], "shown_progress", progress)
     before = sorted(source.parent.iterdir())
     with pytest.raises(BevatronError, match=r"changed while it was being read") as caught:
         call(source, source.parent / "target")

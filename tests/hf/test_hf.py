@@ -312,9 +312,15 @@ def readers(*layers: LayerSpec, hidden_size: int = 64) -> dict[str, str]:
 
 def test_an_export_says_which_programs_will_not_read_it() -> None:
     usual = LayerSpec(Attention(8, 2, 8), MLP(256))
-    assert readers(usual, LayerSpec(None, MLP(512)), LayerSpec(None, None)) == {}
-    assert set(readers(usual, LayerSpec(Linear(), MLP(256)))) == {"vLLM", "SGLang", "llama.cpp"}
-    assert set(readers(usual, LayerSpec(Attention(8, 4, 8), None))) == {"SGLang"}
+    assert readers(usual, LayerSpec(None, None), LayerSpec(None, MLP(512))) == {}
+    assert set(readers(usual, LayerSpec(None, None))) == {"llama.cpp"}
+    assert set(readers(usual, LayerSpec(Linear(), MLP(256)))) == {"vLLM", "SGLang"}
+    found = readers(usual, LayerSpec(None, Linear()))
+    assert set(found) == {"vLLM", "SGLang", "llama.cpp"}
+    assert set(readers(usual, LayerSpec(Attention(8, 4, 8), MLP(256)))) == {"SGLang"}
+    found = readers(LayerSpec(Attention(8, 2, 8), None), usual)
+    assert set(found) == {"llama.cpp"}
+    assert "left out silently" in found["llama.cpp"]
     assert set(readers(LayerSpec(None, MLP(256)), usual)) == {"vLLM", "SGLang"}
     assert readers(LayerSpec(None, None), usual) == {}
     found = readers(LayerSpec(Attention(6, 2, 8), MLP(256)))

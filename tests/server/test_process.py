@@ -104,7 +104,9 @@ def test_a_port_in_use_and_a_missing_model_are_one_message(
             start(tmp_path / "nothing", port=port)
     with pytest.raises(BevatronError, match="nothing"):
         start(tmp_path / "nothing", host="0.0.0.0")
-    assert "warning: 0.0.0.0 is open to others, and no --api-key is set" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "warning: 0.0.0.0 is open to others, and no --api-key is set" in said
+    assert "loading" not in said
 
 
 def start(ckpt: Path, **changes: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from bevatron.checkpoint.run_folder import RunFolder
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout
 from bevatron.progress import duration
-from bevatron.spec.count import flops_per_token
+from bevatron.spec import ModelSpec
+from bevatron.spec.count import flops_per_token, forward_flops_per_token
 from bevatron.train import trackers
 from bevatron.train.config import LogConfig, RunConfig, load_config
 from bevatron.train.hardware import PEAK_BF16, peak_by_name
 from bevatron.train.meter import Meter, short
 from bevatron.train.trackers import Trackers, check_trackers
-from tests.specs import HOMOGENEOUS
+from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 
 CONFIG = """\
 model: {spec: x}
@@ -36,15 +38,18 @@ PUBLIC |= {"memory_gib"}
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:
+    folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(CONFIG)
     return load_config(folder / "run.yaml", list(overrides))
 
 
-def metered(folder: Path, *overrides: str, ranks: int = 1, steps: int = 7) -> list[dict[str, Any]]:
+def metered(
+    folder: Path, *overrides: str, ranks: int = 1, steps: int = 7, beside: Sequence[ModelSpec] = ()
+) -> list[dict[str, Any]]:
     """The lines of a run whose every step takes half a second."""
     config, run = config_of(folder, *overrides), RunFolder(folder / "run")
     layout, device = Layout(dp_shard=ranks), torch.device("cpu")
-    meter = Meter(config, HOMOGENEOUS, layout, device=device, folder=run, step=0)
+    meter = Meter(config, HOMOGENEOUS, layout, device=device, folder=run, step=0, beside=beside)
     shown: list[dict[str, object]] = []
     for step in range(1, steps + 1):
         meter.step(
@@ -77,6 +82,15 @@ def test_mfu_is_flops_over_the_peak_of_all_ranks_in_both_conventions(tmp_path: P
         flops = flops_per_token(HOMOGENEOUS, 16, causal)
         assert line[key] == pytest.approx(256 * flops / (4 * 0.25e12))
     assert line["tokens_per_s_per_device"] == 64
+
+
+def test_mfu_counts_the_forward_of_a_teacher(tmp_path: Path) -> None:
+    options = ("log.peak_tflops=0.25",)
+    alone = metered(tmp_path / "alone", *options)[0]
+    beside = metered(tmp_path / "beside", *options, beside=[HETEROGENEOUS])[0]
+    for key, causal in (("mfu", False), ("mfu_causal", True)):
+        flops = forward_flops_per_token(HETEROGENEOUS, 16, causal)
+        assert beside[key] - alone[key] == pytest.approx(256 * flops / 0.25e12)
 
 
 def test_a_line_every_so_many_steps_and_always_the_first_and_the_last(tmp_path: Path) -> None:

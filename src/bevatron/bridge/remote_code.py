@@ -38,6 +38,9 @@ def write_remote_code(folder: Path) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
+READERS = ("vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
+
+
 def wont_read(spec: ModelSpec) -> list[str]:
     """Which other programs will not read this model rightly as DeciLMForCausalLM, and why."""
     why = refusals(spec)
@@ -47,13 +50,11 @@ def wont_read(spec: ModelSpec) -> list[str]:
 def refusals(spec: ModelSpec) -> dict[str, list[str]]:
     """Reader -> why it will not read this model rightly as DeciLMForCausalLM.
 
-    From their source (`nemotron_nas.py` of vLLM, SGLang and TensorRT-LLM; `convert_hf_to_gguf.py`),
-    not from running them."""
+    From their source, not from running them; which, see docs/minitron.md."""
     layers = spec.layers
-    attentions = [layer.attention for layer in layers if isinstance(layer.attention, Attention)]
     first = next((x for x in layers if x.attention is not None or x.mlp is not None), layers[0])
     linear = any(isinstance(s, Linear) for x in layers for s in (x.attention, x.mlp))
-    heads = {a.num_key_value_heads for a in attentions}
+    heads = {a.num_key_value_heads for a in _attentions(spec)}
     why: dict[str, list[str]] = {}
 
     def refuses(reason: str, *readers: str) -> None:
@@ -61,41 +62,82 @@ def refusals(spec: ModelSpec) -> dict[str, list[str]]:
             why.setdefault(reader, []).append(reason)
 
     if linear:
-        refuses("sublayers are replaced by one matrix", "vLLM", "SGLang", "llama.cpp")
+        refuses("sublayers are replaced by one matrix", "vLLM", "SGLang")
+    if any(isinstance(x.mlp, Linear) for x in layers):
+        refuses("MLPs are replaced by one matrix", "llama.cpp")
     if not isinstance(first.attention, Attention):
         refuses("its first layer that is not empty has no attention", "vLLM", "SGLang")
     if len(heads) > 1:
         refuses(f"layers have different numbers of KV heads ({sorted(heads)})", "SGLang")
-    if any(a.head_dim * a.num_attention_heads != spec.hidden_size for a in attentions):
+    if not _heads_fill_hidden(spec):
         refuses("head_dim is not hidden_size / num_attention_heads", "llama.cpp")
+    if any(x.attention is not None and x.mlp is None for x in layers):
+        refuses("layers have an attention and no MLP: it would be left out silently", "llama.cpp")
+    elif layers[-1].mlp is None:
+        refuses("its last layer is empty", "llama.cpp")
+    if spec.rope.kind not in ("default", "linear", "llama3"):
+        refuses(f"its rope is {spec.rope.kind}, which would be left out silently", "llama.cpp")
     if any(p.role == "bias" for p in spec.parameters()):
         refuses("it has biases", "TensorRT-LLM")
-    if any(isinstance(x.mlp, MLP) and x.mlp.bias for x in layers):
-        refuses("it has biases in the MLP, which would be left out silently", "SGLang")
+    if _mlp_biases(spec):
+        refuses(_NO_MLP_BIAS, "SGLang")
     if spec.head.kind != "causal_lm":
-        refuses(f"it has the head {spec.head.kind}", "vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
+        refuses(f"it has the head {spec.head.kind}", *READERS)
     return why
 
 
-READERS = ("vLLM", "SGLang", "TensorRT-LLM", "llama.cpp")
-
-
 def readers(spec: ModelSpec, family: str) -> dict[str, str]:
-    """What each of READERS makes of the export of this model: "yes", or what is in the way.
-
-    Those of classes other than DeciLMForCausalLM are said of their releases since September 2024,
-    before which llama.cpp took head_dim for hidden_size / num_attention_heads."""
+    """What each of READERS makes of the export of this model: "yes", "no: " and what is in the
+    way, or what else has to be known. From their source, as `refusals` says."""
     if family == "llama_nemotron":
         why = {reader: "; ".join(reasons) for reader, reasons in refusals(spec).items()}
         return {reader: f"no: {why[reader]}" if reader in why else "yes" for reader in READERS}
-    if family not in ("llama", "mistral", "nemotron"):
+    if family not in ("llama", "mistral", "nemotron", "nanochat"):
         return dict.fromkeys(READERS, f"not known: their classes for {family} were not looked at")
     if spec.head.kind != "causal_lm":
         return dict.fromkeys(READERS, f"not known: it has the head {spec.head.kind}")
+    if family == "nanochat":
+        none = "no: it has no class for NanoChatForCausalLM"
+        return {"vLLM": _FALLBACK, "SGLang": _FALLBACK, "TensorRT-LLM": none, "llama.cpp": none}
     found = dict.fromkeys(READERS, "yes")
-    attentions = [x.attention for x in spec.layers if isinstance(x.attention, Attention)]
-    if any(a.head_dim * a.num_attention_heads != spec.hidden_size for a in attentions):
-        found["llama.cpp"] = "since September 2024: head_dim is not hidden_size / heads"
     if family == "nemotron":
-        found["SGLang"] = "not known: its class was not looked at"
+        return found | {"SGLang": _FALLBACK, "llama.cpp": _llama_cpp_of_nemotron(spec)}
+    if _mlp_biases(spec):
+        found["SGLang"] = f"no: {_NO_MLP_BIAS}"
+    if not _heads_fill_hidden(spec):
+        found["llama.cpp"] = "since September 2024: head_dim is not hidden_size / heads"
     return found
+
+
+_NO_MLP_BIAS = "it has biases in the MLP, which would be left out silently"
+_FALLBACK = "by its fallback to transformers' own class, for it has none; not tried"
+
+
+def _llama_cpp_of_nemotron(spec: ModelSpec) -> str:
+    """Its converter works out from hidden_size how many dimensions of a head are rotated."""
+    reasons = []
+    for a in _attentions(spec)[:1]:
+        rotated = int(spec.rope.partial * spec.hidden_size) // a.num_attention_heads
+        if rotated != spec.rope.rotary_dim(a.head_dim):
+            reasons.append(
+                f"it would rotate {rotated} dimensions of each head instead of "
+                f"{spec.rope.rotary_dim(a.head_dim)}, silently, as head_dim is not hidden_size / "
+                "heads"
+            )
+    if spec.tied:
+        reasons.append("it wants a head of its own, and this one is tied")
+    if spec.rope.kind not in ("default", "linear"):
+        reasons.append(f"its rope is {spec.rope.kind}")
+    return f"no: {'; '.join(reasons)}" if reasons else "yes"
+
+
+def _attentions(spec: ModelSpec) -> list[Attention]:
+    return [x.attention for x in spec.layers if isinstance(x.attention, Attention)]
+
+
+def _heads_fill_hidden(spec: ModelSpec) -> bool:
+    return all(a.head_dim * a.num_attention_heads == spec.hidden_size for a in _attentions(spec))
+
+
+def _mlp_biases(spec: ModelSpec) -> bool:
+    return any(isinstance(x.mlp, MLP) and x.mlp.bias for x in spec.layers)

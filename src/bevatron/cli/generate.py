@@ -244,7 +244,7 @@ def eval_(
         run_tasks(ckpt, tasks, model, [*limited, *context.args], device=device, as_json=as_json)
         return
     from bevatron.evaluate.opening import open_engine
-    from bevatron.evaluate.perplexity import evaluate
+    from bevatron.evaluate.perplexity import check_data, evaluate
 
     unknown = [argument for argument in context.args if argument.startswith("-")]
     if unknown:
@@ -252,10 +252,12 @@ def eval_(
             f"eval has no option {unknown[0]} of its own, and those of lm-evaluation-harness need "
             "--tasks; see `bevatron eval --help`"
         )
+    paths = [*(data or ()), *context.args]
+    check_data(paths)
     with open_engine(ckpt, **model, device=device) as engine:
         found = evaluate(
             engine,
-            [*(data or ()), *context.args],
+            paths,
             seq_len=seq_len,
             stride=stride,
             limit=None if limit is None else int(limit),

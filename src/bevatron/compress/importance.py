@@ -132,7 +132,11 @@ def measure(
         metadata["loss"] = repr(loss)
     if plan.spans:
         metadata["loss_samples"] = str(plan.loss_samples)
-    return Scores(tensors, metadata)
+    scores = Scores(tensors, metadata)
+    scores.check_finite(
+        str(ckpt), "look for NaN in the weights, or compute in bf16 or fp32 (--dtype)"
+    )
+    return scores
 
 
 def make_plan(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.bridge.dtypes import FLOATS
+from bevatron.bridge.dtypes import FLOATS, NonFinite
 from bevatron.bridge.importer import check_space
 from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import CONFIG
@@ -223,13 +223,19 @@ def _write(
                 if chunk.hash:  # a Hugging Face folder has none
                     verify_chunk(opened.folder, chunk, ITEMSIZE[dtype], own.source)
             file, at = places[name]
-            hasher, done = new_hasher(), 0
+            hasher, watch, done = new_hasher(), NonFinite(dtype), 0
             change = changes.get(name.removeprefix("model/"))
             for block in blocks(opened.folder, source, own.index, change):
                 data = np.ascontiguousarray(block).reshape(-1).view("u1").data
                 hasher.update(data)
+                watch.update(data)
                 mover.write(folder / file, at + done, data)
                 done += len(data)
+            if watch.count:
+                raise PruneError(
+                    f"{plan.report.source}: {own.source} holds {watch.count} NaN or infinite "
+                    "values among those that would stay; prune a checkpoint from before they came"
+                )
             whole = Chunk((0,) * len(shape_), shape_, file, at, spell(hasher))
             entries[name] = TensorEntry(dtype, shape_, (whole,))
             advance(source.nbytes)

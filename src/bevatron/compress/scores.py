@@ -15,7 +15,7 @@ No torch: whoever prunes reads these and nothing else of the calibration.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,20 +130,33 @@ class Scores:
                     f"{what}: {name} {has}, the model has {list(shape)}; measure it again with "
                     "`bevatron importance`"
                 )
+        self.check_finite(what, "measure it again")
+
+    def check_finite(self, what: str, advice: str) -> None:
+        """Raises ScoresError for a NaN or an infinity, beginning with `what` they are in."""
+        for name, values in self.tensors.items():
+            if not np.isfinite(values).all():
+                raise ScoresError(f"{what}: {name} holds a number that is not finite; {advice}")
 
     def write(self, path: str | Path) -> None:
         """Write the file, as a whole or not at all; an older one is replaced."""
         path = Path(path)
         if path.is_dir():
             raise ScoresError(f"{path}: is a folder; name a file, such as {path / 'scores'}")
-        metadata = {"format": FORMAT, "version": VERSION, **self.metadata}
         tensors = {name: np.ascontiguousarray(t, dtype="<f4") for name, t in self.tensors.items()}
+        own = {"format": FORMAT, "version": VERSION, "hash": _hash(tensors)}
         partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            file.write(write_header([(n, "F32", t.shape) for n, t in tensors.items()], metadata))
-            for tensor in tensors.values():
-                file.write(tensor.tobytes())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                table = [(n, "F32", t.shape) for n, t in tensors.items()]
+                file.write(write_header(table, {**self.metadata, **own}))
+                for tensor in tensors.values():
+                    file.write(tensor.tobytes())
+            partial.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise ScoresError(f"{path}: cannot be written ({error.strerror})") from error
 
     @classmethod
     def read(cls, path: str | Path) -> Scores:
@@ -166,10 +179,20 @@ class Scores:
                     raise ScoresError(f"{path}: {name} is {stored.dtype}, expected F32")
                 raw = bytearray(stored.nbytes)
                 file.read(memoryview(raw), stored.begin)
-                values = np.frombuffer(raw, dtype="<f4").reshape(stored.shape)
-                if not np.isfinite(values).all():
-                    raise ScoresError(
-                        f"{path}: {name} holds a number that is not finite; measure it again"
-                    )
-                tensors[name] = values
-        return cls(tensors, dict(header.metadata))
+                tensors[name] = np.frombuffer(raw, dtype="<f4").reshape(stored.shape)
+        found = _hash(tensors)
+        if header.metadata.get("hash", found) != found:
+            raise ScoresError(
+                f"{path}: is damaged, its numbers are not those written; copy it again"
+            )
+        scores = cls(tensors, dict(header.metadata))
+        scores.check_finite(str(path), "measure it again")
+        return scores
+
+
+def _hash(tensors: Mapping[str, Floats]) -> str:
+    """Of names and bytes."""
+    hasher = new_hasher()
+    for name in sorted(tensors):
+        hasher.update(memoryview(name.encode() + tensors[name].tobytes()))
+    return spell(hasher)

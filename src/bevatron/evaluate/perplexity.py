@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from bevatron.data.sources import find_files
 from bevatron.data.store import FILE_NAME, TokenStore
+from bevatron.data.tables import NAME
 from bevatron.data.text import utf8_bytes
 from bevatron.data.tokenize import tokenize
 from bevatron.data.tokenizer import open_tokenizer
@@ -69,8 +72,7 @@ def evaluate(
     Returns what `bevatron eval --json` prints: the values of a Score over all data, the settings,
     and in `parts` a Score for each of them if there are several.
     """
-    if not data:
-        raise BevatronError("nothing to evaluate on; name token stores or text with --data")
+    check_data(data)
     if limit is not None and limit < 2:
         raise BevatronError(f"the limit is {limit} tokens, expected at least 2")
     seq_len = min(SEQ_LEN, engine.context) if seq_len is None else seq_len
@@ -98,6 +100,16 @@ def evaluate(
     if len(scores) > 1:
         found["parts"] = [asdict(score) for score in scores]
     return found
+
+
+def check_data(data: Sequence[str | Path]) -> None:
+    """Refuse what is not there, before a model is opened."""
+    if not data:
+        raise BevatronError("nothing to evaluate on; name token stores or text with --data")
+    for path in map(str, data):
+        folder = path.partition(":")[0]  # of a dataset, before its configuration
+        if not (Path(path).exists() or Path(folder).is_dir() or NAME.fullmatch(path)):
+            find_files([path], Counter())  # raises
 
 
 class _Advance(Protocol):

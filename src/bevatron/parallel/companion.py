@@ -19,9 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from bevatron.bridge.opened import Opened
 from bevatron.checkpoint.sharded import box_reader
 from bevatron.nn.heads import Vocabulary
+from bevatron.parallel.footprint import unsharded
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Batch, micro_batches, pass_down
-from bevatron.parallel.place import Placed, place, reshard
+from bevatron.parallel.place import Placed, Stage, place, reshard
 from bevatron.parallel.weights import fill_random, stream
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import to_json
@@ -107,6 +108,22 @@ class Companion:
         """Forget what is gathered."""
         reshard(self.placed)
 
+    def kept_bytes(self, tokens: int) -> int:
+        """What `run` leaves on this rank until `release`, its shards apart: weights that stay
+        gathered, and on the last stage the hidden states of `tokens` tokens, this rank's before
+        sequence parallelism cuts them."""
+        placed, kept = self.placed, 0
+        for stage in placed.mine.values():
+            for name, parameter in stage.decoder.named_parameters():
+                module = name.partition(".")[0]
+                dropped = module == "layers" or (module == "embed" and not self.spec.tied)
+                if not (dropped and placed.layout.regathers):
+                    kept += unsharded(parameter) * parameter.element_size()
+        if placed.is_last:
+            shares = self._stage.decoder.comm.sequence_shares
+            kept += tokens // shares * self.spec.hidden_size * self.dtype.itemsize
+        return kept
+
     def fingerprint(self) -> str:
         """Of the spec and of numbers at both ends of every tensor: another model, or the same one
         trained on, has another one, while the same one in another format or place has not. Reads
@@ -125,7 +142,7 @@ class Companion:
         return hasher.hexdigest()
 
     @property
-    def _stage(self) -> torch.nn.Module:
+    def _stage(self) -> Stage:
         return self.placed.mine[len(self.placed.stages) - 1]
 
     @property

@@ -43,16 +43,19 @@ def layer_flops(spec: ModelSpec, index: int, seq_len: int, causal: bool) -> int:
     return flops
 
 
-def flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> int:
-    """FLOPs per token of one training step on sequences of `seq_len` tokens.
+def forward_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> int:
+    """FLOPs per token of a forward pass over sequences of `seq_len` tokens.
 
-        3 * (2 * head rows * h + sum over layers of (2 * matrix elements + 4 * seq_len * H * D))
+        2 * head rows * h + sum over layers of (2 * matrix elements + 4 * seq_len * H * D)
 
     with 2 in place of 4 if `causal`; a layer without attention has no second term. The first term
     is the head (V rows for a causal_lm, also when it is tied; the embedding lookup costs nothing).
-    The factor 3: backward takes twice the forward. Recomputed activations do not count.
     """
-    forward = 2 * spec.head_rows * spec.hidden_size
-    for i in range(len(spec.layers)):
-        forward += layer_flops(spec, i, seq_len, causal)
-    return 3 * forward
+    layers = (layer_flops(spec, i, seq_len, causal) for i in range(len(spec.layers)))
+    return 2 * spec.head_rows * spec.hidden_size + sum(layers)
+
+
+def flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> int:
+    """FLOPs per token of one training step: backward takes twice the forward. Recomputed
+    activations do not count."""
+    return 3 * forward_flops_per_token(spec, seq_len, causal)

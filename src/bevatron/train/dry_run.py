@@ -19,10 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from bevatron.parallel import footprint
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.paper import paper_mesh, paper_world
-from bevatron.parallel.split import end_loads, in_flight, layer_load, stage_ranges
+from bevatron.parallel.place import Placed
+from bevatron.parallel.split import end_loads, in_flight, layer_cost, layer_load, stage_ranges
 from bevatron.parallel.world import mesh
 from bevatron.spec import ModelSpec
-from bevatron.spec.count import flops_per_token, parameter_count
+from bevatron.spec.count import flops_per_token, forward_flops_per_token, parameter_count
 from bevatron.train.chunked import CHUNK_LOGITS
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import Objective
@@ -46,7 +47,10 @@ class StagePlan:
         gathered: weights in the run's precision, as they are used.
         activations: estimate, of all micro-batches in flight.
         head: estimate, what the last stage's loss holds.
-        flops: share of a step's forward and backward, what is recomputed included.
+        beside: what a teacher's forward leaves until the end of the step: hidden states of all
+            tokens on the last stage, weights that stay gathered; exact.
+        flops: share of a step's forward and backward, what is recomputed and a teacher's forward
+            included.
     """
 
     stage: int
@@ -60,6 +64,7 @@ class StagePlan:
     in_flight: float
     activations: int
     head: int
+    beside: int
     flops: float
 
     @property
@@ -69,13 +74,15 @@ class StagePlan:
 
     @property
     def peak(self) -> int:
-        return self.state + self.gradients + self.gathered + self.activations + self.head
+        used = self.gradients + self.gathered + self.activations + self.head
+        return self.state + used + self.beside
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run on paper. `busy`: share of a step in which the average rank has work, from the
-    bubble and the heaviest stage alone."""
+    """A whole run on paper. `flops_per_step` includes those of a teacher's forward, which
+    `teacher_flops_per_step` are; `busy`: share of a step in which the average rank has work, from
+    the bubble and the heaviest stage alone."""
 
     model: str
     start: str
@@ -87,6 +94,7 @@ class Plan:
     tokens_per_step: int
     steps: int
     flops_per_step: int
+    teacher_flops_per_step: int
     schedule: str
     bubble: float
     imbalance: float
@@ -112,7 +120,9 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
     start = find_start(config)
     spec, train = start.spec, config.train
     micro_batches = train.global_batch // (layout.dp * train.micro_batch)
-    shares = _time_shares(config, spec, layout)
+    times = _times(config, spec, layout)
+    frozen = [c.spec for c in objective.companions.values()]
+    whole = sum(times) + sum(sum(_forward_times(other, config)) for other in frozen)
     ranges = stage_ranges(
         spec,
         layout,
@@ -129,9 +139,11 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
             cpu = torch.device("cpu")
             seen = paper_mesh(layout) if number else mesh(layout, cpu)
             trainer = _trainer(config, start, layout, seen, objective)
-            stages.append(_stage(trainer, config, micro_batches, shares))
+            stages.append(_stage(trainer, config, micro_batches, times, whole))
     tokens = train.global_batch * config.data.seq_len
     flops = [s.flops for s in stages]
+    seq_len = config.data.seq_len
+    teachers = tokens * sum(forward_flops_per_token(s, seq_len, causal=True) for s in frozen)
     return Plan(
         model=start.family,
         start=str(start.resumed or config.model.init or f"random weights, {config.model.spec}"),
@@ -142,7 +154,8 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
         micro_batches=micro_batches,
         tokens_per_step=tokens,
         steps=train.steps,
-        flops_per_step=tokens * flops_per_token(spec, config.data.seq_len, causal=True),
+        flops_per_step=tokens * flops_per_token(spec, seq_len, causal=True) + teachers,
+        teacher_flops_per_step=teachers,
         schedule=layout.schedule,
         bubble=footprint.bubble(layout, micro_batches),
         imbalance=max(flops) * len(flops),
@@ -153,15 +166,26 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
     )
 
 
-def _time_shares(config: RunConfig, spec: ModelSpec, layout: Layout) -> list[float]:
-    """Each layer's share of a step's FLOPs, and the head's, last."""
+def _times(config: RunConfig, spec: ModelSpec, layout: Layout) -> list[float]:
+    """FLOPs per token of each layer in a step, and the head's, last."""
     seq_len, tokens = config.data.seq_len, config.train.micro_batch * config.data.seq_len
     again = config.train.recompute
     times = [
         layer_load(spec, i, layout, seq_len, tokens, again).time for i in range(len(spec.layers))
     ]
-    times.append(end_loads(spec, layout, tokens)[1].time)
-    return [time / sum(times) for time in times]
+    return [*times, end_loads(spec, layout, tokens)[1].time]
+
+
+def _forward_times(spec: ModelSpec, config: RunConfig) -> list[float]:
+    """`_times` of a model that is not trained."""
+    times = [layer_cost(spec, i, config.data.seq_len) for i in range(len(spec.layers))]
+    return [*times, 2.0 * spec.head_rows * spec.hidden_size]
+
+
+def _mine(placed: Placed, times: list[float]) -> float:
+    """Of these times those of this rank."""
+    layers = sum(times[i] for n in placed.mine for i in placed.stages[n])
+    return layers + (times[-1] if placed.is_last else 0.0)
 
 
 def _trainer(
@@ -181,8 +205,9 @@ def _trainer(
 
 
 def _stage(
-    trainer: Trainer, config: RunConfig, micro_batches: int, shares: list[float]
+    trainer: Trainer, config: RunConfig, micro_batches: int, times: list[float], whole: float
 ) -> StagePlan:
+    """`whole`: the times of all that is computed for a token, by all ranks."""
     placed, layout, spec, train = trainer.placed, trainer.layout, trainer.spec, config.train
     parameters = dict(placed.parameters)
     if placed.tied is not None and placed.tied.head is not None:
@@ -204,8 +229,10 @@ def _stage(
     if train.recompute != "none":  # one layer at a time is there in full again
         per_token += max((kept(i, "none") for i in layers), default=0.0)
     weights = footprint.local_bytes(list(parameters.values()))
-    companions = [c.placed.parameters.values() for c in trainer.objective.companions.values()]
-    frozen = sum(footprint.local_bytes(list(values)) for values in companions)
+    companions = list(trainer.objective.companions.values())
+    stages = [stage.decoder for c in companions for stage in c.placed.mine.values()]
+    frozen = sum(footprint.local_bytes(list(decoder.parameters())) for decoder in stages)
+    forward = sum(_mine(c.placed, _forward_times(c.spec, config)) for c in companions)
     accumulated = sum(footprint.unsharded(p) for p in parameters.values())
     states = {id(state): state for _, state in trainer.optimizer.states().values()}
     head = footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
@@ -221,7 +248,8 @@ def _stage(
         in_flight=sum(flights[n] for n in placed.mine),
         activations=int(tokens * per_token),
         head=int(head) if placed.is_last else 0,
-        flops=sum(shares[i] for i in layers) + (shares[-1] if placed.is_last else 0.0),
+        beside=sum(c.kept_bytes(micro_batches * tokens) for c in companions),
+        flops=(_mine(placed, times) + forward) / whole,
     )
 
 
@@ -230,6 +258,7 @@ def to_text(plan: Plan) -> str:
     last = plan.stages[-1].stage
     heaviest = max(plan.stages, key=lambda s: s.peak)
     state = sum(s.state for s in plan.stages)
+    teacher = plan.teacher_flops_per_step / plan.flops_per_step
     lines = [
         f"model       {plan.model}, {plan.parameters:,} parameters, {plan.layers} layers",
         f"start       {plan.start}",
@@ -238,7 +267,8 @@ def to_text(plan: Plan) -> str:
         f"steps       {plan.steps:,}, {plan.steps * plan.tokens_per_step:,} tokens in all",
         *(f"optimizer   {group}" for group in plan.optimizer),
         f"compute     {plan.flops_per_step / 1e15:,.1f} PFLOP per step, "
-        f"{plan.flops_per_step / plan.ranks / 1e12:,.1f} TFLOP per rank (causal, no recompute)",
+        f"{plan.flops_per_step / plan.ranks / 1e12:,.1f} TFLOP per rank (causal, no recompute)"
+        + (f", {teacher:.1%} of it the teacher's" if teacher else ""),
     ]
     if last:
         lines.append(
@@ -253,6 +283,7 @@ def to_text(plan: Plan) -> str:
         "",
         "GiB per rank, for the first rank at each place of the pipeline. weights, gradients,",
         "optimizer, gathered: exact; activations (of what is in flight), head: estimated, eager.",
+        *(["teacher: what its forward leaves until a step ends, exact."] if teacher else []),
         f"{state / GIB:,.1f} GiB of state on one pipeline. Nothing was started.",
     ]
     return "\n".join([*lines, *(f"warning: {w}" for w in plan.warnings)])
@@ -265,13 +296,15 @@ HEADER = (
 
 
 def _table(plan: Plan) -> list[str]:
-    rows = [HEADER]
+    taught = plan.teacher_flops_per_step > 0
+    rows = [HEADER.replace("   head", "   head  teacher") if taught else HEADER]
     for s in plan.stages:
         gib = [s.weights, s.gradients, s.optimizer, s.gathered, s.activations, s.head, s.peak]
         w, g, o, a, x, h, p = (f"{n / GIB:.2f}" for n in gib)
+        beside = f"{s.beside / GIB:>7.2f}  " if taught else ""
         rows.append(
             f"{s.stage:<6} {_ranges(s.layers):<9} {s.parameters_per_rank:>16,}  {w:>7}  {g:>9}  "
-            f"{o:>9}  {a:>8}  {x:>11}  {h:>5}  {p:>5}  {s.in_flight:>9g}  {s.flops:>5.1%}"
+            f"{o:>9}  {a:>8}  {x:>11}  {h:>5}  {beside}{p:>5}  {s.in_flight:>9g}  {s.flops:>5.1%}"
         )
     return rows
 

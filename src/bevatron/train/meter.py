@@ -20,7 +20,7 @@ from bevatron.data.store import TokenStore
 from bevatron.parallel.layout import Layout
 from bevatron.progress import Advance, duration
 from bevatron.spec import ModelSpec
-from bevatron.spec.count import flops_per_token
+from bevatron.spec.count import flops_per_token, forward_flops_per_token
 from bevatron.train.config import RunConfig, SourceConfig
 from bevatron.train.hardware import memory_gib, peak_flops
 from bevatron.train.trackers import Trackers
@@ -31,6 +31,7 @@ class Meter:
 
     Args:
         step: that the run is at.
+        beside: models that are not trained and take every token through their forward, teachers.
     """
 
     def __init__(
@@ -42,11 +43,16 @@ class Meter:
         device: torch.device,
         folder: RunFolder | None,
         step: int,
+        beside: Sequence[ModelSpec] = (),
     ) -> None:
         self.config, self.layout, self.device, self.folder = config, layout, device, folder
         seq_len = config.data.seq_len
         self.tokens_per_step = seq_len * config.train.global_batch
-        self.flops = [flops_per_token(spec, seq_len, causal=c) for c in (False, True)]
+        self.flops = [
+            flops_per_token(spec, seq_len, causal)
+            + sum(forward_flops_per_token(other, seq_len, causal) for other in beside)
+            for causal in (False, True)
+        ]
         given = config.log.peak_tflops
         self.peak = given * 1e12 if given is not None else peak_flops(device)
         self.last: dict[str, Any] = {}

@@ -88,6 +88,7 @@ class Run:
             device=self.device,
             folder=self.folder if self.is_main else None,
             step=self.step,
+            beside=[c.spec for c in self.trainer.objective.companions.values()],
         )
 
     def _open_feed(self, allow_changed: bool) -> None:

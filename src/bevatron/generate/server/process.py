@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from bevatron.bridge.opened import open_weights
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine
 from bevatron.generate.server.app import make_app
@@ -38,6 +39,7 @@ def serve(ckpt: str, settings: Settings, say: Say = _say, **engine_options: Any)
         port = sock.getsockname()[1]
         if settings.host not in LOOPBACK and settings.api_key is None:
             say(f"warning: {settings.host} is open to others, and no --api-key is set")
+        open_weights(ckpt)  # what is missing or damaged is said at once
         say(f"loading {settings.name}")
         with Engine.open(ckpt, **engine_options) as engine:
             app, gate = make_app(Serving(engine, settings))

@@ -1,0 +1,80 @@
+"""Which other programs read the export of a pruned model, as their source has it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bevatron.bridge.remote_code import READERS, readers
+from bevatron.compress.sizes import Targets
+from bevatron.compress.widths import shape
+from bevatron.families import by_name
+from bevatron.families.published import preset
+from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec, Norm, Rope
+
+LLAMA = preset("llama3.1-8b")
+NEMOTRON = ModelSpec(
+    vocab_size=256000,
+    hidden_size=4096,
+    layers=(LayerSpec(Attention(32, 8, 128), MLP(16384, "relu2", gated=False)),) * 4,
+    norm=Norm("layernorm1p"),
+    rope=Rope(partial=0.5),
+)
+WIDTH = Targets(hidden_size=3072, intermediate_size=9216)
+
+
+def pruned(spec: ModelSpec, family: str, targets: Targets = WIDTH) -> dict[str, str]:
+    return readers(shape(spec, targets, None, by_name(family)).spec, family)
+
+
+def with_layers(spec: ModelSpec, **changes) -> ModelSpec:
+    mlp = replace(spec.layers[0].mlp, **changes)
+    return replace(spec, layers=(replace(spec.layers[0], mlp=mlp),) * len(spec.layers))
+
+
+def test_a_llama_that_lost_channels_has_a_head_dim_of_its_own() -> None:
+    depth = Targets(drop_layers=tuple(range(15, 31)))
+    assert pruned(LLAMA, "llama", depth) == dict.fromkeys(READERS, "yes")
+    for family in ("llama", "mistral"):
+        found = pruned(LLAMA, family)
+        assert found.pop("llama.cpp").startswith("since September 2024: head_dim")
+        assert set(found.values()) == {"yes"}
+
+
+def test_sglang_leaves_biases_of_a_llamas_mlp_out() -> None:
+    found = pruned(with_layers(LLAMA, bias=True), "llama")
+    assert found["SGLang"].startswith("no: it has biases in the MLP")
+    assert found["vLLM"] == found["TensorRT-LLM"] == "yes"
+
+
+def test_llama_cpp_rotates_a_nemotron_by_its_hidden_size() -> None:
+    same = pruned(NEMOTRON, "nemotron", Targets(intermediate_size=9216))
+    assert same.pop("SGLang").startswith("by its fallback")
+    assert set(same.values()) == {"yes"}
+    found = pruned(NEMOTRON, "nemotron")
+    assert found["vLLM"] == found["TensorRT-LLM"] == "yes"
+    assert "rotate 48 dimensions of each head instead of 64" in found["llama.cpp"]
+    heads = pruned(NEMOTRON, "nemotron", Targets(num_attention_heads=16))
+    assert "rotate 128 dimensions" in heads["llama.cpp"]
+    both = Targets(hidden_size=2048, num_attention_heads=16)
+    assert pruned(NEMOTRON, "nemotron", both)["llama.cpp"] == "yes"
+    tied = pruned(replace(NEMOTRON, tie_word_embeddings=True), "nemotron", both)
+    assert "tied" in tied["llama.cpp"]
+
+
+def test_nobody_has_a_class_for_nanochat() -> None:
+    found = readers(LLAMA, "nanochat")
+    assert all(found[name].startswith("by its fallback") for name in ("vLLM", "SGLang"))
+    assert all(found[name].startswith("no: ") for name in ("TensorRT-LLM", "llama.cpp"))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_llama_cpp_knows_few_ropes_of_layers_that_differ(kind: str) -> None:
+    more = {"factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0}
+    rope = Rope(kind=kind, original_max_position_embeddings=64, **more)  # type: ignore[arg-type]
+    layers = (LayerSpec(Attention(8, 2, 8), MLP(256)), LayerSpec(None, MLP(512)))
+    spec = ModelSpec(vocab_size=97, hidden_size=64, layers=layers, rope=rope)
+    found = readers(spec, "llama_nemotron")
+    assert kind in found.pop("llama.cpp")
+    assert set(found.values()) == {"yes"}
