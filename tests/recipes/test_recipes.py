@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,13 @@ from bevatron.errors import BevatronError
 from bevatron.families.published import preset
 from bevatron.recipes import Recipe, find, recipe, recipes, sizes
 from bevatron.spec.count import parameter_count
+from bevatron.spec.json import to_json
+from bevatron.train.absent import check_present
 from bevatron.train.config import load_config, to_yaml
-from bevatron.train.launch import train
+from bevatron.train.launch import prepared, train
+from tests.bridge.hf_folders import make
+from tests.data.test_store import write_store
+from tests.train.tiny_run import SPEC
 
 # Of the papers and of the published checkpoints, not of our presets: parameters, and tokens / 10^9.
 PUBLISHED = {
@@ -200,3 +206,65 @@ def test_all_that_a_user_has_to_bring_is_named_at_once(
             "is given as key=path",
         ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_has_steps_of_its_own_needs_its_start_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = recipe("minitron-8b").config
+    step = tmp_path / config.run.dir / "step-00000003"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    with pytest.raises(BevatronError) as refused:
+        check_present(config)
+    assert "model.init" not in str(refused.value) and "objective.teacher" in str(refused.value)
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "path/to/nemotron-4-15b").mkdir(parents=True)
+    check_present(config)
+
+
+def test_weights_of_other_sizes_than_like_says_are_refused(tmp_path: Path) -> None:
+    """In a run as in a dry run, and of the teacher as of the student."""
+    make(tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").unlink()
+    (tmp_path / "deeper.json").write_text(
+        to_json(replace(SPEC, vocab_size=101, layers=SPEC.layers * 4))
+    )
+    write_store(tmp_path / "tokens", [[1] * 200], 101)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{init: {tmp_path}/hf}}\nobjective: {{name: distill, teacher: {tmp_path}/hf}}\n"
+        f"data: {{train: [{{path: {tmp_path}/tokens}}], seq_len: 16}}\n"
+        "train: {steps: 1, global_batch: 1, precision: fp32}\noptimizer: {lr: 1.0e-4}\n"
+        f"run: {{dir: {tmp_path}/run}}\n"
+    )
+    prepared(tmp_path / "run.yaml", [], 1)
+    for key, like in (
+        ("model.init", "model.like"),
+        ("objective.teacher", "objective.teacher_like"),
+    ):
+        said = rf"{key}: is not of the sizes of llama3\.1-8b, which {like} names: its "
+        said += rf"embed\.weight is \[101, 32\], expected \[128256, 4096\].*{like}=null"
+        for start in (False, True):
+            with pytest.raises(BevatronError, match=said):
+                train(tmp_path / "run.yaml", [f"{like}=llama3.1-8b"], dry_run=start)
+    said = r"its layers\.3\.\S+ is absent, expected \["
+    with pytest.raises(BevatronError, match=said):
+        prepared(tmp_path / "run.yaml", [f"model.like={tmp_path}/deeper.json"], 1)
+    with pytest.raises(BevatronError, match="there is no init"):
+        overrides = ["model.init=null", "model.spec=llama3-8b", "model.like=llama3-8b"]
+        prepared(tmp_path / "run.yaml", overrides, 1)
+
+
+def test_pruning_is_planned_from_a_config_alone(tmp_path: Path) -> None:
+    make(tmp_path / "hf")
+    sized = Targets(16, 24, drop_layers=(1,))
+    whole = prune(tmp_path / "hf", tmp_path / "x", sized, dry_run=True)
+    (tmp_path / "hf/model.safetensors").unlink()
+    alone = prune(tmp_path / "hf", tmp_path / "x", sized, dry_run=True)
+    note = f"{tmp_path}/hf has no weights on this disk; planned from its sizes"
+    assert alone == replace(whole, notes=[*whole.notes, note])
+    with pytest.raises(BevatronError, match="weights"):
+        prune(tmp_path / "hf", tmp_path / "x", sized)
+    with pytest.raises(BevatronError, match="--data or --scores"):
+        prune("llama3.1-8b", tmp_path / "x", Targets(num_layers=16), dry_run=True)
