@@ -47,13 +47,12 @@ def toy(name: str, layers: int) -> ModelSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """`bring`: what a user has to bring, by the name that the commands have for it -> the preset
-    that it is; `width`: options of `prune` that say the recipe's sizes for the toy."""
+    """Recipes that follow on one another. `bring`: what a user has to bring for them, by the name
+    that their commands have for it -> the preset that it is; `layers`: how many the toy has."""
 
     names: tuple[str, ...]
     bring: dict[str, str]
     layers: int = 2
-    drops: bool = False
 
 
 def save(folder: Path, name: str, layers: int, tokenizer: Path) -> None:
@@ -67,27 +66,30 @@ def save(folder: Path, name: str, layers: int, tokenizer: Path) -> None:
 
 
 def small(command: list[str], name: str, layers: int) -> list[str]:
-    """The same command for the toy."""
-    found = recipe(name)
-    like = found.config.model.like
+    """The same command for the toy: sizes and lengths of its own, one process for --nproc 8."""
     if command[0] == "train":
         config = recipe(command[1]).config
         overrides = ["model.like=null", f"data.seq_len={LENGTH}", "train.precision=fp32"]
         overrides += ["train.steps=3", "train.global_batch=4", "parallel.tp=1"]
-        overrides += ["schedule.warmup_steps=1", "data.train.0.path=tokens"]
+        overrides += ["schedule.warmup_steps=1"]
         if config.objective.name == "distill":
             overrides += ["objective.teacher_like=null"]
-        elif config.model.init is not None:
-            overrides += ["model.init=" + config.model.init.replace("/", "_")]
-        return [*command[:2], *overrides]  # one process rather than --nproc 8
-    if command[0] == "prune" and "--data" in command:
-        assert like is not None
-        spec = toy(like, layers)
-        command += ["--hidden-size", str(spec.hidden_size), "--samples", "4"]
-        command += ["--intermediate-size", str(spec.layers[0].mlp.intermediate_size)]
-        if "heads" in recipe(name).text.partition("model:")[0].partition("prune:")[2]:
-            command += ["--num-attention-heads", str(spec.layers[0].attention.num_attention_heads)]
-    return command
+        else:
+            overrides += [f"model.init={local(str(config.model.init))}"]
+        return [*command[:2], *overrides]
+    part = recipe(name).config.prune
+    if command[0] != "prune" or part is None or part.drop_layers:
+        return command
+    layer = (spec := toy(str(recipe(name).config.model.like), layers)).layers[0]
+    sizes = ["--hidden-size", spec.hidden_size, "--intermediate-size", layer.mlp.intermediate_size]
+    if part.num_attention_heads is not None:
+        sizes += ["--num-attention-heads", layer.attention.num_attention_heads]
+    return [*command, "--samples", "4", *map(str, sizes)]
+
+
+def local(name: str) -> str:
+    """Where the toy for what a command names lies: no Hub id."""
+    return name if name.startswith("path/") else name.replace("/", "_")
 
 
 CASES = {
@@ -109,7 +111,7 @@ def test_its_commands_lead_from_text_to_a_model_that_transformers_loads(
     prepare(tmp_path / "made")
     named = {"path/to/text": "made/text.txt"}
     for name, model in chosen.bring.items():
-        named[name] = name if name.startswith("path/") else name.replace("/", "_")
+        named[name] = local(name)
         save(tmp_path / named[name], model, chosen.layers, tmp_path / "made/tokenizer")
     for name in chosen.names:
         found, done = recipe(name), []
@@ -120,7 +122,7 @@ def test_its_commands_lead_from_text_to_a_model_that_transformers_loads(
             status, said = bevatron(tmp_path, *small(command, name, chosen.layers))
             assert status == 0, (command, said)
             done.append(command[0])
-        about, config = found.config.recipe, found.config
+        config = found.config
         assert done[-3:] == ["prune", "train", "export"]
         distilled = lines(tmp_path / config.run.dir)
         assert [line["step"] for line in distilled] == [1, 2, 3]
@@ -131,7 +133,6 @@ def test_its_commands_lead_from_text_to_a_model_that_transformers_loads(
         model = transformers.AutoModelForCausalLM.from_pretrained(hf)
         small_spec = toy(str(config.model.like), len(pruned["layers"]))
         assert pruned["parameters"]["after"] == model.num_parameters()
-        assert about is not None and about.from_ is not None
         assert model.config.hidden_size == small_spec.hidden_size
         assert model.config.intermediate_size == small_spec.layers[0].mlp.intermediate_size
         heads = small_spec.layers[0].attention.num_attention_heads
