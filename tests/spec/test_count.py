@@ -34,6 +34,7 @@ PUBLISHED = {
     "llama3.1-70b": 70_553_706_496,
     "llama3.1-405b": 405_853_388_800,
     "llama3.3-70b": 70_553_706_496,
+    "mistral-nemo-12b": 12_247_782_400,
     "mistral-nemo-minitron-8b": 8_414_105_600,
     "llama-nemotron-nano-4b": 4_512_746_496,
     "llama-nemotron-nano-8b": 8_030_261_248,

@@ -115,12 +115,13 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[Path, str |
         raise SourceError(
             f"{text}: holds no native checkpoint; a Hugging Face folder must lie on disk or the Hub"
         )
-    if not _looks_like_hub_id(text):
+    if not looks_like_hub_id(text):
         raise SourceError(f"{text}: does not exist; expected a folder or a Hub id such as org/name")
     return _download(text, revision)
 
 
-def _looks_like_hub_id(text: str) -> bool:
+def looks_like_hub_id(text: str) -> bool:
+    """Whether it could be name or org/name on the Hub."""
     parts = text.split("/")
     return len(parts) in (1, 2) and all(
         part
@@ -144,7 +145,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 def fetch_config(name: str, revision: str | None = None) -> Path:
     """config.json of a Hub id, downloaded alone. Raises SourceError."""
-    if not _looks_like_hub_id(name):
+    if not looks_like_hub_id(name):
         raise SourceError(f"{name}: does not exist; expected a folder or a Hub id such as org/name")
     from huggingface_hub import hf_hub_download
 

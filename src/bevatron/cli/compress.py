@@ -85,6 +85,10 @@ def prune(
     scores: Annotated[
         Path | None, typer.Option(help="File of `bevatron importance`, instead of --data.")
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Sizes of this recipe (see `bevatron recipes`), or of a YAML file."),
+    ] = None,
     hidden_size: Annotated[int | None, typer.Option()] = None,
     intermediate_size: Annotated[int | None, typer.Option()] = None,
     num_attention_heads: Annotated[
@@ -114,7 +118,18 @@ def prune(
     from bevatron.compress.options import parse_count, parse_layers, read_per_layer
     from bevatron.compress.prune import prune as make
     from bevatron.compress.sizes import Targets
+    from bevatron.recipes import sizes
 
+    if recipe is not None:  # what is given here goes before what it says
+        own = sizes(recipe)
+        if hidden_size is None:
+            hidden_size = own.hidden_size
+        if intermediate_size is None:
+            intermediate_size = own.intermediate_size
+        if num_attention_heads is None:
+            num_attention_heads = own.num_attention_heads
+        if num_layers is None and drop_layers is None:
+            num_layers, drop_layers = own.num_layers, own.drop_layers
     targets = Targets(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,

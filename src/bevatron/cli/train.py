@@ -12,6 +12,10 @@ import typer
 from bevatron.cli.app import Json, Overwrite, app, known, show
 from bevatron.errors import BevatronError, CheckFailed
 
+Config = Annotated[
+    Path, typer.Argument(help="A run configuration (YAML), or the name of a recipe.")
+]
+
 
 @app.command()
 def tokenize(
@@ -63,7 +67,7 @@ def tokenize(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
+    config: Config,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
     max_restarts: Annotated[
@@ -79,7 +83,8 @@ def train(
         bool, typer.Option("--dry-run", help="Check all, say what each rank takes, start nothing.")
     ] = False,
     world: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: of how many processes.")
+        int | None,
+        typer.Option(min=1, help="With --dry-run: of how many processes; default: a recipe's own."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one object.")] = False,
     print_config: Annotated[
@@ -93,13 +98,14 @@ def train(
 
     SIGTERM, SIGUSR1 or Ctrl-C: save after this step and end, with status 128 + the signal's number.
     """
+    from bevatron.recipes import find
     from bevatron.train.launch import train as start
     from bevatron.train.workers import ONE_NODE, Nodes
 
     if nnodes > 1 and (nproc is None or rendezvous is None):
         raise BevatronError(f"--nnodes {nnodes} needs --nproc N and --rendezvous HOST:PORT")
     start(
-        config,
+        find(config),
         overrides or [],
         nproc=nproc,
         nodes=Nodes(nnodes, rendezvous) if rendezvous is not None else ONE_NODE,
@@ -110,6 +116,27 @@ def train(
         print_config=print_config,
         allow_changed=allow_changed,
     )
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one; default: list all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run configurations that ship with Bevatron; `bevatron train NAME` runs one."""
+    from bevatron.recipes import recipe, table
+    from bevatron.recipes import recipes as every
+
+    if name is None:
+        rows = [one.to_dict() for one in every()]
+        print(json.dumps(rows) if as_json else table(rows))
+        return
+    found = recipe(name)
+    if as_json:
+        more = {"commands": found.commands, "path": str(found.path), "text": found.text}
+        print(json.dumps({**found.to_dict(), **more}))
+    else:
+        print(found.text, end="")
 
 
 @app.command()
@@ -158,7 +185,7 @@ def _launcher() -> None:
 
 @launcher.command()
 def slurm(
-    config: Annotated[Path, typer.Argument(help="A run configuration (YAML).")],
+    config: Config,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="0: on CPUs, with --nproc.")] = 8,
@@ -179,10 +206,11 @@ def slurm(
     output: Annotated[Path | None, typer.Option(help="Write here instead of printing.")] = None,
 ) -> None:
     """Print a Slurm batch script for a run: it saves before the limit, requeues itself, goes on."""
+    from bevatron.recipes import find
     from bevatron.train.slurm import script
 
     text = script(
-        config,
+        find(config),
         overrides or [],
         nodes=nodes,
         gpus_per_node=gpus_per_node,

@@ -14,6 +14,7 @@ from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import ObjectiveConfig
 from bevatron.train.objectives import Pretrain, Vector, mean_over
+from bevatron.train.start import check_like, spec_named
 
 
 class Distill(Pretrain):
@@ -48,17 +49,28 @@ def distill(config: ObjectiveConfig, student: ModelSpec) -> Distill:
     """The configured objective, its teacher opened and not yet read.
 
     Raises BevatronError if there is no such teacher, or the student cannot learn from it."""
+    opened = _opened(config)
+    spec = opened.spec if opened is not None else spec_named(str(config.teacher_like))
+    _check(config, spec, student)
+    options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
+    return Distill(Companion(spec, opened), options)
+
+
+def _opened(config: ObjectiveConfig) -> Opened | None:
+    """The teacher's weights; None in a dry run that has none."""
+    if config.teacher is None:
+        return None
     try:
-        opened = open_weights(str(config.teacher))
+        opened = open_weights(config.teacher)
     except BevatronError as error:
         raise BevatronError(f"objective.teacher: {error}") from error
-    _check(config, opened, student)
-    options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
-    return Distill(Companion(opened.spec, opened), options)
+    like = config.teacher_like
+    check_like("objective.teacher", "objective.teacher_like", like, opened.spec)
+    return opened
 
 
-def _check(config: ObjectiveConfig, teacher: Opened, student: ModelSpec) -> None:
-    where, spec = f"objective.teacher: {config.teacher}", teacher.spec
+def _check(config: ObjectiveConfig, spec: ModelSpec, student: ModelSpec) -> None:
+    where = f"objective.teacher: {config.teacher or config.teacher_like}"
     if spec.head.kind != "causal_lm":
         raise BevatronError(
             f"{where} has the head {spec.head.kind}, but a teacher needs a causal_lm head; name "

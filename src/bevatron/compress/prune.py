@@ -15,6 +15,7 @@ from bevatron.bridge.dtypes import FLOATS, NonFinite
 from bevatron.bridge.importer import check_space
 from bevatron.bridge.mover import Mover
 from bevatron.bridge.native import CONFIG
+from bevatron.bridge.on_paper import open_on_paper
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.bridge.plan import lay_out
 from bevatron.bridge.remote_code import readers
@@ -68,13 +69,16 @@ def prune(
         data: a token store on which importance is measured, with so many `samples`; or
         scores: what was measured before. Neither is needed where `targets` names all that goes.
         merge_heads: what becomes of dropped heads; see `cutting.merge`.
-        dry_run: only say what would be done.
+        dry_run: only say what would be done; `ckpt` may be a preset's name or a folder with a
+            config.json alone then.
     Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
     """
     started = time.perf_counter()
     dst = located(dst)
     _check_options(targets, data, scores, merge_heads)
     check_target(dst, overwrite=overwrite)
+    if dry_run and data is None and scores is None and (paper := open_on_paper(ckpt)) is not None:
+        return replace(_on_paper(paper, targets, str(ckpt), str(dst), merge_heads), dry_run=True)
     opened = open_weights(ckpt)
     before = stamps(opened.folder)
     check_target(dst, overwrite=overwrite, apart_from=opened.folder)
@@ -104,6 +108,15 @@ def prune(
         (folder / RECORD).write_text(_record(plan, kept, scores) + "\n", encoding="utf-8")
     seconds = round(time.perf_counter() - started, 3)
     return replace(plan.report, verified=verified, seconds=seconds)
+
+
+def _on_paper(
+    paper: Opened, targets: Targets, source: str, target: str, merge_heads: str
+) -> PruneReport:
+    """What pruning a model would give whose weights are not there."""
+    report = plan_pruning(paper, targets, None, source, target, merge_heads).report
+    note = f"{source} has no weights on this disk; planned from its sizes"
+    return replace(report, notes=[*report.notes, note])
 
 
 def _check_options(targets: Targets, data: object, scores: object, merge_heads: str) -> None:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 
 from bevatron.errors import BevatronError
+from bevatron.families.family import Family, by_name, for_spec
 from bevatron.families.llama_nemotron import width
 from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, Rope
 
@@ -155,6 +156,7 @@ PRESETS: dict[str, Callable[[], ModelSpec]] = {
     "llama3.3-70b": lambda: _llama(8192, 80, 64, 8, 28672, _LLAMA31, 131072),
     "llama3.1-minitron-4b-width": lambda: _llama(3072, 32, 32, 8, 9216, _LLAMA31, 131072),
     "llama3.1-minitron-4b-depth": lambda: _llama(4096, 16, 32, 8, 14336, _LLAMA31, 131072),
+    "mistral-nemo-12b": lambda: _llama(5120, 40, 32, 8, 14336, Rope(1e6), 128000, vocab=131072),
     "mistral-nemo-minitron-8b": lambda: _llama(
         4096, 40, 32, 8, 11520, Rope(1e6), 8192, vocab=131072
     ),
@@ -178,3 +180,8 @@ def preset(name: str) -> ModelSpec:
         near = difflib.get_close_matches(name, PRESETS, 3, 0.5) or list(PRESETS)
         raise BevatronError(f"no published model is called {name!r}; nearest: {', '.join(near)}")
     return PRESETS[name]()
+
+
+def family_of(name: str) -> Family:
+    """The family that a published model is stored in; its layers alone may be another's too."""
+    return by_name("mistral") if name.startswith("mistral") else for_spec(preset(name))

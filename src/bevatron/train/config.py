@@ -26,9 +26,12 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     """What to start from: weights (`init`), or random ones of a preset or spec file (`spec`).
-    `init_std` and `depth_scaled` of random weights are the spec's own if absent."""
+    `like` names the preset or spec file whose sizes the weights at `init` have: a dry run takes its
+    word where they are not on this disk, a run refuses others. `init_std` and `depth_scaled` of
+    random weights are the spec's own if absent."""
 
     init: str | None = None
+    like: str | None = None
     spec: str | None = None
     init_std: float | None = Field(None, ge=0)
     depth_scaled: bool | None = None
@@ -37,6 +40,10 @@ class ModelConfig(Section):
     def _one(self) -> ModelConfig:
         if (self.init is None) == (self.spec is None):
             raise ValueError("give exactly one of init (weights) and spec (random weights)")
+        if self.like is not None and self.init is None:
+            raise ValueError(
+                "like says what the weights at init are, but there is no init; drop it"
+            )
         if self.spec is None and (self.init_std is not None or self.depth_scaled is not None):
             raise ValueError("init_std and depth_scaled are for random weights, but init is given")
         return self
@@ -45,7 +52,7 @@ class ModelConfig(Section):
 # Every objective, and the settings that mean something to it.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "pretrain": ("z_loss",),
-    "distill": ("teacher", "divergence", "temperature", "top_k", "ce"),
+    "distill": ("teacher", "teacher_like", "divergence", "temperature", "top_k", "ce"),
     "sequence_classification": ("labels", "problem_type", "new_head"),
     "token_classification": ("labels", "new_head", "label_all_tokens", "join_words"),
     "question_answering": ("new_head", "stride"),
@@ -59,6 +66,7 @@ class ObjectiveConfig(Section):
     Attributes:
         z_loss: weight of the mean of logsumexp(logits)^2 (PaLM: 1e-4), reported apart.
         teacher: the model to distil from: a native checkpoint, a run, an HF folder or a Hub id.
+        teacher_like: the preset or spec file whose sizes it has, as `model.like`.
         divergence, temperature, top_k, ce: see `compress.divergence.Divergence`.
         labels: names, in order; of the new head that a language model gets.
         problem_type: of that head; by default regression for one label, else single_label.
@@ -74,6 +82,7 @@ class ObjectiveConfig(Section):
     name: str = "pretrain"
     z_loss: float = Field(0.0, ge=0)
     teacher: str | None = None
+    teacher_like: str | None = None
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = Field(None, ge=1)
@@ -290,9 +299,39 @@ class FolderConfig(Section):
     dir: str
 
 
+class RecipeConfig(Section):
+    """What a configuration says of itself, if it is a recipe; no run depends on it.
+
+    Attributes:
+        name: what `bevatron recipes` calls it.
+        what: a line on what it is for; `source`: where its numbers are published.
+        from: the preset of the model that is pruned or trained on; none for random weights.
+        world: processes that a dry run is of unless it is told otherwise.
+    """
+
+    name: str
+    what: str
+    source: str | None = None
+    from_: str | None = Field(None, alias="from")
+    world: int = Field(1, ge=1)
+
+
+class PruneConfig(Section):
+    """Sizes for `bevatron prune --recipe`, which makes the model that this run starts from. Each
+    is the option of that name; an axis that is absent stays as it is."""
+
+    hidden_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(None, ge=1)
+    drop_layers: str | None = None
+
+
 class RunConfig(Section):
     """The whole file."""
 
+    recipe: RecipeConfig | None = None
+    prune: PruneConfig | None = None
     model: ModelConfig
     tokenizer: str | None = None
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -9,11 +9,13 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
+from bevatron.train.absent import check_present, stand_in
 from bevatron.train.config import RunConfig, load_config, to_yaml
 from bevatron.train.stopping import Stopping, end_with_parent
 from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopped
@@ -46,7 +48,8 @@ def train(
         max_restarts: how often all processes are started anew, from the newest saved step, after
             one of them failed.
         dry_run: build every stage on paper and print what it takes (as JSON if `as_json`).
-        paper_ranks: of how many processes a dry run is; default: as many as would start.
+        paper_ranks: of how many processes a dry run is; default: as many as would start, or as a
+            recipe has it.
     Raises BevatronError with one message, whichever rank failed. A run that a signal ended raises
     SystemExit with 128 + the signal's number.
     """
@@ -58,6 +61,10 @@ def train(
     if (paper_ranks is not None or as_json) and not dry_run:
         raise BevatronError("--world and --json go with --dry-run")
     here = nproc * nodes.count if nproc else int(os.environ.get("WORLD_SIZE", "1"))
+    if dry_run and not is_worker and nproc is None and config.recipe is not None:
+        here = config.recipe.world
+    if not dry_run and not is_worker:
+        check_present(config)
     world = paper_ranks or here
     layout = layout_of(config, world)
     if dry_run:
@@ -76,6 +83,7 @@ def train(
 def prepared(config_path: Path, overrides: list[str], world: int) -> tuple[RunConfig, Layout]:
     """A configuration that can run on `world` processes, as far as that is known before."""
     config = load_config(config_path, overrides)
+    check_present(config)
     layout = layout_of(config, world)
     _check(config, layout)
     return config, layout
@@ -112,16 +120,19 @@ def layout_of(config: RunConfig, world: int) -> Layout:
 
 
 def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
-    """Print what the run would be. It is planned before there is data: data that does not exist yet
-    is a warning, what is not whole an error."""
+    """Print what the run would be. It is planned before there is data, and before there are weights
+    whose sizes are known: what does not exist yet is a warning, what is not whole an error."""
     absent: list[str] = []
+    init, (config, notes) = config.model.init, stand_in(config)
     start = _check(config, layout, absent)
     from bevatron.train.dry_run import make_plan, to_text
     from bevatron.train.objectives import objective_of
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    notes = [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
+    notes += [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
     plan = make_plan(config, layout, objective_of(config.objective, start.spec), notes)
+    if init is not None and config.model.init is None:
+        plan = replace(plan, start=f"{init}, which is not there yet")
     print(json.dumps(plan.to_dict()) if as_json else to_text(plan))
 
 

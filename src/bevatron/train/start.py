@@ -26,8 +26,10 @@ from bevatron.checkpoint.whole import check_whole, is_damage, read_state
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.families import for_spec
+from bevatron.families.published import family_of, preset
 from bevatron.parallel.agree import explain, on_all
 from bevatron.spec import ModelSpec
+from bevatron.spec.json import from_json
 from bevatron.train.config import RunConfig, load_config
 from bevatron.train.new_head import with_head
 
@@ -82,12 +84,15 @@ def _fresh(config: RunConfig) -> Start:
     """The start of a run without a step of its own."""
     if config.model.init is not None:
         opened = open_weights(config.model.init)
+        check_like("model.init", "model.like", config.model.like, opened.spec)
         return _headed(config, Start(opened.spec, opened, None, opened.manifest.family))
-    spec = spec_named(str(config.model.spec))
+    name = str(config.model.spec)
+    spec = spec_named(name)
     changes = {"std": config.model.init_std, "depth_scaled": config.model.depth_scaled}
     given = {name: value for name, value in changes.items() if value is not None}
     spec = replace(spec, init=replace(spec.init, **given))  # type: ignore[arg-type]
-    return _headed(config, Start(spec, None, None, for_spec(spec).name))
+    family = for_spec(spec) if Path(name).is_file() else family_of(name)
+    return _headed(config, Start(spec, None, None, family.name))
 
 
 def _headed(config: RunConfig, start: Start) -> Start:
@@ -243,11 +248,21 @@ def _damage(check: Callable[[], None]) -> str | None:
     return None
 
 
+def check_like(key: str, like_key: str, like: str | None, spec: ModelSpec) -> None:
+    """Refuse the weights at `key` if they are not of the sizes that `like_key` says they have."""
+    wanted = {p.name: p.shape for p in (spec_named(like) if like else spec).parameters()}
+    found = {p.name: p.shape for p in spec.parameters()}
+    for name in {**wanted, **found}:
+        if wanted.get(name) != found.get(name):
+            is_, expected = (str(list(x.get(name, ())) or "absent") for x in (found, wanted))
+            raise BevatronError(
+                f"{key}: is not of the sizes of {like}, which {like_key} names: its {name} is "
+                f"{is_}, expected {expected}; name other weights, or set {like_key}=null"
+            )
+
+
 def spec_named(name: str) -> ModelSpec:
     """A spec from a JSON file, or a preset by its name."""
-    from bevatron.families.published import preset
-    from bevatron.spec.json import from_json
-
     path = Path(name)
     if path.is_file():
         return from_json(path.read_text(encoding="utf-8"))
