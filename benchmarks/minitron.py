@@ -175,12 +175,13 @@ def zero_shot(lab: Lab) -> dict[str, Any]:
     for way in ("residual", "sum"):
         name = lab.prune(f"heads-{way}", *cases["heads"], "--merge-heads", way)
         found[f"heads, {way} merge"] = lab.loss(name)
-    for way in ("influence", "loss"):
+    by_loss = {"scores": "by-loss.safetensors"}
+    for way, scores in (("influence", {}), ("loss", by_loss)):
         options = ("--num-layers", str(DEPTH // 2), "--depth-by", way)
-        found[f"depth by {way}"] = lab.loss(lab.prune(f"depth-{way}", *options))
+        found[f"depth by {way}"] = lab.loss(lab.prune(f"depth-{way}", *options, **scores))
     for count in (7, 6):
         options = ("--num-layers", str(count), "--depth-by", "loss")
-        found[f"{count} layers"] = lab.loss(lab.prune(f"depth-{count}", *options))
+        found[f"{count} layers"] = lab.loss(lab.prune(f"depth-{count}", *options, **by_loss))
     return found
 
 
@@ -243,10 +244,12 @@ def main() -> None:
         prepare(folder, VOCAB_SIZE)
         (folder / "spec.json").write_text(to_json(model()), encoding="utf-8")
     teacher(lab, chosen.teacher_steps)
-    if not (folder / "scores.safetensors").exists():
-        measure = ("importance", "teacher", "scores.safetensors", "--data", "train")
-        spans = ("--layers", "spans", "--span", str(DEPTH // 2))
-        bevatron(folder, *measure, "--seq-len", str(SEQ_LEN), *spans)
+    spans = ("--layers", "spans", "--span", str(DEPTH // 2))
+    alone = ("--layers", "loss", "--samples", "16")
+    for scores, layers in (("scores", spans), ("by-loss", alone)):
+        if not (folder / f"{scores}.safetensors").exists():
+            measure = ("importance", "teacher", f"{scores}.safetensors", "--data", "train")
+            bevatron(folder, *measure, "--seq-len", str(SEQ_LEN), *layers)
     results: dict[str, Any] = {"zero_shot": zero_shot(lab)}
     print(json.dumps(results["zero_shot"], indent=1), flush=True)
     results["retrained"] = retrained(lab, chosen.seeds)
