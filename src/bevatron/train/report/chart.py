@@ -21,12 +21,20 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 26
 
 @dataclass(frozen=True)
 class Curve:
-    """`style`: line, faint (behind a smoothed one; not under the pointer) or dots."""
+    """`style`: line, faint (behind a smoothed one; not under the pointer), dots, or points, which
+    nothing connects. `rest`: in no colour of its own. `names`: of the points."""
 
     label: str
     run: int
     series: Series
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "faint", "dots", "points"] = "line"
+    rest: bool = False
+    names: tuple[str, ...] = ()
+
+    @property
+    def colour(self) -> str:
+        """A class of the page's style."""
+        return "rest" if self.rest else f"c{self.run % 6}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,14 @@ def _range(chart: Chart, low: float, high: float, settled: float) -> tuple[float
 def _curve(curve: Curve, px: Callable[[float], float], py: Callable[[float], float]) -> str:
     thin = downsample(curve.series)
     points = [(px(x), py(y)) for x, y in _pairs(thin)]
-    tag = f'class="c{curve.run % 6} {curve.style}" data-run="{curve.run}"'
+    tag = f'class="{curve.colour} {curve.style}" data-run="{curve.run}"'
+    if curve.style == "points":
+        named = [*curve.names, *[""] * len(points)]
+        dots = "".join(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(name)}</title></circle>'
+            for (x, y), name in zip(points, named, strict=False)
+        )
+        return f"<g {tag}>{dots}</g>"
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     out = f'<path {tag} d="{path}"/>' if len(points) > 1 else ""
     if curve.style == "dots" or len(points) == 1:
@@ -145,7 +160,7 @@ def _legend(chart: Chart, curves: list[Curve]) -> str:
         last = curves[0].series.last
         return f'<span class="last">{_value(last)}{escape(chart.unit)}</span>'
     items = [
-        f'<span class="key c{c.run % 6} {c.style}" data-run="{c.run}">{escape(c.label)}</span>'
+        f'<span class="key {c.colour} {c.style}" data-run="{c.run}">{escape(c.label)}</span>'
         for c in curves
     ]
     return f'<span class="legend">{"".join(items)}</span>'
@@ -157,7 +172,8 @@ def _data(curves: list[Curve]) -> str:
     for curve in curves:
         thin = downsample(curve.series)
         xs, ys = ([_plain(v) for v in values.tolist()] for values in (thin.steps, thin.values))
-        out.append({"label": curve.label, "run": curve.run, "x": xs, "y": ys})
+        own = {"label": curve.label, "run": curve.run, "colour": curve.colour}
+        out.append({**own, "x": xs, "y": ys})
     text = json.dumps(out, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json">{text}</script>'
 

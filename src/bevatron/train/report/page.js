@@ -49,7 +49,7 @@ for (const c of charts) {
       const i = nearest(curve.x, step);
       first ??= curve.x[i];
       const row = document.createElement("div"), name = document.createElement("i");
-      name.className = "c" + curve.run % 6;
+      name.className = curve.colour;
       name.textContent = curve.label + "  ";
       const value = document.createElement("b");
       value.textContent = shown(curve.y[i]);
