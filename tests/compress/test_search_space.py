@@ -55,9 +55,9 @@ def test_candidates_are_all_combinations_near_the_target_and_no_others():
         )
     }
     wanted = 60_000
-    near = {s for s, n in counts.items() if abs(n - wanted) <= 0.1 * wanted and s[1] % s[2] == 0}
+    near = {s for s, n in counts.items() if abs(n - wanted) <= 0.2 * wanted and s[1] % s[2] == 0}
     assert 3 < len(near) < len(counts) / 2
-    found = space(SMALL, axes, Goal(wanted, 0.1, most=99))
+    found = space(SMALL, axes, Goal(wanted, 0.2, most=99))
     sizes = {
         (t.num_layers, t.hidden_size, t.num_attention_heads, t.intermediate_size): c.parameters
         for c in found.candidates
