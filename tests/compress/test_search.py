@@ -247,7 +247,7 @@ def test_the_page_shows_every_candidate_and_asks_for_nothing(done: State) -> Non
     assert all(text.count(name) > 3 for name in CANDIDATES)
     for title in ("Loss after pruning", "Loss after the short distillation", "Ranks from stage"):
         assert title in text
-    assert "Held-out loss in the short distillation" in text and "finished" in text
+    assert "Held-out loss, short distillation" in text and "finished" in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)
 
 

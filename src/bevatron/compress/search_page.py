@@ -3,6 +3,7 @@ stage to stage, the distillations' curves, and all candidates with their numbers
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from bevatron.train.report.record import Series, read_run
 from bevatron.train.report.tables import count, table
 
 COLOURS = 6  # of the page's style; candidates beyond have none of their own
-AFTER = {PRUNED: "after pruning", SHORT: "after the short one", LONG: "after the long one"}
+AFTER = {PRUNED: "pruned", SHORT: "short distillation", LONG: "long distillation"}
 TITLES = {
-    PRUNED: "Loss after pruning",
-    SHORT: "Loss after the short distillation",
-    LONG: "Loss after the long distillation",
+    PRUNED: "Loss after pruning, by parameters",
+    SHORT: "Loss after the short distillation, by parameters",
+    LONG: "Loss after the long distillation, by parameters",
 }
 WIDTH, LEFT, ROW, TOP = 1096, 210, 22, 30  # of the picture of ranks
 FILE = "search.html"
@@ -46,7 +47,7 @@ def page(state: State) -> str:
     body = [_header(found, order, title)]
     losses = [_losses(order, stage) for stage in stages]
     if len(losses) % 2:  # two in a row
-        losses[-1] = Chart(**{**vars(losses[-1]), "wide": True})
+        losses[-1] = replace(losses[-1], wide=True)
     curves = [chart for stage in stages[1:] for chart in _curves(state, order, stage)]
     body.append(f'<section class="charts">{"".join(map(draw, losses))}</section>')
     if len(stages) > 1:
@@ -129,7 +130,7 @@ def _ranks(order: list[Found], stages: list[str]) -> str:
         points = [(LEFT + k * step, TOP + (r - 0.5) * ROW) for k, r in enumerate(ranks)]
         colour = f"c{i}" if i < COLOURS else "rest"
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        said = ", ".join(f"{r}. {AFTER[s]}" for s, r in zip(stages, ranks, strict=False))
+        said = ", ".join(f"{AFTER[s]} {r}" for s, r in zip(stages, ranks, strict=False))
         parts.append(f'<g class="{colour}" data-run="{min(i, COLOURS)}">')
         parts.append(f"<title>{escape(c['name'])}: {said}</title>")
         parts.append(f'<path d="{path}"/>' if len(points) > 1 else "")
@@ -170,10 +171,25 @@ def _curves(state: State, order: list[Found], stage: str) -> list[Chart]:
             objective.append(Curve(c["name"], run, mean, "line", rest))
     what = "short" if stage == SHORT else "long"
     charts = [
-        Chart(f"Held-out loss in the {what} distillation", held_out[::-1], wide=True),
-        Chart(f"Objective in the {what} distillation", objective[::-1], wide=True, settles=True),
+        Chart(f"Held-out loss above the leader's, {what}", _above(held_out), wide=True),
+        Chart(f"Held-out loss, {what} distillation", held_out[::-1]),
+        Chart(f"Objective, {what} distillation", objective[::-1], settles=True),
     ]
     return [chart for chart in charts if chart.curves]
+
+
+def _above(curves: list[Curve]) -> list[Curve]:
+    """Each less the first at the same steps: whether the ranks had settled."""
+    if len(curves) < 2:
+        return []
+    known = dict(zip(curves[0].series.steps.tolist(), curves[0].series.values, strict=True))
+    out = []
+    for curve in curves:
+        both = [i for i, step in enumerate(curve.series.steps.tolist()) if step in known]
+        steps = curve.series.steps[both]
+        lead = np.array([known[step] for step in steps.tolist()])
+        out.append(replace(curve, series=Series(steps, curve.series.values[both] - lead)))
+    return out[::-1]
 
 
 def _table(found: Found, order: list[Found], stages: list[str]) -> str:

@@ -64,6 +64,8 @@ def draw(chart: Chart) -> str:
     width, height = (1096, 320) if chart.wide else (536, 216)
     x_low, x_high = xs if xs[1] > xs[0] else (xs[0] - 0.5, xs[0] + 0.5)
     x_low = 0.0 if 0 < x_low < 0.02 * x_high else x_low
+    if all(c.style == "points" for c in chart.curves):  # none on the edge
+        x_low, x_high = x_low - 0.04 * (x_high - x_low), x_high + 0.04 * (x_high - x_low)
     y_low, y_high, logarithmic = _range(chart, *ys, x_low + 0.02 * (x_high - x_low))
     y_ticks = log_ticks(y_low, y_high) if logarithmic else ticks(y_low, y_high, 5)
 
@@ -97,7 +99,7 @@ def draw(chart: Chart) -> str:
     parts += [_mark(run, event, px, height) for run, event in chart.marks]
     parts.append("</svg>")
     frame = [LEFT, width - RIGHT, TOP, height - BOTTOM, x_low, x_high, y_low, y_high]
-    last = [c for c in chart.curves if c.style != "faint"]
+    last = sorted((c for c in chart.curves if c.style != "faint"), key=lambda c: c.run)
     return (
         f'<figure class="{"chart wide" if chart.wide else "chart"}" '
         f'data-axis="{escape(chart.axis)}" '

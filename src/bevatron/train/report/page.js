@@ -1,7 +1,7 @@
 "use strict";
 // Values under the pointer, one cursor for all charts, runs switched on and off by their names.
 const NS = document.createElementNS.bind(document, document.body.querySelector("svg")?.namespaceURI);
-const charts = [...document.querySelectorAll(".chart")].map((figure) => {
+const charts = [...document.querySelectorAll(".chart[data-frame]")].map((figure) => {
   const [left, right, top, bottom, x0, x1] = JSON.parse(figure.dataset.frame);
   const svg = figure.querySelector("svg");
   const cursor = NS("line");
