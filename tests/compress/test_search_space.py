@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from bevatron.cli.main import app
+from bevatron.compress.options import parse_share, parse_sizes
 from bevatron.compress.search_outline import dry_run, outline
 from bevatron.compress.search_space import Axes, Goal, Space, enumerate_space, grid
 from bevatron.compress.sizes import PruneError, Targets
@@ -182,6 +186,33 @@ def test_a_dry_run_needs_a_config_json_alone(tmp_path):
         assert c["parameters"] == llama_count(*sizes, c["intermediate_size"])
         assert c["losses"] == {} and (c["layers"] is None) == (c["num_layers"] < 4)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_the_command_line_says_what_it_would_try():
+    words = ["search", "llama3.1-8b", "x", "--params", "4.5B", "--hidden-size", "3072,4096"]
+    words += ["--within", "2.5%", "--dry-run"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"L32-H3072-A32-F9216 .* 4,512,746,496 +\+0.28%", shown.stdout)
+    assert "of 96 combinations are candidates" in shown.stdout
+    assert "nothing was computed or written" in shown.stdout
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert {c["hidden_size"] for c in found["candidates"]} <= {3072, 4096}
+    assert all(abs(c["off"]) <= 0.025 for c in found["candidates"])
+
+
+@pytest.mark.parametrize("text", ["", "a", "3072,", "0", "1e3", "-4", "3072 4096"])
+def test_lists_of_sizes_are_read_strictly(text):
+    with pytest.raises(PruneError, match="--hidden-size is"):
+        parse_sizes("--hidden-size", text)
+    with pytest.raises(PruneError, match="--within is"):
+        parse_share("--within", f"{text}%%")
+
+
+def test_sizes_and_shares_as_they_are_written():
+    assert parse_sizes("x", "3072, 4096,3072") == (3072, 4096)
+    assert parse_sizes("x", None) is None
+    assert parse_share("x", "5%") == parse_share("x", "0.05") == 0.05
 
 
 def test_an_outline_of_nothing_says_so(tmp_path):

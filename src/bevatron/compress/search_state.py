@@ -77,7 +77,8 @@ class State:
             state.write()
             return state
         found = read_object(path)
-        if found.get("format") != FORMAT or found.get("version") != VERSION:
+        known = found.get("format") == FORMAT and found.get("version") == VERSION
+        if not known or not isinstance(found.get("request"), dict):
             raise SearchError(
                 f"{path}: is no {FILE} of version {VERSION} (its format is "
                 f"{found.get('format')!r}, its version {found.get('version')!r}); name a new folder"
