@@ -177,3 +177,121 @@ def prune(
         overwrite=overwrite,
     )
     show(report.to_dict(), as_json)
+
+
+@app.command()
+def search(
+    ckpt: Checkpoint,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Of the search; the same command goes on in it.")
+    ],
+    params: Annotated[str, typer.Option(help="Of a candidate, such as 4B.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value]...",
+            help="Of the distillations' configuration, such as optimizer.lr=1e-4.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Token store for importance and distillation; may be given several times."
+        ),
+    ] = None,
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(help="Held-out token store, which decides; may be given several times."),
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="File of `bevatron importance`; default: measured first.")
+    ] = None,
+    num_layers: Annotated[str | None, typer.Option(help="To try, such as 29,30,32.")] = None,
+    num_attention_heads: Annotated[str | None, typer.Option(help="To try.")] = None,
+    hidden_size: Annotated[str | None, typer.Option(help="To try, such as 3072,3584,4096.")] = None,
+    intermediate_size: Annotated[str | None, typer.Option(help="To try.")] = None,
+    within: Annotated[str, typer.Option(help="How far from --params.")] = "5%",
+    multiple: Annotated[int, typer.Option(help="Of widths where none are given.")] = 64,
+    depth_by: Annotated[
+        str, typer.Option(help="influence, loss, or span (neighbours) decides which layers go.")
+    ] = "influence",
+    max_candidates: Annotated[int, typer.Option(min=1, help="The nearest to --params stay.")] = 18,
+    samples: Annotated[int, typer.Option(min=1, help="For importance.")] = 1024,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one; default: 2048 or the context.")
+    ] = None,
+    val_samples: Annotated[int, typer.Option(min=1, help="Held-out ones per loss.")] = 128,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Of the short distillation; 0: prune and compare only.")
+    ] = 400,
+    short: Annotated[int, typer.Option(min=1, help="How many candidates get it.")] = 8,
+    long_steps: Annotated[
+        int, typer.Option(min=0, help="Of a longer distillation, from the pruned weights again.")
+    ] = 0,
+    long: Annotated[int, typer.Option(min=1, help="How many candidates get it.")] = 2,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    dp_shard: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share parameters; default: the rest.")
+    ] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the weights of all candidates.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the candidates; a config.json is enough.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Search the architecture to prune to: compare all shapes near a parameter count by their loss
+    after pruning, then after a short distillation. Killed, the same command goes on."""
+    from bevatron.compress.options import parse_count, parse_share, parse_sizes
+    from bevatron.compress.search_space import Axes, Goal
+
+    axes = Axes(
+        num_layers=parse_sizes("--num-layers", num_layers),
+        num_attention_heads=parse_sizes("--num-attention-heads", num_attention_heads),
+        hidden_size=parse_sizes("--hidden-size", hidden_size),
+        intermediate_size=parse_sizes("--intermediate-size", intermediate_size),
+    )
+    share = parse_share("--within", within)
+    goal = Goal(parse_count(params), share, multiple, depth_by, max_candidates)
+    if dry_run:
+        from bevatron.compress.search_outline import dry_run as plan
+
+        stages = {"steps": steps, "short": short, "long_steps": long_steps, "long": long}
+        found = plan(ckpt, axes, goal, scores=scores, **stages)
+    else:
+        from bevatron.compress.search import Options, Search
+
+        options = Options(
+            axes,
+            goal,
+            tuple(data or ()),
+            tuple(validation or ()),
+            scores=scores,
+            samples=samples,
+            seq_len=seq_len,
+            val_samples=val_samples,
+            steps=steps,
+            short=short,
+            long_steps=long_steps,
+            long=long,
+            overrides=tuple(overrides or ()),
+            dtype=dtype,
+            seed=seed,
+            keep=keep,
+            tp=tp,
+            pp=pp,
+            dp_shard=dp_shard,
+            nproc=nproc,
+        )
+        found = Search(ckpt, folder, options).run().found
+    if as_json:
+        show(found, True)
+    else:
+        from bevatron.compress.search_table import print_table
+
+        print_table(found)

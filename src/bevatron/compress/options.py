@@ -25,6 +25,24 @@ def parse_count(text: str) -> int:
     return count
 
 
+def parse_sizes(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Sizes to try, such as 3072,3584,4096."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,9}", part) and int(part) for part in parts):
+        raise PruneError(f"{option} is {text!r}, expected sizes such as 3072,3584,4096")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def parse_share(option: str, text: str) -> float:
+    """5% or 0.05."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
+    if not found:
+        raise PruneError(f"{option} is {text!r}, expected a share such as 5%")
+    return float(found[1]) / 100 if found[2] else float(found[1])
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """Layers counted from 0, such as 16-30 (both included) or 3,5,8-11."""
     found: list[int] = []

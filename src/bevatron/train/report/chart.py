@@ -21,12 +21,20 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 26
 
 @dataclass(frozen=True)
 class Curve:
-    """`style`: line, faint (behind a smoothed one; not under the pointer) or dots."""
+    """`style`: line, faint (behind a smoothed one; not under the pointer), dots, or points, which
+    nothing connects. `rest`: in no colour of its own. `names`: of the points."""
 
     label: str
     run: int
     series: Series
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "faint", "dots", "points"] = "line"
+    rest: bool = False
+    names: tuple[str, ...] = ()
+
+    @property
+    def colour(self) -> str:
+        """A class of the page's style."""
+        return "rest" if self.rest else f"c{self.run % 6}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ def draw(chart: Chart) -> str:
     width, height = (1096, 320) if chart.wide else (536, 216)
     x_low, x_high = xs if xs[1] > xs[0] else (xs[0] - 0.5, xs[0] + 0.5)
     x_low = 0.0 if 0 < x_low < 0.02 * x_high else x_low
+    if all(c.style == "points" for c in chart.curves):  # none on the edge
+        x_low, x_high = x_low - 0.04 * (x_high - x_low), x_high + 0.04 * (x_high - x_low)
     y_low, y_high, logarithmic = _range(chart, *ys, x_low + 0.02 * (x_high - x_low))
     y_ticks = log_ticks(y_low, y_high) if logarithmic else ticks(y_low, y_high, 5)
 
@@ -89,7 +99,7 @@ def draw(chart: Chart) -> str:
     parts += [_mark(run, event, px, height) for run, event in chart.marks]
     parts.append("</svg>")
     frame = [LEFT, width - RIGHT, TOP, height - BOTTOM, x_low, x_high, y_low, y_high]
-    last = [c for c in chart.curves if c.style != "faint"]
+    last = sorted((c for c in chart.curves if c.style != "faint"), key=lambda c: c.run)
     return (
         f'<figure class="{"chart wide" if chart.wide else "chart"}" '
         f'data-axis="{escape(chart.axis)}" '
@@ -118,7 +128,14 @@ def _range(chart: Chart, low: float, high: float, settled: float) -> tuple[float
 def _curve(curve: Curve, px: Callable[[float], float], py: Callable[[float], float]) -> str:
     thin = downsample(curve.series)
     points = [(px(x), py(y)) for x, y in _pairs(thin)]
-    tag = f'class="c{curve.run % 6} {curve.style}" data-run="{curve.run}"'
+    tag = f'class="{curve.colour} {curve.style}" data-run="{curve.run}"'
+    if curve.style == "points":
+        named = [*curve.names, *[""] * len(points)]
+        dots = "".join(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(name)}</title></circle>'
+            for (x, y), name in zip(points, named, strict=False)
+        )
+        return f"<g {tag}>{dots}</g>"
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     out = f'<path {tag} d="{path}"/>' if len(points) > 1 else ""
     if curve.style == "dots" or len(points) == 1:
@@ -145,7 +162,7 @@ def _legend(chart: Chart, curves: list[Curve]) -> str:
         last = curves[0].series.last
         return f'<span class="last">{_value(last)}{escape(chart.unit)}</span>'
     items = [
-        f'<span class="key c{c.run % 6} {c.style}" data-run="{c.run}">{escape(c.label)}</span>'
+        f'<span class="key {c.colour} {c.style}" data-run="{c.run}">{escape(c.label)}</span>'
         for c in curves
     ]
     return f'<span class="legend">{"".join(items)}</span>'
@@ -157,7 +174,8 @@ def _data(curves: list[Curve]) -> str:
     for curve in curves:
         thin = downsample(curve.series)
         xs, ys = ([_plain(v) for v in values.tolist()] for values in (thin.steps, thin.values))
-        out.append({"label": curve.label, "run": curve.run, "x": xs, "y": ys})
+        own = {"label": curve.label, "run": curve.run, "colour": curve.colour}
+        out.append({**own, "x": xs, "y": ys})
     text = json.dumps(out, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json">{text}</script>'
 

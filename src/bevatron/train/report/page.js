@@ -1,7 +1,7 @@
 "use strict";
 // Values under the pointer, one cursor for all charts, runs switched on and off by their names.
 const NS = document.createElementNS.bind(document, document.body.querySelector("svg")?.namespaceURI);
-const charts = [...document.querySelectorAll(".chart")].map((figure) => {
+const charts = [...document.querySelectorAll(".chart[data-frame]")].map((figure) => {
   const [left, right, top, bottom, x0, x1] = JSON.parse(figure.dataset.frame);
   const svg = figure.querySelector("svg");
   const cursor = NS("line");
@@ -49,7 +49,7 @@ for (const c of charts) {
       const i = nearest(curve.x, step);
       first ??= curve.x[i];
       const row = document.createElement("div"), name = document.createElement("i");
-      name.className = "c" + curve.run % 6;
+      name.className = curve.colour;
       name.textContent = curve.label + "  ";
       const value = document.createElement("b");
       value.textContent = shown(curve.y[i]);

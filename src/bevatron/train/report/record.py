@@ -32,7 +32,7 @@ CURVES: tuple[str, ...] = (
     "tokens_per_s",
     "memory_gib",
 )
-CURVES += ("mfu", "mfu_causal")
+CURVES += ("mfu", "mfu_causal", "val_ce")
 
 Floats = NDArray[np.float64]
 
