@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bevatron.checkpoint.shard import local
 from bevatron.compress.distill import Distill
 from bevatron.compress.divergence import Divergence
+from bevatron.compress.states import EMBEDDING, States, StatesLoss
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.world import mesh
@@ -40,10 +41,14 @@ class Case:
     layout: Layout
     teacher: str = "heterogeneous"
     precision: str = "fp32"
+    pairs: tuple[tuple[int, int], ...] = ()
 
 
 def objective(case: Case) -> Distill:
-    return Distill(Companion(TEACHERS[case.teacher], None, seed=7), Divergence(ce=0.5))
+    spec, loss = TEACHERS[case.teacher], StatesLoss(dict(case.pairs), project=True)
+    companion = Companion(spec, None, seed=7, pairs=loss.pairs)
+    states = States(loss, STUDENT, spec) if case.pairs else None
+    return Distill(companion, Divergence(ce=0.5), states)
 
 
 def make(case: Case) -> Trainer:
@@ -101,7 +106,8 @@ def kept(case: Case) -> tuple[int, int, int]:
     ids, batch, _ = trainer._agreed(samples(trainer, 0))
     assert ids is not None
     with trainer._accompanied(ids, batch) as whole:
-        left = whole["teacher"].nbytes if "teacher" in whole else 0
+        states = [x for name, x in whole.items() if name.partition(".")[0] == "teacher"]
+        left = sum(s.nbytes() for s in {x.untyped_storage() for x in states})
         for stage in teacher.placed.mine.values():
             for module in stage.modules():
                 group = module._get_fsdp_state()._fsdp_param_group if is_sharded(module) else None
@@ -140,6 +146,7 @@ CASES = [
     Case(Layout(pp=2, tp=2)),
     Case(Layout(dp_shard=2), "tied", "bf16"),
     Case(Layout(), precision="bf16"),
+    Case(Layout(pp=2, tp=2), pairs=((0, 1), (1, 1), (3, 5), (EMBEDDING, EMBEDDING))),
 ]
 MORE = [
     Case(Layout(pp=2, dp_shard=2), "tied"),
@@ -160,7 +167,8 @@ def test_what_a_teacher_keeps_on_paper_is_what_it_keeps_on_real_ranks(
     plan, alone = plan_of(tmp_path, case)
     for stage, without in zip(plan.stages, alone.stages, strict=True):
         assert (stage.weights - without.weights, stage.beside) == real[stage.stage]
-        assert stage.peak - without.peak == sum(real[stage.stage])
+        more = stage.optimizer - without.optimizer  # a projection of states
+        assert stage.peak - without.peak == sum(real[stage.stage]) + more
         assert without.beside == 0
     assert sum(s.flops for s in plan.stages) == pytest.approx(1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from bevatron.spec.count import parameter_count
 from tests.bridge.hf_folders import make, rewrite
 from tests.compress.calibration import write_tokens
 from tests.compress.pruned import BOTH, random_scores, sliced, source, stock
+from tests.faults.refusal import command
 
 
 def test_a_run_or_a_hugging_face_folder_is_pruned_as_it_is(tmp_path: Path) -> None:
@@ -257,6 +259,59 @@ def test_values_that_are_no_numbers_are_refused_if_they_would_stay(
         ScoresError, match=r"native: .* holds a number that is not finite; look for"
     ):
         measure(tmp_path / "native", [tokens], samples=3)
+
+
+def test_scores_of_other_weights_of_the_same_shape_are_said(tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path / "tokens", 101, 600)
+    make(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    import_checkpoint(tmp_path / "hf", tmp_path / "native", show_progress=False)
+    shutil.copytree(tmp_path / "hf", tmp_path / "trained")
+    rewrite(tmp_path / "trained", lambda t: t["model.layers.2.mlp.down_proj.weight"].add_(1e-4))
+    measure(tmp_path / "hf", [tokens], samples=3).write(tmp_path / "scores")
+    notes = {}
+    for name in ("hf", "native", "trained"):
+        options = {"scores": tmp_path / "scores", "dry_run": True}
+        report = prune(tmp_path / name, tmp_path / "x", BOTH, **options)
+        notes[name] = [note for note in report.notes if "scores" in note]
+    said = f"the scores were measured on other weights of the same shape, {tmp_path / 'hf'}"
+    assert notes == {"hf": [], "native": [], "trained": [said]}
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)
+
+
+FAULTS = {
+    "no scores there": ("scores", lambda path: path.unlink(), "does not exist|No such file"),
+    "scores cut short": ("scores", lambda path: path.write_bytes(path.read_bytes()[:-9]), ""),
+    "a bit of the scores": ("scores", flip, "damaged"),
+    "no scores at all": ("scores", lambda path: path.write_text("{}"), ""),
+    "no sizes there": ("sizes", lambda path: path.unlink(), "does not exist|No such file"),
+    "sizes cut short": ("sizes", lambda path: path.write_text('{"0": {'), ""),
+    "sizes of another kind": ("sizes", lambda path: path.write_text("[1]"), ""),
+    "no weights": ("native", lambda path: next((path / "model").iterdir()).unlink(), ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_and_leaves_nothing(llama, tmp_path: Path, fault: str) -> None:
+    what, spoil, says = FAULTS[fault]
+    native = Path(shutil.copytree(llama[0], tmp_path / "native"))
+    files = {"native": native, "scores": tmp_path / "scores", "sizes": tmp_path / "sizes.json"}
+    llama[2].write(files["scores"])
+    files["sizes"].write_text('{"0": {"intermediate_size": 24}}')
+    spoil(files[what])
+    before = sorted(tmp_path.iterdir())
+    options = ("--scores", files["scores"], "--per-layer", files["sizes"], "--hidden-size", "16")
+    status, stdout, stderr = command("prune", native, tmp_path / "x", *options)
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert "unexpected" not in stderr and str(files[what]) in stderr
+    assert re.search(says, stderr)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_source_that_changed_since_it_was_measured_is_noticed(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,8 +70,16 @@ def sizes_for(model: str, size: str) -> Targets:
     return replace(targets, num_attention_heads=max(heads // 2, groups))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("model", MODELS)
+def cells() -> Iterator[Any]:
+    """All sizes together for every model, and each alone for one of every class."""
+    alone = ("llama 3", "mistral", "nanochat, GQA, biased", "nemotron, biased")
+    for model in MODELS:
+        for size in SIZES:
+            fast = size == "width, depth and heads" or model in alone
+            yield pytest.param(model, size, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("model", "size"), [*cells()])
 def test_what_is_pruned_is_an_independent_slice_and_computes_the_same_in_stock_transformers(
     model: str, size: str, tmp_path: Path
 ) -> None:

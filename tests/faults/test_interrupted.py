@@ -28,6 +28,11 @@ from tests.bridge.hf_folders import assert_same_folder, make, rewrite
 from tests.faults.children import CALLS
 from tests.faults.refusal import EMBED, NORM, WEIGHTS, contents, file_of, refused
 
+# Of pruning, which ends as the other two do, the options that have most to lose
+OFTEN = [(verb, option) for verb in ("import", "export") for option in ("new", "overwrite")]
+OFTEN += [("prune", "overwrite"), pytest.param("prune", "new", marks=pytest.mark.slow)]
+SWAPS = [(verb, "overwrite-without-swap") for verb in ("import", "export")]
+SWAPS += [pytest.param("prune", "overwrite-without-swap", marks=pytest.mark.slow)]
 ROOT = Path(__file__).parents[2]
 UNSHARE = ["unshare", "--map-root-user", "--mount"]
 
@@ -77,8 +82,7 @@ def pair(small: Path, tmp_path: Path) -> Path:
 # --- disks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["new", "overwrite"])
-@pytest.mark.parametrize("verb", CALLS)
+@pytest.mark.parametrize(("verb", "option"), OFTEN)
 def test_fault_33_disk_full_at_every_page(can_mount, pair: Path, verb: str, option: str) -> None:
     assert child("full", verb, pair, option, mounts=True) > 15
 
@@ -114,8 +118,7 @@ def refused_with_limit(source: Path, verb: str) -> None:
     assert sorted(source.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize("option", ["new", "overwrite"])
-@pytest.mark.parametrize("verb", CALLS)
+@pytest.mark.parametrize(("verb", "option"), OFTEN)
 def test_fault_35_read_only_disk(can_mount, pair: Path, verb: str, option: str) -> None:
     assert child("read-only", verb, pair, option, mounts=True) == 1
 
@@ -203,8 +206,7 @@ except MemoryError:
 # --- killed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["new", "overwrite", "overwrite-without-swap"])
-@pytest.mark.parametrize("verb", CALLS)
+@pytest.mark.parametrize(("verb", "option"), [*OFTEN, *SWAPS])
 def test_fault_34_killed_at_every_write_then_run_again(pair: Path, verb: str, option: str) -> None:
     assert child("killed", verb, pair, option) > 40
 
@@ -269,8 +271,7 @@ def test_fault_37_the_second_of_two_is_told_who_is_first(model, overwrite: bool)
     assert_same_folder(source, source.parent / "out")
 
 
-@pytest.mark.parametrize("option", ["new", "overwrite"])
-@pytest.mark.parametrize("verb", CALLS)
+@pytest.mark.parametrize(("verb", "option"), OFTEN)
 def test_fault_37_six_at_once_on_one_target(pair: Path, verb: str, option: str) -> None:
     assert child("race", verb, pair, option) == 25
 

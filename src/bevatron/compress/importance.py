@@ -22,7 +22,15 @@ from bevatron.bridge.dtypes import parse_dtype
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.sharded import DTYPES
 from bevatron.compress.calibrate import Aggregation, Calibration
-from bevatron.compress.scores import LOSS, LOSS_WITHOUT, Floats, Scores, span_name, spec_hash
+from bevatron.compress.scores import (
+    LOSS,
+    LOSS_WITHOUT,
+    Floats,
+    Scores,
+    span_name,
+    spec_hash,
+    weights_hash,
+)
 from bevatron.data.sampler import Sampler
 from bevatron.data.store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
@@ -118,6 +126,7 @@ def measure(
         tensors, loss = Pass(placed, sampler, plan, device, precision).run()
     metadata = {
         "spec": spec_hash(opened.spec),
+        "weights": weights_hash(opened.folder, opened.manifest),
         "family": opened.manifest.family,
         "model": str(ckpt),
         "aggregation": str(plan.aggregation),

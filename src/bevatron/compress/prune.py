@@ -27,7 +27,7 @@ from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, Manifest, T
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.compress.cutting import MERGES, Change, blocks, cut_shape, merge
 from bevatron.compress.outcome import PruneReport, class_of, family_of, sizes_of
-from bevatron.compress.scores import Scores
+from bevatron.compress.scores import Scores, weights_hash
 from bevatron.compress.sizes import DEPTH_BY, PruneError, Shape, Targets
 from bevatron.compress.trim import Index, Kept, cut, keep, source_of
 from bevatron.compress.widths import shape
@@ -174,6 +174,8 @@ def plan_pruning(
         notes.append(
             f"{len(carried)} rotary buffers of the source were left out; readers make their own"
         )
+    if scores is not None:
+        notes += _other_weights(opened, scores)
     weights = opened.manifest.weights()
     sources = {p.name: weights[source_of(made.layers, p.name)] for p in made.spec.parameters()}
     before, count = parameter_count(opened.spec), parameter_count(made.spec)
@@ -195,6 +197,16 @@ def plan_pruning(
         notes=[*made.notes, *notes],
     )
     return _Plan(opened, made, config, report)
+
+
+def _other_weights(opened: Opened, scores: Scores) -> list[str]:
+    """A note if the scores are of a model of the same shape that is not this one. It may be meant:
+    of a model that was trained on, say."""
+    found = scores.metadata.get("weights")
+    if found is None or found == weights_hash(opened.folder, opened.manifest):
+        return []
+    name = scores.metadata.get("model", "another model")
+    return [f"the scores were measured on other weights of the same shape, {name}"]
 
 
 def _merges(spec: ModelSpec, kept: Kept, mode: str) -> dict[str, Change]:

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bevatron.checkpoint.boxes import new_hasher, spell
+from bevatron.checkpoint.boxes import new_hasher, read_box, spell
 from bevatron.checkpoint.files import open_file
+from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.safetensors_file import read_header, write_header
 from bevatron.errors import BevatronError
 from bevatron.spec import MLP, Attention, ModelSpec
@@ -34,6 +35,7 @@ Floats = NDArray[np.float32]
 FORMAT, VERSION = "bevatron-importance", "1"
 CHANNELS, INFLUENCE = "embedding.channels", "layers.block_influence"
 LOSS_WITHOUT, LOSS = "layers.loss_without", "loss"
+SAMPLED = 256  # numbers at either end of a tensor that `weights_hash` sees
 
 
 class ScoresError(BevatronError):
@@ -60,6 +62,19 @@ def spec_hash(spec: ModelSpec) -> str:
     return spell(hasher)
 
 
+def weights_hash(folder: Path, manifest: Manifest) -> str:
+    """`xxh3:...` of numbers at both ends of every tensor: a model that was trained on has another
+    one, the same model in another format has not. Reads little; not safe against intent."""
+    hasher = new_hasher()
+    for name, entry in sorted(manifest.weights().items()):
+        size = (*[1] * (len(entry.shape) - 1), min(entry.shape[-1], SAMPLED))
+        last = tuple(n - s for n, s in zip(entry.shape, size, strict=True))
+        for offset in ((0,) * len(size), last):
+            values = read_box(folder, entry, offset, size)
+            hasher.update(memoryview(name.encode() + values.tobytes()))
+    return spell(hasher)
+
+
 def expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the scores that every file about this model has. Absent sublayers and those
     that are one matrix have none."""
@@ -76,8 +91,9 @@ def expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 class Scores:
     """Attributes:
     tensors: by the names above, fp32.
-    metadata: format, version, `spec` (its hash), family, aggregation (`batch,sequence`), samples,
-        seq_len, tokens, seed, data (the token store's hash), dtype.
+    metadata: format, version, hash (of the tensors), `spec` and `weights` (hashes of the model's),
+        family, aggregation (`batch,sequence`), samples, seq_len, tokens, seed, data (the token
+        store's hash), dtype.
     """
 
     tensors: Mapping[str, Floats]

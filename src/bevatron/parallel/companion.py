@@ -163,8 +163,8 @@ class Companion:
 
     def kept_bytes(self, tokens: int) -> int:
         """What `run` leaves on this rank until `release`, its shards apart: weights that stay
-        gathered, and on the last stage the hidden states of `tokens` tokens, this rank's before
-        sequence parallelism cuts them."""
+        gathered, and hidden states of `tokens` tokens, this rank's before sequence parallelism cuts
+        them."""
         placed, kept = self.placed, 0
         for stage in placed.mine.values():
             for name, parameter in stage.decoder.named_parameters():
@@ -172,10 +172,14 @@ class Companion:
                 dropped = module == "layers" or (module == "embed" and not self.spec.tied)
                 if not (dropped and placed.layout.regathers):
                     kept += unsharded(parameter) * parameter.element_size()
-        if placed.is_last:
-            shares = self._stage.decoder.comm.sequence_shares
-            kept += tokens // shares * self.spec.hidden_size * self.dtype.itemsize
-        return kept
+        here = placed.mesh.get_local_rank("pp")
+        states = {(True, len(self.spec.layers))} if placed.is_last else set()  # the last, normed
+        for theirs, ours in self.pairs.items():  # as `_hand_over` moves them
+            if here == placed.layout.rank_of_stage(_stage_of(self.beside, theirs)):
+                source = placed.layout.rank_of_stage(_stage_of(placed.stages, ours))
+                states.add((here == source, ours if here == source else theirs))
+        shares = placed.stage.decoder.comm.sequence_shares
+        return kept + len(states) * tokens // shares * self.spec.hidden_size * self.dtype.itemsize
 
     def fingerprint(self) -> str:
         """Of the spec and of numbers at both ends of every tensor: another model, or the same one
