@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bevatron.bridge.opened import Opened, open_weights
+from bevatron.bridge.opened import Opened
 from bevatron.compress.divergence import Divergence, Output, distillation_sums
 from bevatron.errors import BevatronError
 from bevatron.nn.comm import Comm
@@ -14,7 +14,7 @@ from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import ObjectiveConfig
 from bevatron.train.objectives import Pretrain, Vector, mean_over
-from bevatron.train.start import check_like, spec_named
+from bevatron.train.start import open_teacher
 
 
 class Distill(Pretrain):
@@ -49,28 +49,17 @@ def distill(config: ObjectiveConfig, student: ModelSpec) -> Distill:
     """The configured objective, its teacher opened and not yet read.
 
     Raises BevatronError if there is no such teacher, or the student cannot learn from it."""
-    opened = _opened(config)
-    spec = opened.spec if opened is not None else spec_named(str(config.teacher_like))
-    _check(config, spec, student)
-    options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
-    return Distill(Companion(spec, opened), options)
-
-
-def _opened(config: ObjectiveConfig) -> Opened | None:
-    """The teacher's weights; None in a dry run that has none."""
-    if config.teacher is None:
-        return None
     try:
-        opened = open_weights(config.teacher)
+        opened = open_teacher(config)
     except BevatronError as error:
         raise BevatronError(f"objective.teacher: {error}") from error
-    like = config.teacher_like
-    check_like("objective.teacher", "objective.teacher_like", like, opened.spec)
-    return opened
+    _check(config, opened, student)
+    options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
+    return Distill(Companion(opened.spec, opened), options)
 
 
-def _check(config: ObjectiveConfig, spec: ModelSpec, student: ModelSpec) -> None:
-    where = f"objective.teacher: {config.teacher or config.teacher_like}"
+def _check(config: ObjectiveConfig, teacher: Opened, student: ModelSpec) -> None:
+    where, spec = f"objective.teacher: {config.teacher or config.teacher_like}", teacher.spec
     if spec.head.kind != "causal_lm":
         raise BevatronError(
             f"{where} has the head {spec.head.kind}, but a teacher needs a causal_lm head; name "
