@@ -113,13 +113,13 @@ def troubled(trouble: Trouble) -> Iterator[None]:
 
     def computing(self: Runner, *args: Any, **more: Any) -> Any:
         value = compute(self, *args, **more)
-        grad = next(local(p.grad) for p in self.placed.trainable() if p.grad is not None)
+        grad = next(local(p.grad) for p in self.placed.trained.values() if p.grad is not None)
         if here("nan loss"):
             value.fill_(float("nan"))
         if here("inf gradient"):
             grad.view(-1)[3] = float("inf")
         if here("spike"):
-            for parameter in self.placed.trainable():
+            for parameter in self.placed.trained.values():
                 assert parameter.grad is not None
                 local(parameter.grad).mul_(1e4)
         return value

@@ -133,7 +133,7 @@ def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
         ("", "expected sections"),
         ("model: {", "not valid YAML"),
         ("? [a]\n: 1\n", "not text"),
-        ("1: 2\n", "not text"),
+        ("1: 2\n", "1: unknown key"),
         ("model: !!python/object:os.system {}\n", "not valid YAML"),
         ("model: &a {init: *a}\n", "not valid YAML"),
     ],

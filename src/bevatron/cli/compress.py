@@ -78,6 +78,30 @@ def importance(
 
 
 @app.command()
+def logits(
+    teacher: Checkpoint,
+    config: Annotated[Path, typer.Argument(help="A run configuration with objective.logits.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the log-probabilities: fp16 or fp32.")] = "fp16",
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Store a teacher's likeliest next tokens for the samples of a run, which then distils without
+    the teacher; also under torchrun. Stopped, the same command goes on from there."""
+    from bevatron.compress.logits import logits as make
+
+    make(
+        teacher,
+        config,
+        overrides or [],
+        dtype=dtype,
+        nproc=nproc,
+        as_json=as_json,
+        show=lambda found: show(found if as_json else rounded(found), as_json),
+    )
+
+
+@app.command()
 def prune(
     ckpt: Checkpoint,
     dst: Annotated[str, typer.Argument(help="The native checkpoint to make; a folder or a URL.")],

@@ -6,7 +6,6 @@ The same command runs in one process, starts N of its own, or is one of torchrun
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,23 +106,15 @@ def _work(
     options: dict[str, Any],
     worker: bool,
 ) -> None:
-    """One rank. A worker of a launcher leaves its last words and ends."""
+    """One rank."""
     import torch.distributed as dist
 
     from bevatron.compress.importance import measure
+    from bevatron.compress.ranks import one_rank
     from bevatron.parallel.agree import on_all
-    from bevatron.parallel.world import default_device, world
-    from bevatron.train.hardware import tune_allocator
-    from bevatron.train.stopping import Stopping, end_with_parent
-    from bevatron.train.workers import reporting
 
-    if worker:
-        end_with_parent()
-    device, stopping, began = default_device(), Stopping(), time.monotonic()
-    if device.type == "cpu":
-        tune_allocator()
-    # Reports twice: of what fails inside the group before an end of the group that might hang.
-    with reporting(worker, stopping), world(device), reporting(worker, stopping):
+    began = time.monotonic()
+    with one_rank(worker):
         scores = measure(ckpt, data, layout=layout, **options)
 
         def write() -> None:
@@ -151,8 +142,3 @@ def _work(
                 if losses is not None:
                     found[f"loss_without_{n}"] = losses.tolist()
             show(found)
-        if worker:
-            # Leave together and without destructors, as `train` does.
-            on_all(lambda: None)
-            sys.stdout.flush()
-            os._exit(0)

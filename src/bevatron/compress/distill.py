@@ -2,76 +2,164 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from bevatron.bridge.opened import Opened
-from bevatron.compress.divergence import Divergence, Output, distillation_sums
+from bevatron.compress.divergence import Divergence, Output, Top, distillation_sums
+from bevatron.compress.states import States, states_of
+from bevatron.compress.stored import IDS, TAIL, VALUES, StoredLogits
 from bevatron.errors import BevatronError
 from bevatron.nn.comm import Comm
 from bevatron.nn.heads import Compute
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import ObjectiveConfig
-from bevatron.train.objectives import Pretrain, Vector, mean_over
+from bevatron.train.objectives import Pretrain, Samples, Vector, mean_over
 from bevatron.train.start import open_teacher
+
+TOP = (VALUES, IDS, TAIL)
 
 
 class Distill(Pretrain):
     """The mean over all tokens of the global batch of temperature^2 * divergence + ce *
-    cross-entropy. Reports `kl`, the divergence alone, and `ce`, whatever their weights."""
+    cross-entropy, and of a loss on states besides. Reports `kl`, the divergence alone, and `ce`,
+    whatever their weights; of a loss on states `states` and `states_weight`.
+
+    Args:
+        teacher: a model that runs beside the student, or what one said before.
+        states: needs the model, which has its pairs."""
 
     name = "distill"
 
-    def __init__(self, teacher: Companion, options: Divergence) -> None:
+    def __init__(
+        self,
+        teacher: Companion | StoredLogits,
+        options: Divergence,
+        states: States | None = None,
+    ) -> None:
         super().__init__()
-        self.teacher, self.options = teacher, options
-        self.companions = {"teacher": teacher}
-        self.entries = 3
+        self.teacher, self.options, self.taps = teacher, options, states
+        self.states = states
+        if isinstance(teacher, Companion):
+            self.companions = {"teacher": teacher}
+        else:
+            self.stored = teacher
+        self.counted, self.entries = (1, 3) if states is None else (2, 4)
+
+    def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, batch = super().batch(samples)
+        return ids, batch | {name: samples[name] for name in TOP if name in samples}
+
+    def count(self, batch: dict[str, Tensor]) -> Sequence[int]:
+        """Tokens with a next one to predict; of states, all of them."""
+        counts = super().count(batch)
+        return counts if self.states is None else (*counts, batch["labels"].numel())
 
     def compute(self, comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
         def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-            with torch.no_grad():
-                theirs = comm.enter(batch["teacher"])
-            student = Output(hidden, weight, spec.logit_softcap)
-            teacher = Output(theirs, self.teacher.head(), self.teacher.spec.logit_softcap)
-            labels, rows = batch["labels"], spec.vocab_size
-            return distillation_sums(student, teacher, labels, comm, rows, self.options)
+            student, labels = Output(hidden, weight, spec.logit_softcap), batch["labels"]
+            teacher = self._taught(comm, batch)
+            sums = distillation_sums(student, teacher, labels, comm, spec.vocab_size, self.options)
+            if self.states is None:
+                return sums
+            return torch.cat((sums[:1], sums.new_zeros(1), sums[1:]))
 
         return loss
 
+    def _taught(self, comm: Comm, batch: dict[str, Tensor]) -> Output | Top:
+        if isinstance(self.teacher, Companion):
+            with torch.no_grad():
+                hidden = comm.enter(batch["teacher"])
+            return Output(hidden, self.teacher.head(), self.teacher.spec.logit_softcap)
+        values, ids, tail = (batch[name] for name in TOP)
+        top = Top(values.flatten(0, 1).float(), ids.flatten(0, 1).long(), tail.flatten())
+        if values.dtype != torch.float32:
+            top = top.normalised()
+        return top.first(self.options.top_k or top.values.shape[1])
+
     def report(self, sums: Vector, counts: Vector) -> dict[str, float]:
-        loss, divergence, entropy = (float(x) / mean_over(counts[0]) for x in sums)
-        return {"loss": loss, "kl": divergence, "ce": entropy}
+        if self.states is None:
+            loss, divergence, entropy = (float(x) / mean_over(counts[0]) for x in sums)
+            return {"loss": loss, "kl": divergence, "ce": entropy}
+        found, logits, states = self._parts(sums, counts)
+        weight = self.states.weigh(logits, states)
+        found["loss"] += weight * states
+        return {**found, "states": states, "states_weight": weight}
+
+    def _parts(self, sums: Vector, counts: Vector) -> tuple[dict[str, float], float, float]:
+        """What is reported without the states; the loss on logits, and that on states."""
+        n = mean_over(counts[0])
+        loss, divergence, entropy = (float(sums[i]) / n for i in (0, 2, 3))
+        logits = self.options.temperature**2 * divergence
+        states = float(sums[1]) / mean_over(counts[1])
+        return {"loss": loss, "kl": divergence, "ce": entropy}, logits, states
+
+    def settle(self, sums: Vector, counts: Vector) -> None:
+        if self.states is not None:
+            self.states.settle(*self._parts(sums, counts)[1:])
 
 
 def distill(config: ObjectiveConfig, student: ModelSpec) -> Distill:
     """The configured objective, its teacher opened and not yet read.
 
     Raises BevatronError if there is no such teacher, or the student cannot learn from it."""
+    options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
+    if config.logits is not None:
+        stored = StoredLogits.open(Path(config.logits))
+        _check_stored(config, stored, student)
+        return Distill(stored, options)
     try:
         opened = open_teacher(config)
     except BevatronError as error:
         raise BevatronError(f"objective.teacher: {error}") from error
-    _check(config, opened, student)
-    options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
-    return Distill(Companion(opened.spec, opened), options)
+    where = f"objective.teacher: {config.teacher or config.teacher_like}"
+    check_teacher(where, opened, config.top_k)
+    _check_vocabulary(where, opened.spec.vocab_size, student)
+    if config.states is None:
+        return Distill(Companion(opened.spec, opened), options)
+    loss = states_of(config.states, student, opened.spec)
+    states = States(loss, student, opened.spec)
+    return Distill(Companion(opened.spec, opened, pairs=loss.pairs), options, states)
 
 
-def _check(config: ObjectiveConfig, teacher: Opened, student: ModelSpec) -> None:
-    where, spec = f"objective.teacher: {config.teacher or config.teacher_like}", teacher.spec
+def check_teacher(where: str, teacher: Opened, top_k: int | None) -> None:
+    """Refuse what cannot teach. `where`: begins the message."""
+    spec = teacher.spec
     if spec.head.kind != "causal_lm":
         raise BevatronError(
             f"{where} has the head {spec.head.kind}, but a teacher needs a causal_lm head; name "
             "the language model that it was made from"
         )
-    if spec.vocab_size != student.vocab_size:
+    if top_k is not None and top_k >= spec.vocab_size:
         raise BevatronError(
-            f"{where} has a vocabulary of {spec.vocab_size} tokens, the student one of "
+            f"objective.top_k is {top_k}, expected less than the vocabulary's "
+            f"{spec.vocab_size} tokens; drop it to compare all of them"
+        )
+
+
+def _check_vocabulary(where: str, tokens: int, student: ModelSpec) -> None:
+    if tokens != student.vocab_size:
+        raise BevatronError(
+            f"{where} has a vocabulary of {tokens} tokens, the student one of "
             f"{student.vocab_size}; both must share one tokenizer and one vocab_size"
         )
-    if config.top_k is not None and config.top_k >= spec.vocab_size:
+
+
+def _check_stored(config: ObjectiveConfig, stored: StoredLogits, student: ModelSpec) -> None:
+    info = stored.info
+    _check_vocabulary(f"objective.logits: {stored.path}", info.vocab_size, student)
+    if config.temperature != info.temperature:
         raise BevatronError(
-            f"objective.top_k is {config.top_k}, expected less than the vocabulary's "
-            f"{spec.vocab_size} tokens; drop it to compare all of them"
+            f"objective.temperature is {config.temperature:g}, but {stored.path} was made at "
+            f"{info.temperature:g}, and the tail of another temperature cannot be known from it; "
+            "use that one, or make the logits anew"
+        )
+    if config.top_k is not None and config.top_k > info.top_k:
+        raise BevatronError(
+            f"objective.top_k is {config.top_k}, but {stored.path} has {info.top_k} tokens of each "
+            "distribution; use at most as many, or make the logits anew"
         )

@@ -59,8 +59,65 @@ class Output:
         return softcap((x @ self.weight.T).float(), self.cap)
 
 
+@dataclass(frozen=True)
+class Top:
+    """Of distributions over the vocabulary, the likeliest tokens and the rest; the same on every
+    rank that shares the vocabulary.
+
+    Attributes:
+        values: [N, k] log-probabilities, fp32; highest first.
+        ids: [N, k] token ids.
+        tail: [N] the logarithm of all other tokens' mass, fp32.
+    """
+
+    values: Tensor
+    ids: Tensor
+    tail: Tensor
+
+    def logits(self, piece: slice) -> Top:
+        """Those of some tokens, as `Output.logits`."""
+        return Top(self.values[piece], self.ids[piece], self.tail[piece])
+
+    def first(self, k: int) -> Top:
+        """The same of fewer tokens."""
+        if k == self.values.shape[1]:
+            return self
+        rest = torch.cat((self.values[:, k:], self.tail[:, None]), 1)
+        return Top(self.values[:, :k], self.ids[:, :k], rest.logsumexp(1))
+
+    def normalised(self) -> Top:
+        """With a mass of 1, which rounding may have changed."""
+        mass = torch.cat((self.values, self.tail[:, None]), 1).logsumexp(1)
+        return Top(self.values - mass[:, None], self.ids, self.tail - mass)
+
+
+def chunk_tokens(rows: int, comm: Comm) -> int:
+    """Of how many tokens there are logits at a time: half of what cross-entropy takes, for there
+    are two models' logits."""
+    return max(1, chunked.CHUNK_LOGITS // 2 // -(-rows // comm.size))
+
+
+def top_of(model: Output, comm: Comm, rows: int, temperature: float, k: int) -> Top:
+    """The k likeliest of all tokens of a model's end, N = B * T of them."""
+    count, step = model.hidden.flatten(0, 1).shape[0], chunk_tokens(rows, comm)
+    first, _ = comm.bounds(rows)
+    found = []
+    for begin in range(0, count, step):
+        t = model.logits(slice(begin, begin + step))
+        t -= comm.max_(t.amax(-1))[:, None]
+        _log_softmax([t], temperature, comm)
+        found.append(_top(t, k, first, comm))
+    parts = ([getattr(top, name) for top in found] for name in ("values", "ids", "tail"))
+    return Top(*(torch.cat(part) for part in parts))
+
+
 def distillation_sums(
-    student: Output, teacher: Output, labels: Tensor, comm: Comm, rows: int, options: Divergence
+    student: Output,
+    teacher: Output | Top,
+    labels: Tensor,
+    comm: Comm,
+    rows: int,
+    options: Divergence,
 ) -> Tensor:
     """Three sums over all tokens whose label is not IGNORE, fp32 [3]: what is minimised, which is
     temperature^2 * divergence + ce * cross-entropy; the divergence; the cross-entropy. Only the
@@ -71,13 +128,13 @@ def distillation_sums(
     sum.
 
     Args:
+        teacher: its end; or what is known of its distributions at this temperature, N = B * T,
+            of which all of the k tokens are compared.
         labels: [B, T] int64.
         rows: of the whole vocabulary.
     """
     flat, targets = student.hidden.flatten(0, 1), labels.flatten()
     first, _ = comm.bounds(rows)
-    # Half of what cross-entropy takes: there are two models' logits.
-    tokens = max(1, chunked.CHUNK_LOGITS // 2 // -(-rows // comm.size))
 
     def chunk(x: Tensor, w: Tensor, piece: slice, keep: bool) -> tuple[Tensor, Tensor | None]:
         s, slope = (x @ w.T).float(), None  # [n, V]
@@ -92,12 +149,12 @@ def distillation_sums(
             gradient *= slope
         return sums, None if gradient is None else gradient.to(x.dtype)
 
-    return chunked.sums_of_chunks(flat, student.weight, tokens, 3, chunk)
+    return chunked.sums_of_chunks(flat, student.weight, chunk_tokens(rows, comm), 3, chunk)
 
 
 def _chunk(
     s: Tensor,
-    t: Tensor,
+    t: Tensor | Top,
     labels: Tensor,
     first: int,
     comm: Comm,
@@ -108,21 +165,19 @@ def _chunk(
 
     Overwrites the logits s and t [n, V], this rank's columns from token id `first` on."""
     temperature, valid = options.temperature, labels != IGNORE
-    highest = comm.max_(torch.stack((s.amax(-1), t.amax(-1))))
-    s -= highest[0, :, None]
-    t -= highest[1, :, None]
+    logits = [s] if isinstance(t, Top) else [s, t]
+    highest = comm.max_(torch.stack([x.amax(-1) for x in logits]))
+    for x, most in zip(logits, highest, strict=True):
+        x.sub_(most[:, None])
     own = _own(torch.where(valid, labels, -1)[:, None], first, s.shape[1])
     entropy, gradient = _cross_entropy(s, own, comm, keep and options.ce > 0)
-    if temperature != 1:
-        s /= temperature
-        t /= temperature
-    mass = comm.sum_(torch.stack((s.exp().sum(-1), t.exp().sum(-1))))
-    s -= mass[0].log()[:, None]  # log-probabilities from here on
-    t -= mass[1].log()[:, None]
-    if options.top_k is None:
-        value, towards = _compare(s, t, options.kind, comm, keep)
+    _log_softmax(logits, temperature, comm)
+    if not isinstance(t, Top) and options.top_k is not None:
+        t = _top(t, options.top_k, first, comm)
+    if isinstance(t, Top):
+        value, towards = _compare_top(s, t, first, options.kind, comm, keep)
     else:
-        value, towards = _compare_top(s, t, first, options.top_k, options.kind, comm, keep)
+        value, towards = _compare(s, t, options.kind, comm, keep)
     value, entropy = (value * valid).sum(), (entropy * valid).sum()
     sums = torch.stack((temperature**2 * value + options.ce * entropy, value, entropy))
     if towards is None:
@@ -131,6 +186,16 @@ def _chunk(
     if gradient is not None:
         towards.add_(gradient, alpha=options.ce)
     return sums, towards.mul_(valid[:, None])
+
+
+def _log_softmax(logits: list[Tensor], temperature: float, comm: Comm) -> None:
+    """Turn logits whose highest is 0 into log-probabilities, in place."""
+    if temperature != 1:
+        for x in logits:
+            x.div_(temperature)
+    mass = comm.sum_(torch.stack([x.exp().sum(-1) for x in logits]))
+    for x, total in zip(logits, mass, strict=True):
+        x.sub_(total.log()[:, None])
 
 
 # Columns [n, k] of this rank's logits, 0 where a token is another rank's, and whether it is not.
@@ -186,32 +251,40 @@ def _total(total: Tensor, kind: Kind) -> Tensor:
 
 
 def _compare_top(
-    s: Tensor, t: Tensor, first: int, k: int, kind: Kind, comm: Comm, keep: bool
+    s: Tensor, t: Top, first: int, kind: Kind, comm: Comm, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`_compare` of k + 1 probabilities: of the teacher's k likeliest tokens and of all others
-    together, whose log-probabilities every rank gets."""
-    values, ids = _top(t, k, first, comm)
-    columns, mine = _own(ids, first, s.shape[1])
+    together."""
+    columns, mine = _own(t.ids, first, s.shape[1])
     p = s.exp()
-
-    def others(e: Tensor) -> Tensor:  # [n], what this rank holds of the tail; overwrites e
-        return e.scatter_add_(1, columns, -e.gather(1, columns) * mine).sum(-1)
-
-    tails = comm.sum_(torch.stack((others(p.clone()), others(t.exp())))).clamp_(min=TINY)
+    tail = comm.sum_(_others(p.clone(), columns, mine)).clamp_(min=TINY)
     chosen = comm.sum_(s.gather(1, columns).mul_(mine))
-    few_s = torch.cat((chosen, tails[0, :, None].log()), 1)  # [n, k + 1]
-    few_t = torch.cat((values, tails[1, :, None].log()), 1)
+    few_s = torch.cat((chosen, tail.log()[:, None]), 1)  # [n, k + 1]
+    few_t = torch.cat((t.values, t.tail[:, None]), 1)
     terms, g = _slopes(few_s, few_t, kind)
     value, total = terms.sum(-1), _total(g.sum(-1), kind)
     if not keep:
         return value, None
     # The tail's g falls to its tokens by their probabilities.
-    per_mass = (g[:, -1] / tails[0])[:, None]
+    per_mass = (g[:, -1] / tail)[:, None]
     at_top = g[:, :-1] - chosen.exp() * per_mass
     return value, (p * (per_mass - total[:, None])).scatter_add_(1, columns, at_top * mine)
 
 
-def _top(t: Tensor, k: int, first: int, comm: Comm) -> tuple[Tensor, Tensor]:
+def _others(p: Tensor, columns: Tensor, mine: Tensor) -> Tensor:
+    """[n]: the mass of this rank's tokens but those of these columns. Overwrites p."""
+    return p.scatter_add_(1, columns, -p.gather(1, columns) * mine).sum(-1)
+
+
+def _top(t: Tensor, k: int, first: int, comm: Comm) -> Top:
+    """The k highest of log-probabilities t [n, V] over all ranks' columns, and the rest."""
+    values, ids = _highest(t, k, first, comm)
+    columns, mine = _own(ids, first, t.shape[1])
+    tail = comm.sum_(_others(t.exp(), columns, mine)).clamp_(min=TINY).log()
+    return Top(values, ids, tail)
+
+
+def _highest(t: Tensor, k: int, first: int, comm: Comm) -> tuple[Tensor, Tensor]:
     """The k highest of t [n, V] over all ranks' columns: values and token ids [n, k]."""
     values, ids = t.topk(min(k, t.shape[1]), dim=1)
     ids = ids + first

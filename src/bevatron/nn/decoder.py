@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from bevatron.spec import Attention as AttentionSpec
 from bevatron.spec import LayerSpec, ModelSpec
 
 Rotations = dict[int, tuple[Tensor, ...]]
+EMBEDDING = -1  # the place before the first layer
+# Between the layers: (a layer's number or EMBEDDING, the hidden states after it) -> what goes on.
+Tap = Callable[[int, Tensor], Tensor]
 
 
 class Embedding(nn.Module):
@@ -134,6 +137,7 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        tap: Tap | None = None,
     ) -> Tensor:
         """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
         final norm; the scores [B, T, labels] of a head that is not causal_lm; `compute` of them and
@@ -151,6 +155,8 @@ class Decoder(nn.Module):
             length = ids.shape[1]
             if self.spec.embedding_norm:
                 x = rms(x, self.spec.norm.eps)
+            if tap is not None:
+                x = tap(EMBEDDING, x)
         else:
             length = self.sequence_length(x)
         mask = make_mask(self.comm.context, x, length, documents)
@@ -164,6 +170,8 @@ class Decoder(nn.Module):
         for i, layer in self.layers.items():
             if not self.left_out or int(i) not in self.left_out:
                 x = layer(x, rotations, mask)
+                if tap is not None:
+                    x = tap(int(i), x)
         if self.final_norm is None:
             return x
         x = self.final_norm(x)

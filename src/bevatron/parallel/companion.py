@@ -3,21 +3,27 @@
 It is placed on the same mesh with stages of its own, so its shape may be any. Its parameters are
 sharded like the trained ones, in the dtype that the run computes in; they have no gradients and no
 optimizer. Before a step it takes the step's micro-batches through its pipeline, and leaves its last
-hidden states where the trained model's last stage is: both have it on the same ranks.
+hidden states where the trained model's last stage is: both have it on the same ranks. Hidden states
+between its layers are sent to where the trained model's layers are that will be compared with them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from bevatron.bridge.opened import Opened
 from bevatron.checkpoint.sharded import box_reader
+from bevatron.nn.comm import Comm
+from bevatron.nn.decoder import EMBEDDING, Tap
 from bevatron.nn.heads import Vocabulary
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Batch, micro_batches, pass_down
@@ -35,11 +41,20 @@ class Companion:
     Args:
         spec: of a model with a causal_lm head.
         weights: where they lie; None for random ones of `seed`.
+        pairs: a layer of the trained model (or EMBEDDING) -> the one here whose hidden states it
+            gets.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Opened | None, seed: int = 0) -> None:
-        self.spec, self.weights, self.seed = spec, weights, seed
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Opened | None,
+        seed: int = 0,
+        pairs: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        self.spec, self.weights, self.seed, self.pairs = spec, weights, seed, pairs
         self._placed: Placed | None = None
+        self._caught: dict[int, list[Tensor]] = {}
 
     @property
     def placed(self) -> Placed:
@@ -56,9 +71,14 @@ class Companion:
         seq_len: int,
         micro_batch: int,
         compile_layers: bool,
+        stages: Sequence[range] = (),
     ) -> None:
         """Build this rank's stages, without values. A split in `layout` is the trained model's:
-        this one's stages are balanced by themselves."""
+        this one's stages are balanced by themselves.
+
+        Args:
+            stages: the layers of every stage of the trained model; for `pairs`."""
+        self.beside = stages
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.micro_batch = micro_batch
         self._placed = place(
@@ -71,6 +91,7 @@ class Companion:
             seq_len=seq_len,
             micro_batch=micro_batch,
             compile_layers=compile_layers,
+            make_tap=self._catch if self.pairs else None,
         )
 
     def fill(self) -> None:
@@ -82,22 +103,54 @@ class Companion:
         if self.placed.tied is not None:
             self.placed.tied.fill_head()
 
-    def run(self, ids: Tensor, batch: Batch) -> Tensor | None:
-        """The hidden states [n, T, h] after the final norm of all micro-batches of ids [n, T], on
-        the ranks with the last stage; T is a sequence-parallel rank's share. Until `release`, those
-        ranks keep the head gathered."""
+    def run(self, ids: Tensor, batch: Batch) -> dict[int | None, Tensor]:
+        """Hidden states [n, T, h] of all micro-batches of ids [n, T]; T is a sequence-parallel
+        rank's share. By None those after the final norm, on the ranks with the last stage, which
+        keep the head gathered until `release`; by a layer of the trained model, on the ranks that
+        have it, those that it is to be compared with."""
         found = []
         with torch.no_grad():
             for part, extra in micro_batches(ids, batch, self.micro_batch):
                 out = pass_down(self.placed, part, self.dtype, extra)
                 if out is not None:
                     found.append(out)
-        if not self.placed.is_last:
-            return None
-        module = self._stage if self.spec.tied else self._head
-        if isinstance(module, FSDPModule):
-            module.unshard()
-        return torch.cat(found)
+        states: dict[int | None, Tensor] = {}
+        self._hand_over(ids, states)
+        if self.placed.is_last:
+            module = self._stage if self.spec.tied else self._head
+            if isinstance(module, FSDPModule):
+                module.unshard()
+            states[None] = torch.cat(found)
+        return states
+
+    def _catch(self, comm: Comm, spec: ModelSpec, batch: Batch) -> Tap:
+        wanted = set(self.pairs.values())
+
+        def tap(layer: int, x: Tensor) -> Tensor:
+            if layer in wanted:
+                self._caught.setdefault(layer, []).append(x)
+            return x
+
+        return tap
+
+    def _hand_over(self, ids: Tensor, states: dict[int | None, Tensor]) -> None:
+        """Move what was caught to the ranks that need it, in one order on all of them."""
+        placed, group = self.placed, self.placed.mesh.get_group("pp")
+        ranks, here = dist.get_process_group_ranks(group), placed.mesh.get_local_rank("pp")
+        shares = placed.stage.decoder.comm.sequence_shares
+        shape = (ids.shape[0], ids.shape[1] // shares, self.spec.hidden_size)
+        caught = {layer: torch.cat(parts) for layer, parts in self._caught.items()}
+        self._caught = {}
+        for theirs, ours in sorted(self.pairs.items()):
+            target = placed.layout.rank_of_stage(_stage_of(self.beside, theirs))
+            source = placed.layout.rank_of_stage(_stage_of(placed.stages, ours))
+            if here == source == target:
+                states[theirs] = caught[ours]
+            elif here == source:
+                dist.send(caught[ours].contiguous(), ranks[target], group=group)
+            elif here == target:
+                states[theirs] = torch.empty(shape, dtype=self.dtype, device=ids.device)
+                dist.recv(states[theirs], ranks[source], group=group)
 
     def head(self) -> Tensor:
         """This rank's rows [V/tp, h] of the output matrix, between `run` and `release`."""
@@ -133,3 +186,10 @@ class Companion:
         head = self.placed.mine[len(self.placed.stages) - 1].decoder.head
         assert isinstance(head, Vocabulary)
         return head
+
+
+def _stage_of(stages: Sequence[range], layer: int) -> int:
+    """The number of the stage that has a layer, or the embedding."""
+    if layer == EMBEDDING:
+        return 0
+    return next(number for number, layers in enumerate(stages) if layer in layers)

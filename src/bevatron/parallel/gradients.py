@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bevatron.checkpoint.shard import copies, local
@@ -14,25 +15,30 @@ def squared_norm(placed: Placed) -> Tensor:
     sum over all ranks is the whole.
 
     A box that n ranks of a mesh hold counts 1/n on each; a tied head's second copy not at all."""
-    first = next(iter(placed.trainable()), None)
+    first = next(iter(placed.parameters.values()), None)
     device = local(first).device if first is not None else torch.device(placed.mesh.device_type)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for parameter in placed.parameters.values():
         grad = parameter.grad
         assert grad is not None
         total += torch.linalg.vector_norm(local(grad), dtype=torch.float64) ** 2 / copies(parameter)
+    for parameter in placed.added.values():
+        assert parameter.grad is not None
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+        total += norm**2 / dist.get_world_size()
     return total
 
 
 def drop(placed: Placed) -> None:
     """Forget all gradients."""
-    for parameter in placed.trainable():
+    for parameter in placed.trained.values():
         parameter.grad = None
 
 
 def clip(placed: Placed, norm: float, limit: float) -> None:
     """Scale all gradients so that their global norm is at most `limit`."""
     if limit > 0 and norm > limit:
-        grads: list[Tensor] = [local(p.grad) for p in placed.trainable() if p.grad is not None]
+        trained = placed.trained.values()
+        grads: list[Tensor] = [local(p.grad) for p in trained if p.grad is not None]
         if grads:  # a stage may have no parameters
             torch._foreach_mul_(grads, limit / (norm + 1e-6))

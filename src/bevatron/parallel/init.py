@@ -33,6 +33,13 @@ def fill(tensor: Tensor, parameter: ParameterSpec, spec: ModelSpec, seed: int) -
         _normal(mine, parameter, std, seed, offset, shape)
 
 
+def fill_normal(tensor: Tensor, name: str, std: float, seed: int) -> None:
+    """Write this rank's part of normal random numbers that depend on the seed and the name alone,
+    in place; a tensor of rows and columns."""
+    parameter = ParameterSpec(name, tuple(tensor.shape), "linear")
+    _normal(local(tensor.detach()), parameter, std, seed, *box(tensor))
+
+
 def _normal(
     out: Tensor,
     parameter: ParameterSpec,

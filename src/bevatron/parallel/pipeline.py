@@ -145,6 +145,13 @@ class Runner:
             raise BevatronError(f"no gradient arrived at {', '.join(missing[:5])}; please report")
         if tied is not None:
             tied.sum_gradients()
+        comm = self.placed.stage.decoder.comm
+        for parameter in self.placed.added.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if comm.rank > 0 and comm.sequence_shares == 1:
+                parameter.grad.zero_()  # these ranks computed the same as the first
+            dist.all_reduce(parameter.grad)
 
     def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
         """The objective's sums without gradients; zero on all ranks but those with the last stage.

@@ -10,8 +10,9 @@ such for the forward and the backward, and reduces and accumulates gradients in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from bevatron.nn.comm import Comm
-from bevatron.nn.decoder import Decoder
+from bevatron.nn.decoder import Decoder, Tap
 from bevatron.nn.heads import Compute
 from bevatron.parallel import tensor as tensor_parallel
 from bevatron.parallel.blocks import Recompute, prepare
@@ -32,6 +33,9 @@ from bevatron.spec import ModelSpec, ParameterSpec
 
 # From a micro-batch's tensors to what the last stage computes with its hidden states.
 MakeCompute = Callable[[Comm, ModelSpec, dict[str, Tensor]], Compute]
+# The same to what every stage does between its layers.
+MakeTap = Callable[[Comm, ModelSpec, dict[str, Tensor]], Tap]
+NOTHING: Mapping[str, nn.Parameter] = MappingProxyType({})
 
 GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,9 +46,14 @@ class Stage(nn.Module):
     forward(ids or hidden, **batch) -> hidden states, or on the last stage the objective's sums;
     without anything to compute, there too hidden states."""
 
-    def __init__(self, decoder: Decoder, make_compute: MakeCompute | None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        make_compute: MakeCompute | None,
+        make_tap: MakeTap | None = None,
+    ) -> None:
         super().__init__()
-        self.decoder, self.make_compute = decoder, make_compute
+        self.decoder, self.make_compute, self.make_tap = decoder, make_compute, make_tap
 
     def forward(
         self,
@@ -56,7 +65,11 @@ class Stage(nn.Module):
         decoder, compute = self.decoder, None
         if decoder.head is not None and self.make_compute is not None:
             compute = self.make_compute(decoder.comm, decoder.spec, batch)
-        return decoder(x, compute, positions=positions, documents=documents)  # type: ignore[no-any-return]
+        tap = None
+        if self.make_tap is not None:
+            tap = self.make_tap(decoder.comm, decoder.spec, batch)
+        out: Tensor = decoder(x, compute, positions=positions, documents=documents, tap=tap)
+        return out
 
 
 @dataclass
@@ -68,6 +81,8 @@ class Placed:
         mine: this rank's stages, by their numbers, in order.
         parameters: by native name, as DTensors; a tied head's second copy is not among them.
         tied: where a pipeline has the embedding and its tied head on two stages.
+        added: parameters that are trained along and are no part of the model: plain tensors, whole
+            and equal on every rank.
     """
 
     spec: ModelSpec
@@ -77,6 +92,7 @@ class Placed:
     mine: dict[int, Stage]
     parameters: dict[str, Tensor]
     tied: Tied | None
+    added: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -93,9 +109,10 @@ class Placed:
         """Whether this rank has the head, and so the loss."""
         return len(self.stages) - 1 in self.mine
 
-    def trainable(self) -> list[Tensor]:
-        """Every parameter that this rank updates."""
-        return list(self.parameters.values())
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Every parameter that this rank updates, by name."""
+        return {**self.parameters, **self.added}
 
 
 def place(
@@ -110,13 +127,16 @@ def place(
     micro_batch: int = 1,
     recompute: Recompute = "none",
     compile_layers: bool = False,
+    make_tap: MakeTap | None = None,
+    added: Mapping[str, nn.Parameter] = NOTHING,
 ) -> Placed:
     """Build this rank's stages with uninitialised parameters; see the module's docstring.
 
     Args:
         make_compute: None for a frozen model that gives its hidden states: its parameters are
             stored in the dtype of `precision` and take no gradients.
-        seq_len, micro_batch: of a micro-batch, for the balance of the stages."""
+        seq_len, micro_batch: of a micro-batch, for the balance of the stages.
+        added: parameters that taps use, and give their gradients themselves."""
     stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
     grid = sharding_mesh(mesh, layout)  # where parameters lie
     comm = Comm()
@@ -141,7 +161,7 @@ def place(
         if make_compute is None:
             decoder.requires_grad_(False)
         prepare(decoder, recompute, compile_layers)
-        stage = Stage(decoder, make_compute)
+        stage = Stage(decoder, make_compute, make_tap)
         shard(stage, layout, grid, precision if make_compute is not None else "fp32")
         stage.to_empty(device=device)
         decoder.tie()
@@ -152,7 +172,7 @@ def place(
         tied = tie(
             layout, mesh, parameters.get("embed.weight"), parameters.pop("head.weight", None)
         )
-    return Placed(spec, layout, mesh, stages, mine, parameters, tied)
+    return Placed(spec, layout, mesh, stages, mine, parameters, tied, added)
 
 
 def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> None:

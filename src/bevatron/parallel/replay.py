@@ -30,11 +30,11 @@ def check_replay(placed: Placed, value: Tensor, again: Callable[[], Tensor]) -> 
         again: the same computation; its gradients stay.
     Raises a BevatronError on all ranks that names the tensors and ranks that differ.
     """
-    first = {name: local(p.grad) for name, p in placed.parameters.items() if p.grad is not None}
+    first = {name: local(p.grad) for name, p in placed.trained.items() if p.grad is not None}
     drop(placed)
     second = again()
     differ = [] if _same(value, second) else ["the loss"]
-    for name, parameter in placed.parameters.items():
+    for name, parameter in placed.trained.items():
         assert parameter.grad is not None
         if not _same(first[name], local(parameter.grad)):
             differ.append(name)

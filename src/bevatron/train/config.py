@@ -52,12 +52,40 @@ class ModelConfig(Section):
 # Every objective, and the settings that mean something to it.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "pretrain": ("z_loss",),
-    "distill": ("teacher", "teacher_like", "divergence", "temperature", "top_k", "ce"),
+    "distill": (
+        "teacher",
+        "teacher_like",
+        "logits",
+        "states",
+        "divergence",
+        "temperature",
+        "top_k",
+        "ce",
+    ),
     "sequence_classification": ("labels", "problem_type", "new_head"),
     "token_classification": ("labels", "new_head", "label_all_tokens", "join_words"),
     "question_answering": ("new_head", "stride"),
 }
 UNLABELLED = ("pretrain", "distill")  # these read token stores
+
+
+class StatesConfig(Section):
+    """Which hidden states of a student are drawn to its teacher's, and how; see
+    `compress.states.StatesLoss`. `layers`: the student's layer -> the teacher's, counted from 0, or
+    `all` of two models with as many. `embedding`: what enters the first layer, too. `project`: by
+    default where the widths differ."""
+
+    layers: Literal["all"] | dict[Annotated[str, Field(pattern=r"^\d+$")], int] = {}
+    embedding: bool = False
+    loss: Literal["cosine", "mse"] = "cosine"
+    weight: Literal["dynamic"] | Annotated[float, Field(ge=0)] = "dynamic"
+    project: bool | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> StatesConfig:
+        if not self.layers and not self.embedding:
+            raise ValueError("names no states; give layers, as in {13: 29}, or embedding: true")
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -67,6 +95,8 @@ class ObjectiveConfig(Section):
         z_loss: weight of the mean of logsumexp(logits)^2 (PaLM: 1e-4), reported apart.
         teacher: the model to distil from: a native checkpoint, a run, an HF folder or a Hub id.
         teacher_like: the preset or spec file whose sizes it has, as `model.like`.
+        logits: instead of it, a folder of `bevatron logits` with what a teacher said before.
+        states: of the layers, which are compared besides the logits.
         divergence, temperature, top_k, ce: see `compress.divergence.Divergence`.
         labels: names, in order; of the new head that a language model gets.
         problem_type: of that head; by default regression for one label, else single_label.
@@ -83,6 +113,8 @@ class ObjectiveConfig(Section):
     z_loss: float = Field(0.0, ge=0)
     teacher: str | None = None
     teacher_like: str | None = None
+    logits: str | None = None
+    states: StatesConfig | None = None
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = Field(None, ge=1)
@@ -107,8 +139,13 @@ class ObjectiveConfig(Section):
             if getattr(self, key) != field.default:
                 takers = " or ".join(name for name, keys in OBJECTIVES.items() if key in keys)
                 raise ValueError(f"{key} means nothing to {self.name}, only to {takers}; drop it")
-        if self.name == "distill" and self.teacher is None:
-            raise ValueError("distill needs a teacher; name its folder in objective.teacher")
+        if self.name == "distill" and (self.teacher is None) == (self.logits is None):
+            raise ValueError(
+                "distill needs a teacher; name its folder in objective.teacher, or that of its "
+                "stored logits in objective.logits, and not both"
+            )
+        if self.states is not None and self.teacher is None:
+            raise ValueError("states needs objective.teacher: stored logits have no states")
         if len(set(self.labels)) < len(self.labels):
             raise ValueError("labels has a name twice; name every label once")
         return self
@@ -376,12 +413,15 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=deep)
         line = key_node.start_mark.line + 1
+        if type(key) is int:  # a layer's number
+            key = str(key)
         if not isinstance(key, str):
             raise BevatronError(f"line {line}: the key {key!r} is not text; put it in quotes")
         if key in seen:
             raise BevatronError(f"line {line}: the key {key!r} appears twice; keep one of them")
         seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+    found = yaml.SafeLoader.construct_mapping(loader, node, deep)
+    return {str(key): value for key, value in found.items()}
 
 
 _Loader.add_constructor(

@@ -14,6 +14,7 @@ from bevatron.data.store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, fingerprint, open_tokenizer
 from bevatron.spec import ModelSpec
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig
+from bevatron.train.objectives import Stored
 from bevatron.train.read_ahead import Batch, ReadAhead
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Feed(ReadAhead):
 
     Args:
         tokenizer: the model's own, if it has one; the data must be made with it.
+        stored: arrays that join the samples.
     """
 
     def __init__(
@@ -38,24 +40,27 @@ class Feed(ReadAhead):
         dp: int,
         device: torch.device,
         tokenizer: Path | None = None,
+        stored: Stored | None = None,
     ) -> None:
         super().__init__(global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device)
-        self.data = data
+        self.data, self.stored = data, stored
         stores = open_stores(data, spec, tokenizer)
-        self.training, self.validation = _samplers(data, stores, global_batch, seed)
+        self.training, self.validation = make_samplers(data, stores, global_batch, seed)
 
     def read_training(self, positions: range) -> Batch:
-        return self._windows(self.training, positions)
+        return self._windows("train", self.training, positions)
 
     def read_validation(self, positions: range) -> Batch:
         assert self.validation is not None
-        return self._windows(self.validation, positions)
+        return self._windows("validation", self.validation, positions)
 
-    def _windows(self, sampler: Sampler, positions: range) -> Batch:
+    def _windows(self, kind: str, sampler: Sampler, positions: range) -> Batch:
         at = np.array(positions, dtype=np.int64)
         rows: Batch = {"tokens": sampler.samples(at)}
         if self.data.document_mask:
             rows["documents"] = sampler.documents(at)
+        if self.stored is not None:
+            rows |= self.stored.read(kind, positions, rows["tokens"])
         return rows
 
     def fingerprints(self) -> dict[str, str]:
@@ -90,7 +95,7 @@ class Feed(ReadAhead):
 def check_data(config: RunConfig, start: Start) -> None:
     """Everything that a Feed would refuse, without a process group. Raises BevatronError."""
     stores = open_stores(config.data, start.spec, own_tokenizer(config, start))
-    _samplers(config.data, stores, config.train.global_batch, config.train.seed)
+    make_samplers(config.data, stores, config.train.global_batch, config.train.seed)
 
 
 def own_tokenizer(config: RunConfig, start: Start) -> Path | None:
@@ -166,9 +171,11 @@ def _by(store: TokenStore) -> str:
     return f"{store.info.tokenizer}, {store.info.fingerprint}"
 
 
-def _samplers(
+def make_samplers(
     data: DataConfig, stores: Mapping[str, TokenStore], global_batch: int, seed: int
 ) -> tuple[Sampler, Sampler | None]:
+    """The order of the training samples, and that of the validation's if there is one."""
+
     def mixture(sources: Sequence[SourceConfig]) -> list[tuple[TokenStore, float]]:
         return [(stores[source.path], source.weight) for source in sources]
 

@@ -19,7 +19,7 @@ from bevatron.nn.comm import Comm
 from bevatron.nn.heads import Compute, at, last_token
 from bevatron.spec import Head, ModelSpec
 from bevatron.train.cross_entropy import IGNORE
-from bevatron.train.objectives import NONE, Samples, Vector, mean_over
+from bevatron.train.objectives import NONE, Samples, Stored, Taps, Vector, mean_over
 
 Batch = dict[str, Tensor]
 
@@ -28,9 +28,14 @@ class _OnScores:
     """What the three have in common: `sums` of whole fp32 scores [B, T, labels]."""
 
     companions = NONE
+    stored: Stored | None = None
+    taps: Taps | None = None
 
     def sums(self, scores: Tensor, batch: Batch) -> list[Tensor]:
         raise NotImplementedError
+
+    def settle(self, sums: Vector, counts: Vector) -> None:
+        pass
 
     def compute(self, comm: Comm, spec: ModelSpec, batch: Batch) -> Compute:
         def compute(scores: Tensor, weight: Tensor) -> Tensor:

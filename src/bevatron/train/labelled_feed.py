@@ -20,6 +20,7 @@ from bevatron.train import feed
 from bevatron.train.config import UNLABELLED, RunConfig, SourceConfig
 from bevatron.train.feed import Feed, own_tokenizer
 from bevatron.train.head_objectives import problem_type
+from bevatron.train.objectives import Stored
 from bevatron.train.read_ahead import Batch, ReadAhead
 from bevatron.train.start import Start, tokenizer_of
 
@@ -27,10 +28,13 @@ ROWS = 1024  # that are tokenized at once where windows are counted
 SHUFFLE = 3  # tells these permutations from the sampler's
 
 
-def open_feed(config: RunConfig, start: Start, **options: Any) -> ReadAhead:
+def open_feed(
+    config: RunConfig, start: Start, stored: Stored | None = None, **options: Any
+) -> ReadAhead:
     """What the objective reads: token stores, or labelled examples. Options as of `Feed`."""
     if config.objective.name in UNLABELLED:
-        return Feed(config.data, start.spec, tokenizer=own_tokenizer(config, start), **options)
+        tokenizer = own_tokenizer(config, start)
+        return Feed(config.data, start.spec, tokenizer=tokenizer, stored=stored, **options)
     return LabelledFeed(config, start, **options)
 
 

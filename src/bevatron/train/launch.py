@@ -176,13 +176,19 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
 
 
 def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
-    """The frozen models that the objective brings must run at the layout and read the same ids."""
+    """The frozen models that the objective brings must run at the layout and read the same ids;
+    what one of them said before must be of this run's samples."""
     from bevatron.data.tokenizer import TOKENIZER
     from bevatron.train.feed import check_companion, own_tokenizer
     from bevatron.train.objectives import objective_of
 
     own = None if config.data.allow_other_tokenizer else own_tokenizer(config, start)
     objective = objective_of(config.objective, start.spec)
+    if objective.stored is not None:
+        try:
+            objective.stored.check(config)
+        except BevatronError as error:
+            raise BevatronError(f"objective.logits: {error}") from None
     for name, companion in objective.companions.items():
         try:
             check(

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from bevatron.nn.comm import Comm
+from bevatron.nn.decoder import Tap
 from bevatron.nn.heads import Compute
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
-from bevatron.train.config import ObjectiveConfig
+from bevatron.train.config import ObjectiveConfig, RunConfig
 from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z
 
 # What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if
@@ -31,6 +32,59 @@ Vector = NDArray[np.float64]
 NONE: Mapping[str, Companion] = MappingProxyType({})
 
 
+class Stored(Protocol):
+    """Arrays on disk that belong to the samples of a run."""
+
+    def check(self, config: RunConfig) -> None:
+        """Raises BevatronError if they are not of this run's samples."""
+
+    def fingerprint(self) -> str:
+        """Of where they come from, which may not change between starts of one run."""
+
+    def read(
+        self, kind: str, positions: range, tokens: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """[n, ...] of the samples at these positions of the order `train` or `validation`, whose
+        tokens these are; they join the samples under their names."""
+
+
+class Taps(Protocol):
+    """A loss on the hidden states between the layers, computed where the layers are. Its sum over
+    the batch is the objective's second one, which `compute` leaves at zero.
+
+    Attributes:
+        parameters: that it learns: whole and equal on every rank, no part of the model.
+        unsettled: whether its weight is yet to be found by `settle`.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+
+    @property
+    def unsettled(self) -> bool: ...
+
+    def place(self, device: torch.device) -> None:
+        """Make the parameters, without values."""
+
+    def fill(self, seed: int) -> None:
+        """Initialise them; the values depend on the seed alone."""
+
+    def begin(self, scale: float) -> None:
+        """Before a batch's forwards. `scale`: 1 / the count of the sum, which its weight is yet to
+        multiply."""
+
+    def tap(self, comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Tap:
+        """Of one micro-batch."""
+
+    def sum(self) -> Tensor:
+        """Since `begin`; a scalar that adds up over all ranks."""
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint is to remember besides the parameters."""
+
+    def load(self, state: Mapping[str, float]) -> None: ...
+
+
 class Objective(Protocol):
     """Attributes:
     entries: how many sums `compute` gives. The first ones, `counted` of them, are divided by
@@ -38,12 +92,16 @@ class Objective(Protocol):
         are metrics' sums without a gradient.
     companions: frozen models that run before the trained one. On the last stage, the batch of
         `compute` holds the last hidden states of each under its name.
+    stored: what is read along with the samples, on the ranks that have the last stage.
+    taps: what is computed between the layers.
     """
 
     name: str
     entries: int
     counted: int
     companions: Mapping[str, Companion]
+    stored: Stored | None
+    taps: Taps | None
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...].
@@ -61,6 +119,9 @@ class Objective(Protocol):
         """What is reported of the sums and counts of a whole batch, or of several added up: `loss`,
         and metrics by their names."""
 
+    def settle(self, sums: Vector, counts: Vector) -> None:
+        """Adapt to the sums and counts of a batch, the same on all ranks, for what follows."""
+
 
 class Pretrain:
     """Next-token prediction: mean of -log p over all tokens of the global batch, in nats.
@@ -74,6 +135,8 @@ class Pretrain:
     name = "pretrain"
     counted = 1
     companions = NONE
+    stored: Stored | None = None
+    taps: Taps | None = None
 
     def __init__(self, z_loss: float = 0.0, compiled: bool = False) -> None:
         self.z_loss, self.compiled = z_loss, compiled
@@ -106,6 +169,9 @@ class Pretrain:
         if not self.z_loss:
             return {"loss": sums[0] / n}
         return {"loss": (sums[0] - sums[1]) / n, "z_loss": sums[1] / n}
+
+    def settle(self, sums: Vector, counts: Vector) -> None:
+        pass
 
 
 def mean_over(count: Any) -> float:

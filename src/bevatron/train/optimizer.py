@@ -58,7 +58,8 @@ def make_optimizer(placed: Placed, config: OptimizerConfig, dtype: torch.dtype) 
     spec = placed.spec
     rules = {p.name: rule(p.role, spec, config) for p in spec.parameters()}
     matrices = {n: p for n, p in placed.parameters.items() if rules[n].algorithm == "muon"}
-    rest = {n: p for n, p in placed.parameters.items() if n not in matrices}
+    rest = {n: p for n, p in placed.trained.items() if n not in matrices}
+    rules |= {name: rule("score", spec, config) for name in placed.added}
     parts: list[Algorithm] = [AdamW(rest, rules, betas=config.betas, eps=config.eps)]
     if matrices:
         parts.append(Muon(matrices, rules, spec, config.muon, dtype))

@@ -92,12 +92,16 @@ class Run:
 
     def _open_feed(self, allow_changed: bool) -> None:
         config, layout = self.config, self.layout
+        trainer, stored = self.trainer, self.trainer.objective.stored
+        if stored is not None:
+            stored.check(config)
         self.feed = open_feed(
             config,
             self.start,
+            stored=stored if trainer.placed.is_last else None,
             global_batch=config.train.global_batch,
             seed=config.train.seed,
-            dp_rank=self.trainer.dp_rank,
+            dp_rank=trainer.dp_rank,
             dp=layout.dp,
             device=self.device,
         )
@@ -109,15 +113,21 @@ class Run:
         state = {"made_with": self.made_with, "guard": self.guard.state()}
         if self.companions:
             state["companions"] = self.companions
+        taps = self.trainer.taps
+        if taps is not None:
+            state["objective"] = taps.state()
         return {**state, "data": self.feed.fingerprints()}
 
     def _fingerprints(self, objective: Objective, allow_changed: bool) -> dict[str, str]:
-        """Of the objective's frozen models, which no checkpoint holds: they must stay the same.
-        Collective."""
-        companions = objective.companions
+        """Of the objective's frozen models and stored arrays, which no checkpoint holds: they must
+        stay the same. Collective."""
+        companions, stored = objective.companions, objective.stored
 
         def look() -> dict[str, str]:
-            return {n: c.fingerprint() for n, c in companions.items()} if self.is_main else {}
+            if not self.is_main:
+                return {}
+            found = {n: c.fingerprint() for n, c in companions.items()}
+            return found | ({"logits": stored.fingerprint()} if stored is not None else {})
 
         found = on_all(look)[0]
         before = self.start.state.get("companions", {}) if self.start.state is not None else {}
@@ -144,6 +154,7 @@ class Run:
         """Random weights, or the boxes of a checkpoint after checking its hashes."""
         trainer, weights = self.trainer, self.start.weights
         trainer.fill_companions()
+        trainer.fill_added(self.config.train.seed)
         if weights is None:
             trainer.fill_random(self.config.train.seed)
             return
@@ -159,6 +170,8 @@ class Run:
         shapes = {n[len(prefix) :]: t.shape for n, t in tensors.items() if n.startswith(prefix)}
         read = box_reader(weights.folder, weights.manifest, prefix)
         self.guard.load(state.get("guard", {}))
+        if self.trainer.taps is not None:
+            self.trainer.taps.load(state.get("objective", {}))
         updates = self.guard.updates(self.step)
         on_all(lambda: self.trainer.load_optimizer(shapes, read, updates))
 

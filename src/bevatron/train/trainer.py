@@ -21,7 +21,7 @@ from bevatron.parallel.context import ContextParallel
 from bevatron.parallel.gradients import clip, drop, squared_norm
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Runner
-from bevatron.parallel.place import place
+from bevatron.parallel.place import NOTHING, place
 from bevatron.parallel.replay import check_replay
 from bevatron.parallel.weights import fill_random, load_weights
 from bevatron.spec import ModelSpec
@@ -58,7 +58,9 @@ class Trainer:
     ) -> None:
         self.spec, self.layout, self.mesh, self.objective = spec, layout, mesh, objective
         self.device, self.optimizer_config = device, optimizer
-        self.precision = train.precision
+        self.precision, self.taps = train.precision, objective.taps
+        if self.taps is not None:
+            self.taps.place(device)
         self.placed = place(
             spec,
             layout,
@@ -70,6 +72,8 @@ class Trainer:
             micro_batch=train.micro_batch,
             recompute=train.recompute,
             compile_layers=train.compile,
+            make_tap=self.taps.tap if self.taps is not None else None,
+            added=self.taps.parameters if self.taps is not None else NOTHING,
         )
         for companion in objective.companions.values():
             companion.place(
@@ -80,6 +84,7 @@ class Trainer:
                 seq_len=seq_len,
                 micro_batch=train.micro_batch,
                 compile_layers=train.compile,
+                stages=self.placed.stages,
             )
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.runner = Runner(
@@ -108,6 +113,12 @@ class Trainer:
     def fill_random(self, seed: int) -> None:
         """Initialise all parameters; the values depend on the seed and the spec alone."""
         fill_random(self.placed, seed)
+        self.fill_added(seed)
+
+    def fill_added(self, seed: int) -> None:
+        """Initialise the parameters that are no part of the model."""
+        if self.taps is not None:
+            self.taps.fill(seed)
 
     def fill_companions(self) -> None:
         """Fill the objective's frozen models. Collective."""
@@ -119,8 +130,13 @@ class Trainer:
         load_weights(self.placed, shapes, read)
 
     def load_optimizer(self, shapes: Shapes, read: ReadBox, step: int) -> None:
-        """Fill the optimizer's states, and fp32 masters if the checkpoint's weights are rounded."""
+        """Fill the optimizer's states, fp32 masters if the checkpoint's weights are rounded, and
+        the parameters that are no part of the model, if it has them."""
         into = dict(self.optimizer.states())
+        into |= {f"master/{n}": (p, p.detach()) for n, p in self.placed.added.items()}
+        for name in [n for n in into if n.partition("/")[2] in self.placed.added]:
+            if name not in shapes:  # of a run that had none
+                del into[name]
         if self.dtype != torch.float32:
             parameters = self.placed.parameters.items()
             into |= {f"master/{n}": (p, local(p.detach())) for n, p in parameters}
@@ -129,15 +145,20 @@ class Trainer:
 
     def to_save(self) -> list[Saved]:
         """Weights in the run's dtype, the optimizer's states, and fp32 masters where the weights
-        are rounded."""
-        out = []
+        are rounded. What is no part of the model is among the latter, from the first rank."""
+        out, kept = [], set(self.placed.parameters)
+        if dist.get_rank() == 0:
+            kept |= set(self.placed.added)
+            for name, whole in self.placed.added.items():
+                values = whole.detach()
+                out.append(Saved(f"optimizer/master/{name}", whole, values, torch.float32))
         for name, p in self.placed.parameters.items():
             out.append(Saved(f"model/{name}", p, local(p.detach()), self.dtype))
             if self.dtype != torch.float32:
                 values = local(p.detach())
                 out.append(Saved(f"optimizer/master/{name}", p, values, torch.float32))
         for name, (p, values) in self.optimizer.states().items():
-            if name.partition("/")[2] in self.placed.parameters:
+            if name.partition("/")[2] in kept:
                 out.append(Saved(f"optimizer/{name}", p, values, torch.float32))
         return out
 
@@ -164,9 +185,16 @@ class Trainer:
             return None
         scale = torch.tensor(1 / counts.clip(1), dtype=torch.float32, device=self.device)
         with self._accompanied(ids, batch) as whole:
-            sums = self.runner.step(ids, whole, scale)
+            if self.taps is not None and self.taps.unsettled:
+                sums = self._tapped(counts, lambda: self.runner.evaluate(ids, whole))
+                self.objective.settle(self._sums(self._counted(sums)), counts)
+
+            def compute() -> Tensor:
+                return self._tapped(counts, lambda: self.runner.step(ids, whole, scale))
+
+            sums = compute()
             if replay:
-                check_replay(self.placed, sums, lambda: self.runner.step(ids, whole, scale))
+                check_replay(self.placed, sums, compute)
         *totals, squared = self._sums(self._counted(sums), squared_norm(self.placed)[None])
         found = self.objective.report(np.array(totals), counts)
         self.reported = {name: float(value) for name, value in found.items()}
@@ -174,6 +202,7 @@ class Trainer:
         if admit(loss, norm):
             clip(self.placed, norm, self.optimizer_config.clip_grad)
             self.optimizer.step(lr)
+            self.objective.settle(np.array(totals), counts)
         else:
             drop(self.placed)
         return loss, norm
@@ -185,15 +214,18 @@ class Trainer:
         if ids is None:
             return None
         with self._accompanied(ids, batch) as whole:
-            sums = self.runner.evaluate(ids, whole)
+            sums = self._tapped(counts, lambda: self.runner.evaluate(ids, whole))
         return self._sums(self._counted(sums)), counts
 
     @contextmanager
     def _accompanied(self, ids: Tensor, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """The batch with what the companions say of it, on the ranks that have the last stage."""
-        companions = self.objective.companions
-        found = {name: companion.run(ids, batch) for name, companion in companions.items()}
-        yield {**batch, **{name: x for name, x in found.items() if x is not None}}
+        """The batch with what the companions say of it: under their names on the ranks that have
+        the last stage, under `name.layer` on those that have the layer."""
+        companions, whole = self.objective.companions, dict(batch)
+        for name, companion in companions.items():
+            for layer, states in companion.run(ids, batch).items():
+                whole[name if layer is None else f"{name}.{layer}"] = states
+        yield whole
         for companion in companions.values():
             companion.release()
 
@@ -212,9 +244,21 @@ class Trainer:
             ids, batch = ContextParallel(self.mesh["cp"]).take(ids, batch)
         return None if missing else ids, batch, np.array(found)
 
+    def _tapped(self, counts: Vector, compute: Callable[[], Tensor]) -> Tensor:
+        """The objective's sums as the last stage computes them; behind them the taps' own."""
+        if self.taps is None:
+            return compute()
+        self.taps.begin(1 / max(1.0, float(counts[1])))
+        sums = compute()
+        return torch.cat((sums, self.taps.sum()[None]))
+
     def _counted(self, sums: Tensor) -> Tensor:
-        """The objective's sums on the ranks where they count, else zeros."""
-        return sums if self._reports else torch.zeros_like(sums)
+        """The objective's sums, each on the ranks where it counts, else zeros."""
+        own = sums[: self.objective.entries]
+        own = own.clone() if self._reports else torch.zeros_like(own)
+        if self.taps is not None:
+            own[1] += sums[-1]
+        return own
 
     def _sums(self, *parts: Tensor) -> Vector:
         """Sums of vectors over all ranks, in one exchange: the same numbers everywhere."""

@@ -1,0 +1,35 @@
+"""One rank of a verb that runs alone, starts processes of its own, or is one of torchrun's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bevatron.parallel.agree import on_all
+from bevatron.parallel.world import default_device, world
+from bevatron.train.hardware import tune_allocator
+from bevatron.train.stopping import Stopping, end_with_parent
+from bevatron.train.workers import reporting
+
+
+@contextmanager
+def one_rank(worker: bool) -> Iterator[torch.device]:
+    """The process group for the duration; yields this rank's device. A `worker` of a launcher
+    leaves its last words if it fails, and ends here if it does not."""
+    if worker:
+        end_with_parent()
+    device, stopping = default_device(), Stopping()
+    if device.type == "cpu":
+        tune_allocator()
+    # Reports twice: of what fails inside the group before an end of the group that might hang.
+    with reporting(worker, stopping), world(device), reporting(worker, stopping):
+        yield device
+        if worker:
+            # Leave together and without destructors, as `train` does.
+            on_all(lambda: None)
+            sys.stdout.flush()
+            os._exit(0)
