@@ -26,6 +26,7 @@ from bevatron.spec.json import to_json
 from bevatron.spec.model import Norm
 from bevatron.train.config import OptimizerConfig, TrainConfig, load_config, to_yaml
 from bevatron.train.launch import layout_of, prepared, work
+from bevatron.train.launch import train as launch
 from bevatron.train.trainer import Trainer
 from tests.compress.test_distill import STUDENT, TEACHERS, WIDER
 from tests.compress.test_distill_command import CONFIG, teacher
@@ -208,6 +209,7 @@ def in_bf16(case: Case) -> list[float]:
     return [loss, trainer.reported["states"]]
 
 
+@pytest.mark.slow
 def test_bf16_is_near(pool: Pool) -> None:
     exact = pool.run(1, in_bf16, Case())[0]
     for found in pool.run(2, in_bf16, Case(Layout(pp=2), precision="bf16")):
@@ -316,3 +318,15 @@ def test_pairs_of_layers_print_and_read_back(folder: Path) -> None:
     assert config.objective.states.layers == {"1": 2}
     (folder / "printed.yaml").write_text(to_yaml(config))
     assert load_config(folder / "printed.yaml", []) == config
+
+
+def test_a_dry_run_has_room_for_the_projection(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its optimizer's state, on every rank."""
+    sizes = []
+    for overrides in ([], [STATES]):
+        said = [*overrides, "parallel={tp: 2, pp: 2}"]
+        launch(folder / "run.yaml", said, dry_run=True, paper_ranks=4, as_json=True)
+        sizes.append([s["optimizer"] for s in json.loads(capsys.readouterr().out)["stages"]])
+    assert [b - a for a, b in zip(*sizes, strict=True)] == [2 * 4 * 32 * 16] * 2
