@@ -241,7 +241,9 @@ def test_weights_of_other_sizes_than_like_says_are_refused(tmp_path: Path) -> No
         ("model.init", "model.like"),
         ("objective.teacher", "objective.teacher_like"),
     ):
-        said = rf"{key}: is not of the sizes of llama3\.1-8b, which {like} names: its "
+        said = (
+            rf"^{key}: {tmp_path}/hf is not of the sizes of llama3\.1-8b, which {like} names: its "
+        )
         said += rf"embed\.weight is \[101, 32\], expected \[128256, 4096\].*{like}=null"
         for start in (False, True):
             with pytest.raises(BevatronError, match=said):

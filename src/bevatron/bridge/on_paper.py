@@ -27,7 +27,7 @@ def open_on_paper(path: str | Path) -> Opened | None:
         if name not in PRESETS:
             return None
         spec, family = preset(name), family_of(name)
-        return _opened(folder, family, spec, json.dumps(family.config(spec, "bfloat16")), "BF16")
+        return paper(folder, family, spec, json.dumps(family.config(spec, "bfloat16")), "BF16")
     if not (folder / CONFIG).is_file() or is_native(folder):
         return None
     if any(f.name == INDEX or f.suffix in OTHER_WEIGHTS for f in folder.iterdir()):
@@ -37,10 +37,11 @@ def open_on_paper(path: str | Path) -> Opened | None:
     named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     dtype = next((k for k, v in FLOATS.items() if v == named.removeprefix("torch.")), "F32")
     text = (folder / CONFIG).read_text(encoding="utf-8")
-    return _opened(folder, family, family.spec(config), text, dtype)
+    return paper(folder, family, family.spec(config), text, dtype)
 
 
-def _opened(folder: Path, family: Family, spec: ModelSpec, config: str, dtype: str) -> Opened:
+def paper(folder: Path, family: Family, spec: ModelSpec, config: str, dtype: str) -> Opened:
+    """A model of this spec whose tensors lie nowhere. `config`: the text of its config.json."""
     tensors = {f"model/{p.name}": TensorEntry(dtype, p.shape, ()) for p in spec.parameters()}
     manifest = Manifest(family.name, 0, tensors)
     return Opened(

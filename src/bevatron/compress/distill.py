@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bevatron.bridge.opened import Opened, open_weights
+from bevatron.bridge.opened import Opened
 from bevatron.compress.divergence import Divergence, Output, Top, distillation_sums
 from bevatron.compress.states import States, states_of
 from bevatron.compress.stored import IDS, TAIL, VALUES, StoredLogits
@@ -19,7 +19,7 @@ from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import ObjectiveConfig
 from bevatron.train.objectives import Pretrain, Samples, Vector, mean_over
-from bevatron.train.start import check_like, spec_named
+from bevatron.train.start import open_teacher
 
 TOP = (VALUES, IDS, TAIL)
 
@@ -112,32 +112,23 @@ def distill(config: ObjectiveConfig, student: ModelSpec) -> Distill:
         stored = StoredLogits.open(Path(config.logits))
         _check_stored(config, stored, student)
         return Distill(stored, options)
-    opened = _opened(config)
-    spec = opened.spec if opened is not None else spec_named(str(config.teacher_like))
-    where = f"objective.teacher: {config.teacher or config.teacher_like}"
-    check_teacher(where, spec, config.top_k)
-    _check_vocabulary(where, spec.vocab_size, student)
-    if config.states is None:
-        return Distill(Companion(spec, opened), options)
-    loss = states_of(config.states, student, spec)
-    return Distill(Companion(spec, opened, pairs=loss.pairs), options, States(loss, student, spec))
-
-
-def _opened(config: ObjectiveConfig) -> Opened | None:
-    """The teacher's weights; None in a dry run that has none."""
-    if config.teacher is None:
-        return None
     try:
-        opened = open_weights(config.teacher)
+        opened = open_teacher(config)
     except BevatronError as error:
         raise BevatronError(f"objective.teacher: {error}") from error
-    like = config.teacher_like
-    check_like("objective.teacher", "objective.teacher_like", like, opened.spec)
-    return opened
+    where = f"objective.teacher: {config.teacher or config.teacher_like}"
+    check_teacher(where, opened, config.top_k)
+    _check_vocabulary(where, opened.spec.vocab_size, student)
+    if config.states is None:
+        return Distill(Companion(opened.spec, opened), options)
+    loss = states_of(config.states, student, opened.spec)
+    states = States(loss, student, opened.spec)
+    return Distill(Companion(opened.spec, opened, pairs=loss.pairs), options, states)
 
 
-def check_teacher(where: str, spec: ModelSpec, top_k: int | None) -> None:
-    """Refuse a model that cannot teach. `where`: begins the message."""
+def check_teacher(where: str, teacher: Opened, top_k: int | None) -> None:
+    """Refuse what cannot teach. `where`: begins the message."""
+    spec = teacher.spec
     if spec.head.kind != "causal_lm":
         raise BevatronError(
             f"{where} has the head {spec.head.kind}, but a teacher needs a causal_lm head; name "

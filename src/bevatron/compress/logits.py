@@ -147,7 +147,7 @@ def prepared(
         raise BevatronError(f"--dtype: is {dtype}, expected fp16 or fp32")
     opened = open_weights(teacher)
     spec, top_k = opened.spec, objective.top_k or min(TOP_K, opened.spec.vocab_size - 1)
-    check_teacher(str(teacher), opened.spec, top_k)
+    check_teacher(str(teacher), opened, top_k)
     batch, micro = config.train.global_batch, config.train.micro_batch
     check(layout, spec, seq_len=data.seq_len, global_batch=batch, micro=micro)
     if data.document_mask:

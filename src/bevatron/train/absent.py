@@ -40,6 +40,7 @@ def check_present(config: RunConfig) -> None:
     if config.recipe is None:
         return
     weights = {"model.init": config.model.init, "objective.teacher": config.objective.teacher}
+    weights["objective.logits"] = config.objective.logits
     if RunFolder(Path(config.run.dir)).step_folders():
         del weights["model.init"]
     missing = [

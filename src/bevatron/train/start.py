@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from bevatron.bridge.on_paper import paper
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.manifest import (
     FILE_NAME,
@@ -30,7 +31,7 @@ from bevatron.families.published import family_of, preset
 from bevatron.parallel.agree import explain, on_all
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import from_json
-from bevatron.train.config import RunConfig, load_config
+from bevatron.train.config import ObjectiveConfig, RunConfig, load_config
 from bevatron.train.new_head import with_head
 
 Say = Callable[[str], None]
@@ -84,7 +85,8 @@ def _fresh(config: RunConfig) -> Start:
     """The start of a run without a step of its own."""
     if config.model.init is not None:
         opened = open_weights(config.model.init)
-        check_like("model.init", "model.like", config.model.like, opened.spec)
+        where = f"model.init: {config.model.init}"
+        check_like(where, "model.like", config.model.like, opened.spec)
         return _headed(config, Start(opened.spec, opened, None, opened.manifest.family))
     name = str(config.model.spec)
     spec = spec_named(name)
@@ -248,15 +250,27 @@ def _damage(check: Callable[[], None]) -> str | None:
     return None
 
 
-def check_like(key: str, like_key: str, like: str | None, spec: ModelSpec) -> None:
-    """Refuse the weights at `key` if they are not of the sizes that `like_key` says they have."""
+def open_teacher(objective: ObjectiveConfig) -> Opened:
+    """The weights of a distillation's teacher. They lie nowhere if there are only the sizes that it
+    will have (see `absent.py`)."""
+    like = objective.teacher_like
+    if objective.teacher is None:
+        spec = spec_named(str(like))
+        return paper(Path(str(like)), for_spec(spec), spec, "", "BF16")
+    opened = open_weights(objective.teacher)
+    check_like(objective.teacher, "objective.teacher_like", like, opened.spec)
+    return opened
+
+
+def check_like(where: str, like_key: str, like: str | None, spec: ModelSpec) -> None:
+    """Refuse weights, named by `where`, that are not of the sizes that `like_key` says."""
     wanted = {p.name: p.shape for p in (spec_named(like) if like else spec).parameters()}
     found = {p.name: p.shape for p in spec.parameters()}
     for name in {**wanted, **found}:
         if wanted.get(name) != found.get(name):
             is_, expected = (str(list(x.get(name, ())) or "absent") for x in (found, wanted))
             raise BevatronError(
-                f"{key}: is not of the sizes of {like}, which {like_key} names: its {name} is "
+                f"{where} is not of the sizes of {like}, which {like_key} names: its {name} is "
                 f"{is_}, expected {expected}; name other weights, or set {like_key}=null"
             )
 
