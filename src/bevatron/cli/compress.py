@@ -225,7 +225,8 @@ def search(
         stages = {"steps": steps, "short": short, "long_steps": long_steps, "long": long}
         found = plan(ckpt, axes, goal, scores=scores, **stages)
     else:
-        from bevatron.compress.search import Options, Search
+        from bevatron.compress.search import Search
+        from bevatron.compress.search_asked import Options
 
         options = Options(
             axes,
