@@ -269,7 +269,7 @@ def test_scores_only_and_the_table(work: Path, done: State, tmp_path: Path) -> N
     assert not (tmp_path / "out/candidates").exists() or not any(
         (tmp_path / "out/candidates").iterdir()
     )
-    assert f"best: {best}" in result.stdout
+    assert f"best: {best}, loss {before[best]:.4f}, is in {tmp_path}/out/best\n" in result.stdout
     assert re.search(rf"{best} .* {before[best]:.4f} \(1\)", result.stdout)
 
 

@@ -256,4 +256,4 @@ def search(
     else:
         from bevatron.compress.search_table import print_table
 
-        print_table(found)
+        print_table(found, folder)
