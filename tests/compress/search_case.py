@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.compress.search import Options, Search
+from bevatron.compress.search import Search
+from bevatron.compress.search_asked import Options
 from bevatron.compress.search_space import Axes, Goal
 from bevatron.compress.search_state import State
 from bevatron.data.writer import StoreWriter

@@ -24,6 +24,7 @@ from bevatron.checkpoint.lock import lock
 from bevatron.cli.main import app
 from bevatron.compress import search as searching
 from bevatron.compress.search import Search
+from bevatron.compress.search_asked import Asked
 from bevatron.compress.search_state import State, ranked, stages_of, standing
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
@@ -268,7 +269,7 @@ def test_scores_only_and_the_table(work: Path, done: State, tmp_path: Path) -> N
     assert not (tmp_path / "out/candidates").exists() or not any(
         (tmp_path / "out/candidates").iterdir()
     )
-    assert f"best: {best}" in result.stdout
+    assert f"best: {best}, loss {before[best]:.4f}, is in {tmp_path}/out/best\n" in result.stdout
     assert re.search(rf"{best} .* {before[best]:.4f} \(1\)", result.stdout)
 
 
@@ -358,9 +359,9 @@ def test_layouts_find_the_same(work: Path, done: State, tmp_path: Path) -> None:
 
 def test_options_say_what_the_command_line_says(work: Path, tmp_path: Path) -> None:
     """The two spellings of the tests' search are one: else a kill test compares two searches."""
-    here = Search(str(work / "model"), tmp_path, options(work))._request()
+    here = Asked(str(work / "model"), options(work)).request()
     asked: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(Search, "run", lambda self: asked.append(self._request()))
+        m.setattr(Search, "run", lambda self: asked.append(self.asked.request()))
         CliRunner().invoke(app, arguments(work, tmp_path / "out"))
     assert asked == [here]

@@ -165,6 +165,7 @@ def test_layers_that_differ_need_scores_to_be_counted():
         (Axes((4,), (8,), (64,), (96, 88)), Goal(50_000), "the nearest is L4-H64-A8-F88 with"),
         (Axes(), Goal(60_000, 0.0), "--within is 0%"),
         (Axes(), Goal(60_000, multiple=0), "--multiple is 0"),
+        (Axes(), Goal(60_000, depth_by="luck"), "--depth-by is luck"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(axes, goal, said):

@@ -264,7 +264,8 @@ def search(
         stages = {"steps": steps, "short": short, "long_steps": long_steps, "long": long}
         found = plan(ckpt, axes, goal, scores=scores, **stages)
     else:
-        from bevatron.compress.search import Options, Search
+        from bevatron.compress.search import Search
+        from bevatron.compress.search_asked import Options
 
         options = Options(
             axes,
@@ -294,4 +295,4 @@ def search(
     else:
         from bevatron.compress.search_table import print_table
 
-        print_table(found)
+        print_table(found, folder)

@@ -15,7 +15,7 @@ from typing import Any
 
 from bevatron.compress.outcome import class_of, family_of
 from bevatron.compress.scores import Scores
-from bevatron.compress.sizes import PruneError, Targets, attentions, mlp_widths
+from bevatron.compress.sizes import DEPTH_BY, PruneError, Targets, attentions, mlp_widths
 from bevatron.compress.widths import TOLERANCE, shape
 from bevatron.families.family import Family
 from bevatron.families.llama_nemotron import WIDTH_MULTIPLE
@@ -242,6 +242,8 @@ def _check(spec: ModelSpec, axes: Axes, goal: Goal, scores: Scores | None) -> No
     own = parameter_count(spec)
     if goal.multiple < 1:
         raise PruneError(f"--multiple is {goal.multiple}, expected at least 1")
+    if goal.depth_by not in DEPTH_BY:
+        raise PruneError(f"--depth-by is {goal.depth_by}, expected one of {', '.join(DEPTH_BY)}")
     if not 0 < goal.within < 1:
         raise PruneError(f"--within is {goal.within:.0%}, expected more than 0% and less than 100%")
     if goal.parameters >= own:

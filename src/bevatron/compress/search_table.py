@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from bevatron.compress.search_state import LONG, PRUNED, SHORT, standing
@@ -16,7 +17,7 @@ SIZES = {
 }
 
 
-def print_table(found: dict[str, Any]) -> None:
+def print_table(found: dict[str, Any], folder: Path) -> None:
     """The candidates, the best first, with their losses and ranks; what was dropped; the winner."""
     from rich import box
     from rich.console import Console
@@ -38,11 +39,11 @@ def print_table(found: dict[str, Any]) -> None:
         table.add_row(*cells, style="bold" if c["name"] == best else None)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
-    for line in summary(found):
+    for line in summary(found, folder):
         console.print(line, soft_wrap=True, markup=False)
 
 
-def summary(found: dict[str, Any]) -> list[str]:
+def summary(found: dict[str, Any], folder: Path) -> list[str]:
     """What stands below the table."""
     space, model, request = found["space"], found["model"], found["request"]
     kept = len(found["candidates"])
@@ -60,7 +61,8 @@ def summary(found: dict[str, Any]) -> list[str]:
     if found["best"]:
         best = found["best"]
         said = "not finite" if best["loss"] is None else f"{best['loss']:.4f}"
-        lines.append(f"best: {best['name']}, loss {said}, is in {best['path']}")
+        lines.append(f"best: {best['name']}, loss {said}, is in {folder / best['path']}")
+        lines.append(f"the page is {folder / 'search.html'}")
     if found.get("dry_run"):
         lines.append("nothing was computed or written")
     return lines
