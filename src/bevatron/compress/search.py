@@ -9,6 +9,7 @@ where it was. Distillations are ordinary runs: they save steps and continue from
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -181,12 +182,11 @@ class Search:
 
     def _loss(self, model: str | Path) -> float:
         """Nats per token of held-out text, as `bevatron eval` gives them."""
-        import torch
-
         from bevatron.evaluate.opening import open_engine
         from bevatron.evaluate.perplexity import evaluate
 
         options = self.options
+        _free_memory()
         with open_engine(str(model), tp=options.tp, pp=options.pp, dtype=options.dtype) as engine:
             found = evaluate(
                 engine,
@@ -194,8 +194,7 @@ class Search:
                 seq_len=self.asked.seq_len,
                 limit=options.val_samples * self.asked.seq_len + 1,
             )
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()  # processes that train next want the memory
+        _free_memory()
         return float(found["loss"])
 
     # --- folders ------------------------------------------------------------------------------
@@ -251,6 +250,15 @@ class Search:
 
 
 _TITLES = {PRUNED: "pruning", SHORT: "short distillation", LONG: "long distillation"}
+
+
+def _free_memory() -> None:
+    """Of an accelerator: what comes next, here or in other processes, plans with what is free."""
+    import torch
+
+    if torch.accelerator.is_available():
+        gc.collect()  # a run that ended leaves cycles
+        torch.accelerator.empty_cache()
 
 
 def _remove_if_empty(folder: Path) -> None:
