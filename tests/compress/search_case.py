@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.compress.search import Search
-from bevatron.compress.search_asked import Options
-from bevatron.compress.search_space import Axes, Goal
-from bevatron.compress.search_state import State
+from bevatron.compress.search.asked import Options
+from bevatron.compress.search.search import Search
+from bevatron.compress.search.space import Axes, Goal
+from bevatron.compress.search.state import State
 from bevatron.data.writer import StoreWriter
 from tests.compress.test_distill_command import teacher
 

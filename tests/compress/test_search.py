@@ -22,10 +22,10 @@ from bevatron.bridge.convert import export_checkpoint
 from bevatron.bridge.native import open_native
 from bevatron.checkpoint.lock import lock
 from bevatron.cli.main import app
-from bevatron.compress import search as searching
-from bevatron.compress.search import Search
-from bevatron.compress.search_asked import Asked
-from bevatron.compress.search_state import State, ranked, stages_of, standing
+from bevatron.compress.search import search as searching
+from bevatron.compress.search.asked import Asked
+from bevatron.compress.search.search import Search
+from bevatron.compress.search.state import State, ranked, stages_of, standing
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.evaluate.opening import open_engine
@@ -196,12 +196,12 @@ def test_killed_after_every_result_it_ends_the_same_and_does_nothing_twice(
 @pytest.mark.parametrize(
     "where",
     [
-        "bevatron.compress.search_state:State.write",
+        "bevatron.compress.search.state:State.write",
         "bevatron.train.trainer:Trainer.step",
         "bevatron.bridge.mover:Mover.write",
         "bevatron.train.saving:Saver.save_if_due",
-        "bevatron.compress.search_runs:remove",
-        "bevatron.compress.search_page:write_page",
+        "bevatron.compress.search.runs:remove",
+        "bevatron.compress.search.page:write_page",
     ],
 )
 def test_kill_9_anywhere(work: Path, done: State, tmp_path: Path, where: str) -> None:
@@ -220,7 +220,7 @@ def call(*args, **kwargs):
     return real(*args, **kwargs)
 setattr(holder, {last!r}, call)
 if {last!r} == "write_page":
-    import bevatron.compress.search as search
+    import bevatron.compress.search.search as search
     search.write_page = call
 sys.argv = ["bevatron", *sys.argv[1:]]
 from bevatron.cli.main import main

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from bevatron.cli.main import app
 from bevatron.compress.options import parse_share, parse_sizes
-from bevatron.compress.search_outline import dry_run, outline
-from bevatron.compress.search_space import Axes, Goal, Space, enumerate_space, grid
+from bevatron.compress.search.outline import dry_run, outline
+from bevatron.compress.search.space import Axes, Goal, Space, enumerate_space, grid
 from bevatron.compress.sizes import PruneError, Targets
 from bevatron.compress.widths import shape
 from bevatron.errors import BevatronError

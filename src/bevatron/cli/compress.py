@@ -248,7 +248,7 @@ def search(
     """Search the architecture to prune to: compare all shapes near a parameter count by their loss
     after pruning, then after a short distillation. Killed, the same command goes on."""
     from bevatron.compress.options import parse_count, parse_share, parse_sizes
-    from bevatron.compress.search_space import Axes, Goal
+    from bevatron.compress.search.space import Axes, Goal
 
     axes = Axes(
         num_layers=parse_sizes("--num-layers", num_layers),
@@ -259,13 +259,13 @@ def search(
     share = parse_share("--within", within)
     goal = Goal(parse_count(params), share, multiple, depth_by, max_candidates)
     if dry_run:
-        from bevatron.compress.search_outline import dry_run as plan
+        from bevatron.compress.search.outline import dry_run as plan
 
         stages = {"steps": steps, "short": short, "long_steps": long_steps, "long": long}
         found = plan(ckpt, axes, goal, scores=scores, **stages)
     else:
-        from bevatron.compress.search import Search
-        from bevatron.compress.search_asked import Options
+        from bevatron.compress.search.asked import Options
+        from bevatron.compress.search.search import Search
 
         options = Options(
             axes,
@@ -293,6 +293,6 @@ def search(
     if as_json:
         show(found, True)
     else:
-        from bevatron.compress.search_table import print_table
+        from bevatron.compress.search.table import print_table
 
         print_table(found, folder)

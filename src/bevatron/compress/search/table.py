@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bevatron.compress.search_state import LONG, PRUNED, SHORT, standing
+from bevatron.compress.search.state import LONG, PRUNED, SHORT, standing
 
 HEADS = {PRUNED: "pruned", SHORT: "short", LONG: "long"}
 SIZES = {

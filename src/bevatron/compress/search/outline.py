@@ -14,8 +14,8 @@ from bevatron.checkpoint.locate import is_native, resolve
 from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.compress.scores import Scores
-from bevatron.compress.search_space import Axes, Goal, enumerate_space
-from bevatron.compress.search_state import described, stages_of
+from bevatron.compress.search.space import Axes, Goal, enumerate_space
+from bevatron.compress.search.state import described, stages_of
 from bevatron.errors import BevatronError
 from bevatron.families.family import Family, by_name, for_spec
 from bevatron.families.published import PRESETS, preset

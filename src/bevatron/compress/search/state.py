@@ -15,7 +15,7 @@ from typing import Any
 
 from bevatron.checkpoint.new_folder import sync
 from bevatron.checkpoint.strict_json import read_object
-from bevatron.compress.search_space import Candidate, Space
+from bevatron.compress.search.space import Candidate, Space
 from bevatron.errors import BevatronError
 
 FILE, FORMAT, VERSION = "search.json", "bevatron-search", 1

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bevatron.checkpoint.run_folder import RunFolder, step_of
-from bevatron.compress.search_state import SearchError
+from bevatron.compress.search.state import SearchError
 from bevatron.data.sampler import Sampler
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError

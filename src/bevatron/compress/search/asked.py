@@ -9,11 +9,11 @@ from typing import Any
 
 from bevatron.bridge.opened import open_weights
 from bevatron.checkpoint.run_folder import hash_file
-from bevatron.compress import search_runs as runs
 from bevatron.compress.command import layout_of
 from bevatron.compress.scores import Scores
-from bevatron.compress.search_space import Axes, Goal, Space, enumerate_space
-from bevatron.compress.search_state import SearchError, stages_of
+from bevatron.compress.search import runs
+from bevatron.compress.search.space import Axes, Goal, Space, enumerate_space
+from bevatron.compress.search.state import SearchError, stages_of
 from bevatron.data.store import TokenStore
 from bevatron.families.family import by_name
 from bevatron.parallel.layout import LayoutError, check

@@ -2,7 +2,7 @@
 are pruned and their loss measured; the best are distilled for a few steps, the best of these for
 more; the loss on held-out text decides.
 
-Every result goes into `search.json` before the next thing begins (see `search_state`), and what is
+Every result goes into `search.json` before the next thing begins (see `state`), and what is
 computed lies in folders that appear as a whole, so a search that is killed at any moment goes on
 where it was. Distillations are ordinary runs: they save steps and continue from them.
 """
@@ -21,14 +21,14 @@ from typing import Any
 from bevatron.checkpoint.lock import lock
 from bevatron.checkpoint.new_folder import make_parents, remove_empty
 from bevatron.checkpoint.run_folder import LOCK_PATIENCE_S
-from bevatron.compress import search_runs as runs
 from bevatron.compress.command import importance
 from bevatron.compress.prune import prune
 from bevatron.compress.scores import Scores
-from bevatron.compress.search_asked import Asked, Options
-from bevatron.compress.search_page import write_page
-from bevatron.compress.search_space import Candidate, depths
-from bevatron.compress.search_state import LONG, PRUNED, SHORT, SearchError, State
+from bevatron.compress.search import runs
+from bevatron.compress.search.asked import Asked, Options
+from bevatron.compress.search.page import write_page
+from bevatron.compress.search.space import Candidate, depths
+from bevatron.compress.search.state import LONG, PRUNED, SHORT, SearchError, State
 from bevatron.errors import BevatronError
 
 SCORES, BEST = "scores.safetensors", "best"

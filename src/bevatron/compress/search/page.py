@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.compress.search_state import LONG, PRUNED, SHORT, State, standing
-from bevatron.compress.search_table import SIZES
+from bevatron.compress.search.state import LONG, PRUNED, SHORT, State, standing
+from bevatron.compress.search.table import SIZES
 from bevatron.errors import BevatronError
 from bevatron.train.report.chart import Chart, Curve, draw
 from bevatron.train.report.curves import smooth
