@@ -6,7 +6,8 @@ A Llama of 5.2M parameters (GQA, tied) is trained on Python's own library. Then:
 1. without retraining: MLPs, heads, layers and widths pruned by importance, and at random;
 2. retrained: a width-pruned and a depth-pruned student of 55% of the size distilled for so many
    tokens; the width-pruned one with the plain loss for as many; and its shape from scratch with
-   four times as many. Learning rates are tuned for each on the first seed;
+   four times as many. Learning rates are tuned for each on the first seed, by steps of about
+   three, until the best has worse ones on both sides;
 3. size, speed and memory of the two students beside the teacher.
 
 Everything is done with the commands that a user has. Runs that are done are not repeated. Writes
@@ -38,7 +39,7 @@ VOCAB_SIZE, SEQ_LEN, BATCH, STEPS = 2048, 256, 4, 100
 WIDTH, DEPTH, MLP_WIDTH, HEADS, KV_HEADS = 256, 8, 512, 8, 4
 SCORED = 65_536  # held-out tokens
 TARGET = 2_885_888  # of both students: four of eight layers
-RATES = (1e-3, 3e-3)
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # of learning rates
 
 
 def model() -> ModelSpec:
@@ -195,8 +196,16 @@ def retrained(lab: Lab, seeds: int) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for way, (start, steps) in ways.items():
-        tried = {r: lab.loss(retrain(lab, way, start, r, steps, 0)) for r in RATES}
-        best = min(tried, key=lambda r: tried[r])
+        tried: dict[float, float] = {}
+        ends = [2, 3]  # of the ladder's part that is tried; wider until the best is inside
+        best = 0.0
+        while not tried or best in (LADDER[ends[0]], LADDER[ends[1]]):
+            if tried:
+                ends = [ends[0] - (best == min(tried)), ends[1] + (best == max(tried))]
+            for rate in LADDER[ends[0] : ends[1] + 1]:
+                if rate not in tried:
+                    tried[rate] = lab.loss(retrain(lab, way, start, rate, steps, 0))
+            best = min(tried, key=lambda r: tried[r])
         runs = [retrain(lab, way, start, best, steps, seed) for seed in range(seeds)]
         losses = [lab.loss(run) for run in runs]
         mean = statistics.fmean(losses)
