@@ -216,25 +216,33 @@ def retrained(lab: Lab, seeds: int) -> dict[str, Any]:
 
 
 def costs(lab: Lab, models: dict[str, str]) -> dict[str, Any]:
-    """Parameters, tokens read per CPU-second and CPU-ms per generated token, without the start of
-    the program, and peak memory."""
+    """Parameters, bytes, tokens read per CPU-second and CPU-ms per generated token, without the
+    start of the program, and peak memory: medians of rounds in which the models take turns."""
+    text = ("--data", "val", "--seq-len", str(SEQ_LEN))
+    prompt = ("--prompt", "import os", "--temperature", "0")
+    taken: dict[str, list[tuple[float, float, float]]] = {label: [] for label in models}
+    for _ in range(5):
+        for label, checkpoint in models.items():
+            (_, few), (_, many) = (
+                lab.ask("eval", checkpoint, *text, "--limit", str(n)) for n in (2_048, SCORED)
+            )
+            (start, short), (answer, long) = (
+                lab.ask("generate", checkpoint, *prompt, "--max-new-tokens", str(n))
+                for n in (8, 232)
+            )
+            read = (SCORED - 2_048) / (many.cpu_s - few.cpu_s)
+            written = len(answer["tokens"]) - len(start["tokens"])
+            taken[label].append((read, 1000 * (long.cpu_s - short.cpu_s) / written, many.peak_mb))
     found = {}
     for label, checkpoint in models.items():
-        text = ("--data", "val", "--seq-len", str(SEQ_LEN))
-        (_, few), (_, many) = (
-            lab.ask("eval", checkpoint, *text, "--limit", str(n)) for n in (2_048, SCORED)
-        )
-        prompt = ("--prompt", "import os", "--temperature", "0")
-        (start, short), (answer, long) = (
-            lab.ask("generate", checkpoint, *prompt, "--max-new-tokens", str(n)) for n in (8, 232)
-        )
-        written = len(answer["tokens"]) - len(start["tokens"])
+        columns = zip(*taken[label], strict=True)
+        read, write, peak = (statistics.median(column) for column in columns)
         found[label] = {
             "parameters": lab.ask("inspect", checkpoint)[0]["parameters"],
-            "read_per_cpu_s": (SCORED - 2_048) / (many.cpu_s - few.cpu_s),
-            "written_cpu_ms": 1000 * (long.cpu_s - short.cpu_s) / written,
-            "peak_mb": many.peak_mb,
             "bytes": sum(p.stat().st_size for p in (lab.folder / checkpoint).rglob("model/*")),
+            "read_per_cpu_s": read,
+            "written_cpu_ms": write,
+            "peak_mb": peak,
         }
     return found
 
