@@ -221,7 +221,7 @@ def costs(lab: Lab, models: dict[str, str]) -> dict[str, Any]:
     text = ("--data", "val", "--seq-len", str(SEQ_LEN))
     prompt = ("--prompt", "import os", "--temperature", "0")
     taken: dict[str, list[tuple[float, float, float]]] = {label: [] for label in models}
-    for _ in range(5):
+    for _ in range(3):
         for label, checkpoint in models.items():
             (_, few), (_, many) = (
                 lab.ask("eval", checkpoint, *text, "--limit", str(n)) for n in (2_048, SCORED)

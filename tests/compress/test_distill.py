@@ -81,10 +81,11 @@ LAYOUTS = [
     Case(Layout(tp=2), options="all"),
     Case(Layout(pp=2), options="top"),
     Case(Layout(dp_shard=2), "homogeneous"),
-    Case(Layout(tp=2, pp=2, dp_shard=2), documents=True),
-    Case(Layout(tp=2, pp=2, dp_shard=2, split=(1, 2)), "capped", "top"),
+    Case(Layout(tp=2, pp=2, split=(1, 2)), documents=True),
 ]
 MORE = [
+    Case(Layout(tp=2, pp=2, dp_shard=2), documents=True),
+    Case(Layout(tp=2, pp=2, dp_shard=2, split=(1, 2)), "capped", "top"),
     Case(Layout(pp=2, schedule="gpipe")),
     Case(Layout(pp=2, schedule="interleaved_1f1b"), options="all"),
     Case(Layout(pp=2, schedule="interleaved_zero_bubble")),
