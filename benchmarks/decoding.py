@@ -174,7 +174,8 @@ class LlamaCpp:
 
     def ask(self, batch: int, length: int, new: int) -> tuple[float, float, float]:
         counts = ["-npp", str(length), "-ntg", str(new), "-npl", str(batch)]
-        context = ["-c", str(batch * (length + new)), "-t", str(self.threads)]
+        positions = max(64, batch * (length + new))  # it warms up with 16 tokens
+        context = ["-c", str(positions), "-t", str(self.threads)]
         cost = measured([self.program, "-m", str(self.file), *counts, *context])
         return cost.cpu_s, cost.wall_s, cost.peak_mb / 1.024**3 / 1e3
 
