@@ -16,7 +16,7 @@ def test_a_folder_that_the_demo_did_not_make_is_never_deleted(tmp_path: Path) ->
     (tmp_path / "precious.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(BevatronError, match="name another"):
-            demo(None, tmp_path, overwrite=overwrite)
+            demo(None, tmp_path, steps=5, overwrite=overwrite)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 

@@ -65,7 +65,7 @@ class Tour:
         return done.stdout
 
 
-def demo(source: str | None, folder: Path, *, steps: int = 40, overwrite: bool = False) -> None:
+def demo(source: str | None, folder: Path, *, steps: int, overwrite: bool = False) -> None:
     """Convert, train in 3D, resume at another layout, export, verify and generate.
 
     Args:
