@@ -15,7 +15,7 @@ import transformers
 
 from bevatron.errors import BevatronError
 from bevatron.spec.json import to_json
-from bevatron.train.config import load_config
+from bevatron.train.config_file import load_config
 from bevatron.train.launch import prepared
 from tests.compress.test_distill import STUDENT
 from tests.data.test_store import write_store

@@ -21,7 +21,8 @@ from bevatron.parallel.world import mesh
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, forward_flops_per_token
 from bevatron.spec.json import to_json
-from bevatron.train.config import OptimizerConfig, TrainConfig, load_config
+from bevatron.train.config import OptimizerConfig, TrainConfig
+from bevatron.train.config_file import load_config
 from bevatron.train.dry_run import Plan, make_plan, to_text
 from bevatron.train.objectives import Pretrain
 from bevatron.train.trainer import Trainer

@@ -18,7 +18,7 @@ from bevatron.compress.stored import IDS, TAIL, VALUES, Info, LogitsError, Store
 from bevatron.errors import BevatronError
 from bevatron.nn.comm import LOCAL
 from bevatron.spec.json import to_json
-from bevatron.train.config import load_config
+from bevatron.train.config_file import load_config
 from bevatron.train.launch import layout_of, prepared, work
 from tests.commands import bevatron
 from tests.compress.test_distill import STUDENT

@@ -24,7 +24,8 @@ from bevatron.parallel.world import mesh
 from bevatron.spec import MLP, Attention, LayerSpec
 from bevatron.spec.json import to_json
 from bevatron.spec.model import Norm
-from bevatron.train.config import OptimizerConfig, TrainConfig, load_config, to_yaml
+from bevatron.train.config import OptimizerConfig, TrainConfig
+from bevatron.train.config_file import load_config, to_yaml
 from bevatron.train.launch import layout_of, prepared, work
 from bevatron.train.launch import train as launch
 from bevatron.train.trainer import Trainer

@@ -17,7 +17,7 @@ from bevatron.families import for_config
 from bevatron.parallel.init import fill
 from bevatron.spec import LayerSpec, Linear, ModelSpec
 from bevatron.spec.json import from_json, to_json
-from bevatron.train.config import load_config
+from bevatron.train.config_file import load_config
 from bevatron.train.start import find_start
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 4}

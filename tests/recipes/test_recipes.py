@@ -20,7 +20,7 @@ from bevatron.recipes import Recipe, find, recipe, recipes, sizes
 from bevatron.spec.count import parameter_count
 from bevatron.spec.json import to_json
 from bevatron.train.absent import check_present
-from bevatron.train.config import load_config, to_yaml
+from bevatron.train.config_file import load_config, to_yaml
 from bevatron.train.launch import prepared, train
 from tests.bridge.hf_folders import make
 from tests.data.test_store import write_store

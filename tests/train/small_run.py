@@ -20,7 +20,7 @@ from bevatron.checkpoint.shard import local
 from bevatron.errors import BevatronError
 from bevatron.parallel.pipeline import Runner
 from bevatron.spec.json import to_json
-from bevatron.train.config import load_config
+from bevatron.train.config_file import load_config
 from bevatron.train.feed import Feed
 from bevatron.train.launch import layout_of, work
 from bevatron.train.saving import Saver

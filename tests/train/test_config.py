@@ -8,14 +8,8 @@ import pytest
 import yaml
 
 from bevatron.errors import BevatronError
-from bevatron.train.config import (
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-    changed_keys,
-    load_config,
-    to_yaml,
-)
+from bevatron.train.config import OptimizerConfig, RunConfig, TrainConfig, changed_keys
+from bevatron.train.config_file import load_config, to_yaml
 
 SMALL = """\
 model: {spec: tiny}

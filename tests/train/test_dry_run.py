@@ -12,7 +12,8 @@ from bevatron.cli.main import app
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout
 from bevatron.spec.json import to_json
-from bevatron.train.config import RunConfig, load_config
+from bevatron.train.config import RunConfig
+from bevatron.train.config_file import load_config
 from bevatron.train.dry_run import Plan, make_plan
 from bevatron.train.launch import layout_of, train
 from bevatron.train.objectives import Pretrain

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.logits import compare_logits
 from bevatron.errors import BevatronError
-from bevatron.train.config import load_config
+from bevatron.train.config_file import load_config
 from bevatron.train.labelled_feed import LabelledFeed, check_data
 from bevatron.train.launch import layout_of, train
 from bevatron.train.launch import work as work_

@@ -20,7 +20,8 @@ from bevatron.progress import duration
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, forward_flops_per_token
 from bevatron.train import trackers
-from bevatron.train.config import LogConfig, RunConfig, load_config
+from bevatron.train.config import LogConfig, RunConfig
+from bevatron.train.config_file import load_config
 from bevatron.train.hardware import PEAK_BF16, peak_by_name
 from bevatron.train.meter import Meter, short
 from bevatron.train.trackers import Trackers, check_trackers

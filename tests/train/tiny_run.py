@@ -16,7 +16,7 @@ from bevatron.checkpoint.whole import check_whole
 from bevatron.data.tokenize import tokenize
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.spec.json import to_json
-from bevatron.train.config import load_config
+from bevatron.train.config_file import load_config
 from bevatron.train.launch import layout_of, work
 
 SPEC = ModelSpec(300, 32, (LayerSpec(Attention(4, 2, 8), MLP(48)),) * 2)

@@ -47,7 +47,8 @@ from bevatron.parallel.companion import Companion
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance, progress
-from bevatron.train.config import RunConfig, load_config
+from bevatron.train.config import RunConfig
+from bevatron.train.config_file import load_config
 from bevatron.train.feed import make_samplers, open_stores
 from bevatron.train.launch import layout_of
 

@@ -17,7 +17,8 @@ from bevatron.errors import BevatronError
 from bevatron.families.published import preset
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import parameter_count
-from bevatron.train.config import PruneConfig, RunConfig, load_config
+from bevatron.train.config import PruneConfig, RunConfig
+from bevatron.train.config_file import load_config
 
 HERE = Path(__file__).parent
 COMMAND = re.compile(r"#   (bevatron .*)")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.absent import check_present, stand_in
-from bevatron.train.config import RunConfig, load_config, to_yaml
+from bevatron.train.config import RunConfig
+from bevatron.train.config_file import load_config, to_yaml
 from bevatron.train.stopping import Stopping, end_with_parent
 from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopped
 

@@ -31,7 +31,8 @@ from bevatron.errors import BevatronError
 from bevatron.parallel.agree import Background, explain, on_all, wait_on_all
 from bevatron.parallel.weights import carried
 from bevatron.spec.json import to_json
-from bevatron.train.config import RunConfig, to_yaml
+from bevatron.train.config import RunConfig
+from bevatron.train.config_file import to_yaml
 from bevatron.train.start import Start
 from bevatron.train.trainer import Trainer
 

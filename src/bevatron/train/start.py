@@ -31,7 +31,8 @@ from bevatron.families.published import family_of, preset
 from bevatron.parallel.agree import explain, on_all
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import from_json
-from bevatron.train.config import ObjectiveConfig, RunConfig, load_config
+from bevatron.train.config import ObjectiveConfig, RunConfig
+from bevatron.train.config_file import load_config
 from bevatron.train.new_head import with_head
 
 Say = Callable[[str], None]

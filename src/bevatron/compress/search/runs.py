@@ -16,7 +16,8 @@ from bevatron.data.sampler import Sampler
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout
-from bevatron.train.config import RunConfig, load_config, to_yaml
+from bevatron.train.config import RunConfig
+from bevatron.train.config_file import load_config, to_yaml
 
 # What the search says itself, and with which option.
 OWN = {
