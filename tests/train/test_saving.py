@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import GenerationConfig
 
+from bevatron.bridge.exporter import export_checkpoint
+from bevatron.bridge.opened import open_weights
 from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.run_folder import RunFolder
 from bevatron.checkpoint.shard import local
 from bevatron.checkpoint.sharded import box_reader
 from bevatron.errors import BevatronError
+from bevatron.generate.engine import stop_tokens
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
 from bevatron.train.config import RunConfig
@@ -26,7 +30,7 @@ from bevatron.train.trainer import Trainer
 from tests.faults.refusal import contents
 from tests.processes import Pool
 from tests.specs import ALL
-from tests.train.tiny_run import check_steps
+from tests.train.tiny_run import check_steps, prepare, train
 from tests.train_steps import Case, make_trainer, samples
 
 
@@ -184,3 +188,12 @@ def test_weights_alone_are_saved_more_often_than_full_steps(pool: Pool, tmp_path
     for name, expected in values.items():
         assert torch.equal(read(name, (0,) * expected.ndim, tuple(expected.shape)), expected)
     assert check_steps(tmp_path) == [4]
+
+
+def test_a_random_model_ends_where_its_tokenizer_says(pool: Pool, tmp_path: Path) -> None:
+    """Here and in transformers, of a tokenizer without a generation_config.json."""
+    prepare(tmp_path)
+    pool.run(1, train, tmp_path, "train.steps=2")
+    assert stop_tokens(open_weights(tmp_path / "run")) == {2}
+    export_checkpoint(tmp_path / "run", tmp_path / "out", show_progress=False)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2

@@ -18,7 +18,7 @@ import bevatron
 from bevatron.bridge.card import model_card
 from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.hashes import hashes_of_files, prove
-from bevatron.bridge.hf_folder import INDEX, SINGLE
+from bevatron.bridge.hf_folder import GENERATION_CONFIG, INDEX, SINGLE
 from bevatron.bridge.importer import check_space, copy_file, main_dtype, written_bytes
 from bevatron.bridge.mover import Mover
 from bevatron.bridge.nanotron_writer import left_out, plan_nanotron, write_around
@@ -36,6 +36,7 @@ from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.checkpoint.safetensors_file import DTYPES, Header, read_header
 from bevatron.errors import BevatronError
+from bevatron.families.config_fields import TOKEN_IDS
 from bevatron.families.family import FamilyError
 
 
@@ -294,7 +295,7 @@ def _write_own_files(
     if not _config_holds(native, plan, dtype):
         config = native.family.config(native.spec, dtype, native.config)
         _write_json(folder / CONFIG, config)
-        if not (folder / "generation_config.json").exists():
+        if not (folder / GENERATION_CONFIG).exists():
             _write_generation_config(folder, config)
     if _identical(native, plan):
         return
@@ -336,10 +337,10 @@ def _dtype(plan: ExportPlan) -> str:
 
 
 def _write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
-    ids = {k: config.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {k: config.get(k) for k in TOKEN_IDS}
     known = {k: v for k, v in ids.items() if v is not None}
     if known:
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **known})
+        _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **known})
 
 
 def _facts(

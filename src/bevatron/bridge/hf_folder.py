@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".safetensors")
 SKIPPED_FOLDERS = (".git", ".cache")
+GENERATION_CONFIG = "generation_config.json"
 # What a tokenizer consists of, and the token ids that generation ends with.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,7 +35,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 
 

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bevatron.families.config_fields import flag, read_field, refuse_others, require, shown
+from bevatron.families.config_fields import (
+    TOKEN_IDS,
+    flag,
+    read_field,
+    refuse_others,
+    require,
+    shown,
+)
 from bevatron.families.family import FamilyError, by_name
 from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
 
@@ -29,7 +36,6 @@ _SHARED = (
 _OWN = ("attention_bias", "rope_interleaved", "rope_scaling")
 # Which class this is (both are the same model here), and losses that only training has.
 _HARMLESS = ("is_llama_config", "is_qwen2_config", "z_loss_enabled", "z_loss_coefficient")
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def hf_config(raw: Config, spec: ModelSpec, dtype: str) -> dict[str, Any]:
         spec: what `raw` means; `dtype`: as config.json spells it.
     """
     llama = by_name("llama")
-    base = {"model_type": "nanotron", **{name: raw.get(name) for name in _IDS}}
+    base = {"model_type": "nanotron", **{name: raw.get(name) for name in TOKEN_IDS}}
     first = spec.layers[0].attention
     assert isinstance(first, Attention)
     if not first.qkv_bias:
@@ -155,7 +161,7 @@ def model_config(spec: ModelSpec, base: Config | None) -> tuple[dict[str, Any], 
 def _token_ids(base: Config) -> tuple[dict[str, Any], list[str]]:
     """Token ids as Nanotron takes them: one of each. Those that are unknown are left out."""
     ids, notes = {}, []
-    for name in _IDS:
+    for name in TOKEN_IDS:
         value = base.get(name)
         if isinstance(value, list) and value:
             notes.append(f"{name} {value}: Nanotron takes one, so the first was written")

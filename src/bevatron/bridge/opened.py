@@ -8,13 +8,15 @@ only the bytes that it owns.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
-from bevatron.bridge.hf_folder import TOKENIZER_FILES, open_hf
+from bevatron.bridge.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, open_hf
 from bevatron.bridge.importer import read_spec, untied
 from bevatron.bridge.mover import Mover
 from bevatron.bridge.nanotron import TOKENIZER, is_nanotron, open_nanotron
@@ -172,9 +174,20 @@ def _box(start: int, count: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...
     return (start // elements, *[0] * len(tail)), (count // elements, *tail)
 
 
-def copy_tokenizer(tokenizer: Path, target: Path) -> None:
-    """Keep a random model's tokenizer with it, so that it can be exported and talked to."""
+def copy_tokenizer(
+    tokenizer: Path, target: Path, ids: Mapping[str, int | None] = MappingProxyType({})
+) -> None:
+    """Keep a random model's tokenizer with it, so that it can be exported and talked to.
+
+    Args:
+        ids: of bos, eos and padding (`bos_token_id`, ...), for a generation_config.json if the
+            folder has none."""
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, target / name)
+    known = {name: value for name, value in ids.items() if value is not None}
+    if known and not (target / GENERATION_CONFIG).exists():
+        (target / GENERATION_CONFIG).write_text(
+            json.dumps(known, indent=2) + "\n", encoding="utf-8"
+        )

@@ -201,7 +201,7 @@ def shown(value: Any) -> str:
 
 # --- writing a config ----------------------------------------------------------------------------
 
-_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Named(Protocol):
@@ -226,7 +226,7 @@ def start(family: Named, dtype: str, base: Config | None) -> tuple[Values, bool]
             config[name] = dtype
         return config, False
     config = {"architectures": [family.architecture], "model_type": family.model_type}
-    config |= {name: (base or {}).get(name) for name in _CARRIED}
+    config |= {name: (base or {}).get(name) for name in TOKEN_IDS}
     config |= {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
     return config, True
 

@@ -15,7 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from bevatron.checkpoint import tables
 from bevatron.checkpoint.run_folder import STEP, WEIGHTS, RunFolder
 from bevatron.checkpoint.sharded import Saved, own_share, without_chunks, write_share
 from bevatron.checkpoint.snapshot import Snapshot
+from bevatron.data.tokenizer import OpenTokenizer, open_tokenizer
 from bevatron.errors import BevatronError
+from bevatron.families.config_fields import TOKEN_IDS
 from bevatron.parallel.agree import Background, explain, on_all, wait_on_all
 from bevatron.parallel.weights import carried
 from bevatron.spec.json import to_json
@@ -236,8 +240,20 @@ class Saver:
         weights = self.kept
         if weights is not None:
             weights.copy_origin(folder)
-        if (weights is None or weights.source is None) and self.config.tokenizer is not None:
-            copy_tokenizer(Path(self.config.tokenizer), folder / "source")
+        if (weights is None or weights.source is None) and self._tokenizer is not None:
+            tokenizer = self._tokenizer
+            special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+            ids = dict(zip(TOKEN_IDS, special, strict=True))
+            copy_tokenizer(tokenizer.file.parent, folder / "source", ids)
+
+    @cached_property
+    def _tokenizer(self) -> OpenTokenizer | None:
+        """The configured one. None if it is gone by now: a save does not fail for want of it."""
+        if self.config.tokenizer is None:
+            return None
+        with suppress(BevatronError):
+            return open_tokenizer(self.config.tokenizer)
+        return None
 
 
 def _moved(weights: Opened, target: Path) -> Opened:
