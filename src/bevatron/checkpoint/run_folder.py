@@ -21,7 +21,7 @@ from typing import Any
 from bevatron.checkpoint.boxes import new_hasher, spell
 from bevatron.checkpoint.lock import lock
 from bevatron.checkpoint.manifest import FILE_NAME, CheckpointError, Manifest
-from bevatron.checkpoint.new_folder import make_parents, put, remove_empty, sync
+from bevatron.checkpoint.new_folder import make_parents, put, remove_empty, replace_text, sync
 from bevatron.checkpoint.tables import Merged
 
 LATEST = "latest"
@@ -136,11 +136,7 @@ class RunFolder:
 
     def point(self, target: Path) -> None:
         """Let `latest` name a step."""
-        pointer = self.path / f".{LATEST}.partial"
-        pointer.write_text(target.name + "\n", encoding="utf-8")
-        sync(pointer)
-        pointer.replace(self.path / LATEST)
-        sync(self.path)
+        replace_text(self.path / LATEST, target.name + "\n")
 
     # --- which steps stay -------------------------------------------------------------------------
 
@@ -187,10 +183,7 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        partial = path.with_name(f".{METRICS}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        sync(partial)
-        partial.replace(path)
+        replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def step_of(folder: Path) -> int:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.lock import lock
-from bevatron.checkpoint.new_folder import sync
+from bevatron.checkpoint.new_folder import replace_text, sync
 from bevatron.compress.distill import check_teacher
 from bevatron.compress.divergence import Output, top_of
 from bevatron.compress.ranks import one_rank
@@ -188,7 +188,7 @@ def _begun(folder: Path, info: Info) -> Iterator[Info]:
         if not (folder / MAKING).is_file():
             if found:
                 raise LogitsError(f"{folder}: is not empty; name a new folder in objective.logits")
-            _write(folder / MAKING, info)
+            replace_text(folder / MAKING, info.to_json())
         before = read_info(folder / MAKING)
         now = info.model_copy(update={"per_file": before.per_file, "model": before.model})
         if now != before:
@@ -212,17 +212,10 @@ def _missing(folder: Path, info: Info) -> list[Block]:
 
 def _finish(folder: Path, info: Info) -> Info:
     info = info.model_copy(update={"tail_mass": mean_tail_mass(folder, info)})
-    _write(folder / NAME, info)
+    replace_text(folder / NAME, info.to_json())
     (folder / MAKING).unlink()
     sync(folder)
     return info
-
-
-def _write(file: Path, info: Info) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(info.to_json(), encoding="utf-8")
-    sync(partial)
-    partial.replace(file)
 
 
 class Maker:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bevatron.checkpoint.new_folder import replace_text
 from bevatron.compress.scores import Floats, Scores
 from bevatron.train.report.chart import Chart, Curve, draw
 from bevatron.train.report.page import document
@@ -20,9 +21,7 @@ WIDTH, LEFT, CELL = 1096, 52, 14
 
 def write_page(scores: Scores, path: Path) -> None:
     """Write the page, as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page(scores), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, page(scores))
 
 
 def page(scores: Scores) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bevatron.spec.model import Role
 
@@ -70,11 +71,32 @@ class StatesConfig(Section):
     `all` of two models with as many. `embedding`: what enters the first layer, too. `project`: by
     default where the widths differ."""
 
-    layers: Literal["all"] | dict[Annotated[str, Field(pattern=r"^\d+$")], int] = {}
+    layers: Literal["all"] | dict[str, int] = {}
     embedding: bool = False
     loss: Literal["cosine", "mse"] = "cosine"
-    weight: Literal["dynamic"] | Annotated[float, Field(ge=0)] = "dynamic"
+    weight: Literal["dynamic"] | float = "dynamic"
     project: bool | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        known = value == "all" or (
+            isinstance(value, dict)
+            and all(str(k).isdecimal() and type(v) is int for k, v in value.items())
+        )
+        if not known:
+            raise ValueError(
+                "expected all, or the teacher's layer for each of the student's, counted from 0, "
+                f"as in {{13: 29}}, found {value!r}"
+            )
+        return value
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _weight(cls, value: Any) -> Any:
+        if value != "dynamic" and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise ValueError(f"expected dynamic, or a number from 0 on, found {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _some(self) -> StatesConfig:

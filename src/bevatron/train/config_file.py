@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _parse(text: str, where: str) -> Any:
         raise BevatronError(f"{where}: not valid YAML ({said})") from None
 
 
-def load_config(path: Path, overrides: list[str]) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     """Read a run configuration and apply `section.key=value` overrides.
 
     Raises one BevatronError that lists every problem with its dotted path."""
@@ -68,6 +69,13 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise BevatronError(f"{path}: expected sections such as `model:` and `train:`")
+    return checked(raw, overrides, str(path))
+
+
+def checked(raw: dict[str, Any], overrides: Sequence[str], where: str) -> RunConfig:
+    """The configuration that `raw` holds, with the overrides, which are applied to it in place.
+
+    Raises one BevatronError, beginning with `where`, that lists every problem."""
     problems: list[str] = []
     config = None
     for override in overrides:
@@ -81,7 +89,7 @@ def load_config(path: Path, overrides: list[str]) -> RunConfig:
         problems += [_explain(problem) for problem in error.errors()]
     if config is None or problems:
         shown = problems[0] if len(problems) == 1 else "\n  ".join(["", *problems]).lstrip(" ")
-        raise BevatronError(f"{path}: {shown}")
+        raise BevatronError(f"{where}: {shown}")
     return config
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bevatron.checkpoint.new_folder import replace_text
 from bevatron.compress.search.state import LONG, PRUNED, SHORT, State, standing
 from bevatron.compress.search.table import SIZES
 from bevatron.errors import BevatronError
@@ -33,9 +34,7 @@ Found = dict[str, Any]
 
 def write_page(state: State) -> None:
     """Write the page, as a whole or not at all."""
-    partial = state.folder / f".{FILE}.partial"
-    partial.write_text(page(state), encoding="utf-8")
-    partial.replace(state.folder / FILE)
+    replace_text(state.folder / FILE, page(state))
 
 
 def page(state: State) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bevatron.checkpoint.new_folder import replace_text
 from bevatron.checkpoint.run_folder import RunFolder, step_of
 from bevatron.compress.search.state import SearchError
 from bevatron.data.sampler import Sampler
@@ -17,7 +15,7 @@ from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout
 from bevatron.train.config import RunConfig
-from bevatron.train.config_file import load_config, to_yaml
+from bevatron.train.config_file import checked, to_yaml
 
 # What the search says itself, and with which option.
 OWN = {
@@ -85,7 +83,10 @@ def configuration(
         "run": {"dir": str(run)},
     }
     raw["train"]["val_every"] = max(1, steps // 10)
-    config = _loaded(raw, overrides)
+    try:
+        config = checked(raw, overrides, "the distillation's configuration")
+    except BevatronError as error:
+        raise SearchError(str(error)) from error
     if not any(override.startswith("train.val_batches=") for override in overrides):
         # As many samples as the loss of a stage is of.
         held_out = Sampler([(TokenStore.open(p), 1.0) for p in validation], seq_len, 0)
@@ -100,23 +101,9 @@ def _tokens(path: Path) -> int:
     return TokenStore.open(path).tokens
 
 
-def _loaded(raw: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
-    with tempfile.TemporaryDirectory(prefix="bevatron-search-") as folder:
-        file = Path(folder) / "run.yaml"
-        file.write_text(yaml.safe_dump(dict(raw), sort_keys=False), encoding="utf-8")
-        try:
-            return load_config(file, list(overrides))
-        except BevatronError as error:
-            text = str(error).replace(f"{file}: ", "", 1)
-            raise SearchError(f"the distillation's configuration: {text}") from error
-
-
 def write(config: RunConfig, path: Path) -> None:
-    """As a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, to_yaml(config))
 
 
 def is_finished(run: Path, steps: int) -> bool:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.new_folder import sync
+from bevatron.checkpoint.new_folder import replace_text
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.compress.search.space import Candidate, Space
 from bevatron.errors import BevatronError
@@ -94,11 +93,7 @@ class State:
         """As a whole or not at all."""
         self._rank()
         text = json.dumps(self.found, indent=1, allow_nan=False) + "\n"
-        partial = self.folder / f".{FILE}.partial"
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        os.replace(partial, self.folder / FILE)  # noqa: PTH105
-        sync(self.folder)
+        replace_text(self.folder / FILE, text)
 
     # --- candidates ---------------------------------------------------------------------------
 

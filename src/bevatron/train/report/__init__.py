@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bevatron.checkpoint.new_folder import replace_text
 from bevatron.errors import BevatronError
 from bevatron.train.report.record import read_run, unique_names
 
@@ -30,7 +31,5 @@ def report(
     target = output or (records[0].path if len(records) == 1 else Path()) / "report.html"
     if target.is_dir():
         raise BevatronError(f"{target}: is a folder; name a file, such as {target / 'report.html'}")
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(page(records), encoding="utf-8")
-    partial.replace(target)
+    replace_text(target, page(records))
     return target
