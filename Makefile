@@ -1,30 +1,37 @@
-# `make demo` and `make test` need nothing but Python 3.11 to 3.13; they make .venv/ themselves.
-# torch is pinned for development: a plain `pip install torch` fetches gigabytes of CUDA.
+# `make demo` and `make test` need nothing but Python 3.11 to 3.13; they make .venv/ themselves, of the
+# versions in requirements.lock, so that no release elsewhere can turn them red.
 PYTHON ?= python3
+# Named by itself because a plain `pip install torch` may fetch gigabytes of CUDA.
 TORCH ?= torch==2.13.0
+NEWEST_TORCH ?= torch
 BIN := .venv/bin
+LOCKED := -m pip install -q --no-build-isolation -c requirements.lock
+# What builds and installs the rest is locked as well.
+TOOLS := pip setuptools wheel hatchling editables
 
-.PHONY: help demo test test-slow test-compat lint bench clean
+.PHONY: help demo test test-slow test-compat test-newest lock lint bench clean
 
 help:
 	@echo "make demo   set up .venv, then convert, train in 3D, resume, export, verify, generate"
 	@echo "make test   set up .venv, then all tests but the slow ones"
 	@echo "make test-slow    the slow ones: all layouts, all resumes, thirty kills (an hour or two)"
 	@echo "make test-compat  the same with transformers 4.57 in .venv-compat: reading exports, bevatron.hf"
+	@echo "make test-newest  all but the slow tests with the newest of every dependency, and transformers' own tests"
+	@echo "make lock   requirements.lock anew, of the newest that pyproject.toml allows"
 	@echo "make lint   format, lint and types"
 	@echo "make bench  the benchmarks (minutes; see benchmarks/RESULTS.md)"
-	@echo "make clean  remove .venv and demo"
+	@echo "make clean  remove the environments and demo"
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[hf]"
+	$(BIN)/python -m pip install -q -c requirements.lock $(TOOLS)
+	$(BIN)/python $(LOCKED) "$(TORCH)"
+	$(BIN)/python $(LOCKED) -e ".[hf]"
 	touch $@
 
 .venv/ready-for-tests: .venv/ready
-	$(BIN)/python -m pip install -q -e ".[hf,dev]"
+	$(BIN)/python $(LOCKED) -e ".[hf,dev]"
 	touch $@
 
 demo: .venv/ready
@@ -34,7 +41,7 @@ test: .venv/ready-for-tests
 	$(BIN)/python -m pytest
 
 test-slow: .venv/ready-for-tests
-	$(BIN)/python -m pip install -q -e ".[eval]"
+	$(BIN)/python $(LOCKED) -e ".[eval]"
 	$(BIN)/python -m pytest -m slow
 
 .venv-compat/ready: Makefile pyproject.toml
@@ -48,6 +55,23 @@ test-compat: .venv/ready-for-tests .venv-compat/ready
 	$(BIN)/python -m pytest tests/compat
 	.venv-compat/bin/python -m pytest tests/hf
 
+# A new environment each time, past the ceilings of pyproject.toml too: this is how they are raised.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --upgrade pip
+	.venv-newest/bin/python -m pip install -q "$(NEWEST_TORCH)"
+	.venv-newest/bin/python tests/newest.py | .venv-newest/bin/python -m pip install -q --upgrade -r /dev/stdin
+	.venv-newest/bin/python -m pip install -q --no-deps -e .
+	.venv-newest/bin/python -m pip list
+	.venv-newest/bin/python -m pytest
+
+lock: .venv/ready
+	$(BIN)/python -m pip install -q uv
+	printf '%s\n' "$(TORCH)" $(TOOLS) | $(BIN)/uv pip compile -q --universal --python-version 3.11 --all-extras \
+	  --upgrade --no-annotate --no-emit-index-url --custom-compile-command "make lock" \
+	  pyproject.toml - -o requirements.lock
+
 lint: .venv/ready-for-tests
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
@@ -57,4 +81,4 @@ bench: .venv/ready-for-tests
 	$(BIN)/python benchmarks/conversion.py
 
 clean:
-	rm -rf .venv .venv-compat demo
+	rm -rf .venv .venv-compat .venv-newest demo
