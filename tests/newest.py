@@ -1,6 +1,6 @@
 """Print what pyproject.toml depends on, extras included, without its ceilings: `make test-newest`.
 
-A ceiling stands where a release has broken us; only a run past it tells whether it can be raised."""
+A ceiling stands where a release has broken us; only a run past it tells whether to raise it."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ CEILING = re.compile(r",?\s*(<=?|==|~=)\s*[\w.*]+")
 
 
 def newest(requirements: list[str]) -> list[str]:
-    """The requirements without upper bounds and pins; torch, which the Makefile names, is left out."""
+    """Without upper bounds and pins, and without torch, which the Makefile names."""
     return sorted({CEILING.sub("", r) for r in requirements if not r.startswith("torch>")})
 
 
