@@ -232,6 +232,35 @@ def test_fault_24_tied_but_the_head_differs(model) -> None:
     refused(source, "lm_head.weight", "[100, 32]")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "{}", "--prompt", "a"),
+        ("eval", "{}", "--data", "{}/tokenizer.json"),
+        ("chat", "{}"),
+        ("serve", "{}", "--port", "0"),
+        ("import", "{}", "{}-native", "--dry-run"),
+        ("prune", "{}", "{}-native", "--drop-layers", "1", "--dry-run"),
+        ("train", "{}/config.yaml", "--dry-run"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_fault_24_no_verb_opens_a_tied_model_whose_head_differs(
+    model, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """transformers computes with the stored head, a tied model with the embedding."""
+    source = model("tied")
+    rewrite(source, lambda t: t.update({"lm_head.weight": t[EMBED] + 1}))
+    (source / "config.yaml").write_text(
+        f"model: {{init: {source}}}\nrun: {{dir: {tmp_path}/run}}\noptimizer: {{lr: 1.0e-3}}\n"
+        f"data: {{train: [{{path: {source}, weight: 1.0}}], seq_len: 8}}\n"
+        "train: {steps: 1, global_batch: 1}\n"
+    )
+    status, _, stderr = command(*(a.format(source) for a in arguments))
+    assert status == 2
+    assert "tie_word_embeddings" in stderr and stderr.count("\n") == 1, stderr
+
+
 def test_fault_24_untied_but_there_is_no_head(model) -> None:
     source = model()
     rewrite(source, lambda t: t.pop("lm_head.weight"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
@@ -76,7 +75,7 @@ def import_checkpoint(
         shown = shown_progress("importing", source.nbytes, show_progress)
         with shown as advance, Mover(advance) as mover:
             chunks, hashes, non_finite, notes = _move_tensors(source, plan, mover, folder)
-            _check_duplicates(source, plan, mover, hashes)
+            check_copies(source, plan.duplicates, mover, hashes)
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
         native = Native.made(folder, manifest, spec, family)
@@ -237,27 +236,29 @@ def _move_one(
     return spell(written), hashes
 
 
-def _check_duplicates(
-    source: HFFolder, plan: ImportPlan, mover: Mover, hashes: dict[str, str]
+def check_copies(
+    source: HFFolder, duplicates: Mapping[str, str], mover: Mover, hashes: dict[str, str]
 ) -> None:
-    """Hash the tensors that must be copies of others, and refuse if they are not."""
+    """Refuse a tensor that must be a copy of another (a tied head that is stored as well) and has
+    other values: transformers would compute with the one, a tied model with the other.
+
+    Args:
+        duplicates: tensor -> the one that it must be a copy of.
+        hashes: what is known of the tensors' hashes, to which this adds those that it needs.
+    """
     tensors = source.tensors()
-    for name, other in plan.duplicates.items():
-        file, stored = tensors[name]
-        hasher = new_hasher()
-        nbytes = math.prod(stored.shape) * DTYPES[stored.dtype]
-        mover.move((source.path / file, stored.begin), nbytes, (), read_hashers=(hasher,))
-        hashes[name] = spell(hasher)
+    for name, other in duplicates.items():
+        for each in (name, other):
+            if each not in hashes:
+                file, stored = tensors[each]
+                place, hasher = (source.path / file, stored.begin), new_hasher()
+                mover.move(place, stored.nbytes, (), read_hashers=(hasher,))
+                hashes[each] = spell(hasher)
         if hashes[name] != hashes[other]:
-            raise untied(source.path, name, other)
-
-
-def untied(path: Path, name: str, other: str) -> SourceError:
-    """The error for a tied tensor that is stored a second time with other values."""
-    return SourceError(
-        f"{path}: config.json ties {name} to {other} (tie_word_embeddings), but their values "
-        f"differ; set it to false to keep both, or remove {name}"
-    )
+            raise SourceError(
+                f"{source.path}: config.json ties {name} to {other} (tie_word_embeddings), but "
+                f"their values differ; set it to false to keep both, or remove {name}"
+            )
 
 
 def _copy_others(source: HFFolder, folder: Path) -> None:

@@ -17,14 +17,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from bevatron.bridge.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, open_hf
-from bevatron.bridge.importer import read_spec, untied
+from bevatron.bridge.importer import check_copies, read_spec
 from bevatron.bridge.mover import Mover
 from bevatron.bridge.nanotron import TOKENIZER, is_nanotron, open_nanotron
 from bevatron.bridge.native import open_native
 from bevatron.bridge.plan import Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, describe
-from bevatron.checkpoint.boxes import new_hasher, spell
 from bevatron.checkpoint.files import copy_tree, located
 from bevatron.checkpoint.locate import is_native
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
@@ -66,26 +65,6 @@ class Opened:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda d: sizes[d])
 
-    def check_copies(self) -> None:
-        """Refuse an HF folder in which a tied tensor is stored twice with different values, as an
-        import does. (A native checkpoint holds it once.)"""
-        if self.native or self.provenance is None or not self.provenance.duplicates:
-            return
-        headers = self.provenance.parsed_headers().items()
-        places = {n: (file, t) for file, header in headers for n, t in header.tensors.items()}
-        with Mover(lambda nbytes: None) as mover:
-
-            def digest(name: str) -> str:
-                file, stored = places[name]
-                hasher = new_hasher()
-                source = (self.folder / file, stored.begin)
-                mover.move(source, stored.nbytes, (), read_hashers=(hasher,))
-                return spell(hasher)
-
-            for name, other in self.provenance.duplicates.items():
-                if digest(name) != digest(other):
-                    raise untied(self.folder, name, other)
-
     def copy_source(self, target: Path) -> None:
         """Copy the source's other files, byte for byte, into the new folder `target`."""
         if self.source is not None and self.others is None:
@@ -123,10 +102,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, write)
 
 
-def open_weights(path: str | Path, revision: str | None = None) -> Opened:
-    """Open what `path` means; `revision` is of a Hub id.
+def open_weights(path: str | Path, revision: str | None = None, *, copies: bool = True) -> Opened:
+    """Open what `path` means.
 
-    Raises BevatronError if it is none of these or is damaged."""
+    Args:
+        revision: of a Hub id.
+        copies: whether to read a tied head that an HF folder stores as well, and compare it. Where
+            many processes open the same folder, one of them does.
+    Raises BevatronError if it is none of these, is damaged, or is a tied model whose stored head is
+    another one.
+    """
     if is_native(located(path)):
         native = open_native(path)
         source = native.folder / "source"
@@ -148,6 +133,9 @@ def open_weights(path: str | Path, revision: str | None = None) -> Opened:
     hf = open_hf(path, revision)
     family, spec = read_spec(hf)
     plan = plan_import(str(hf.path), family, spec, hf.tensors(), None)
+    if copies:
+        with Mover(lambda nbytes: None) as mover:
+            check_copies(hf, plan.duplicates, mover, {})
     tensors = {task.native: _chunks(task) for task in plan.tasks}
     record = describe(hf, family.name, plan, {})
     manifest = Manifest(family.name, 0, tensors)

@@ -17,7 +17,14 @@ from bevatron.bridge.exporter import folder_on_disk, plan_target
 from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hf_folder import open_hf
 from bevatron.bridge.import_foreign import plan_foreign
-from bevatron.bridge.importer import check_space, open_foreign, read_spec, written_bytes
+from bevatron.bridge.importer import (
+    check_copies,
+    check_space,
+    open_foreign,
+    read_spec,
+    written_bytes,
+)
+from bevatron.bridge.mover import Mover
 from bevatron.bridge.nanotron_writer import left_out, tokenizer_files
 from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import Task, plan_import
@@ -131,6 +138,8 @@ def preview_import(
     family, spec = read_spec(source)
     plan = plan_import(str(source.path), family, spec, source.tensors(), to)
     check_space(dst, written_bytes(plan.tasks))
+    with Mover(lambda nbytes: None) as mover:
+        check_copies(source, plan.duplicates, mover, {})
     lines = tuple(_line(task, (plan.places[task.native][0],)) for task in plan.tasks)
     return Preview(
         source=source.name,

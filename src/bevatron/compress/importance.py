@@ -104,7 +104,7 @@ def measure(
         ready: list[tuple[Opened, Plan, Sampler]] = []
 
         def prepare() -> None:
-            opened = open_weights(ckpt)
+            opened = open_weights(ckpt, copies=dist.get_rank() == 0)
             plan = make_plan(
                 opened.spec, samples, seq_len, aggregation, layers, spans, loss_samples, seed
             )

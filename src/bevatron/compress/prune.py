@@ -99,7 +99,6 @@ def prune(
     changes = _merges(opened.spec, kept, merge_heads)
     if dry_run:
         return replace(plan.report, dry_run=True)
-    opened.check_copies()
     with (
         new_folder(dst, overwrite=overwrite, apart_from=opened.folder) as folder,
         unchanged(opened.folder, before),

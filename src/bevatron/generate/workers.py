@@ -288,7 +288,7 @@ def work(plan: Plan, rank: int, port: int) -> None:
 
 def _work(plan: Plan, rank: int, port: int) -> None:
     store = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=60))
-    opened = open_weights(plan.ckpt)
+    opened = open_weights(plan.ckpt, copies=False)  # who started this has compared them
     weights = plan.read(opened, rank)
     store.set(f"ready/{rank}", "1")
     store.wait(["go"], timedelta(seconds=START_S))

@@ -46,17 +46,12 @@ def load_weights(
 def stream(
     placed: Placed, weights: Opened, leave: Collection[str] = (), *, verified: bool = False
 ) -> None:
-    """Fill all ranks' parameters, but those to `leave`, from where they lie, after checking what
-    can be checked, unless that was done: a native checkpoint's hashes, an HF folder's second
-    copies. Collective; if it
-    fails on one rank, all raise its message."""
+    """Fill all ranks' parameters, but those to `leave`, from where they lie, after checking a
+    native checkpoint's hashes, unless that was done. Collective; if it fails on one rank, all
+    raise its message."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if verified:
-        pass
-    elif weights.native:
+    if weights.native and not verified:
         on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
-    else:
-        on_all(lambda: weights.check_copies() if rank == 0 else None)
     read = box_reader(weights.folder, weights.manifest, "model/")
     on_all(lambda: load_weights(placed, weights.shapes, read, leave))
 

@@ -82,10 +82,10 @@ def find_start(config: RunConfig) -> Start:
     return _fresh(config)
 
 
-def _fresh(config: RunConfig) -> Start:
-    """The start of a run without a step of its own."""
+def _fresh(config: RunConfig, copies: bool = True) -> Start:
+    """The start of a run without a step of its own. `copies`: as in `open_weights`."""
     if config.model.init is not None:
-        opened = open_weights(config.model.init)
+        opened = open_weights(config.model.init, copies=copies)
         where = f"model.init: {config.model.init}"
         check_like(where, "model.like", config.model.like, opened.spec)
         return _headed(config, Start(opened.spec, opened, None, opened.manifest.family))
@@ -135,7 +135,7 @@ def opened_run(config: RunConfig, say: Say) -> Iterator[Start]:
         _check_shared(folder.path)
         start = _newest_good(folder, say)
         found: list[Start] = []
-        on_all(lambda: found.append(_headed(config, start) if start else _fresh(config)))
+        on_all(lambda: found.append(_headed(config, start) if start else _fresh(config, main)))
         yield found[0]
 
 
