@@ -12,7 +12,6 @@ MLP it has. Every part that is there is transformers' own Llama part. Annotation
 """
 
 import copy
-import inspect
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,14 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
-V5 = int(transformers.__version__.partition(".")[0]) >= 5
+# What transformers calls differently from release to release; nothing below asks for its version.
+VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+V5 = VERSION >= (5, 0)  # a configuration is a checked dataclass, rope is in `rope_parameters`
+GATHERED = "colwise_gather_output" if VERSION >= (5, 1) else "colwise_rep"  # tensor parallel plans
+INPUTS = "inputs_embeds" if VERSION >= (5, 2) else "input_embeds"  # of masks
+POSITIONS = VERSION < (5, 4)  # masks and caches are told `cache_position`
+CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"  # of masks, layers and outputs
+
 WIDTH_MULTIPLE = 256
 MODULE = "modeling_decilm"
 
@@ -356,11 +362,12 @@ class DeciLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeciLMDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
@@ -372,10 +379,6 @@ class DeciLMPreTrainedModel(PreTrainedModel):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{MODULE}.py").write_bytes(code.read_bytes())
         return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-
-
-_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
-_MASK_INPUT = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
 
 
 class DeciLMModel(DeciLMPreTrainedModel):
@@ -402,11 +405,12 @@ class DeciLMModel(DeciLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         if (input_ids is None) == (inputs_embeds is None):
@@ -414,27 +418,23 @@ class DeciLMModel(DeciLMPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         attentions = _chosen(output_attentions, self.config.output_attentions)
         hidden = _chosen(output_hidden_states, self.config.output_hidden_states)
-        if _chosen(use_cache, self.config.use_cache) and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        cache_position = kwargs.pop("cache_position", None)
-        if cache_position is None:
-            cache_position = torch.arange(x.shape[1], device=x.device) + seen
+        cache = _one_cache(cache, past_key_values)
+        if _chosen(use_cache, self.config.use_cache) and cache is None:
+            cache = DynamicCache(config=self.config)
+        positions = kwargs.pop("cache_position", None)
+        if positions is None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(x.shape[1], device=x.device) + seen
         if position_ids is None:
-            position_ids = cache_position.unsqueeze(0)
-        mask_arguments = {
-            "config": self.config,
-            _MASK_INPUT: x,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-            "cache_position": cache_position,
-        }
+            position_ids = positions.unsqueeze(0)
+        kwargs[CACHE] = cache
+        told = {"cache_position": positions} if POSITIONS else {}
         mask = create_causal_mask(
-            **{k: v for k, v in mask_arguments.items() if k in _MASK_ARGUMENTS}
+            config=self.config,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{INPUTS: x, CACHE: cache, **told},
         )
-        if not V5:
-            kwargs["cache_position"] = cache_position
         rotations = self.rotary_emb(x, position_ids)
         all_hidden, all_weights = [], []
         for layer in self.layers:
@@ -444,8 +444,8 @@ class DeciLMModel(DeciLMPreTrainedModel):
                 x,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 position_embeddings=rotations,
+                **told,
                 **kwargs,
             )
             if attentions:
@@ -453,10 +453,18 @@ class DeciLMModel(DeciLMPreTrainedModel):
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
             hidden_states=(*all_hidden, x) if hidden else None,
             attentions=tuple(all_weights) if attentions else None,
+            **{CACHE: cache},
         )
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> Any:
+    """Callers use either name in any release: one that was not understood would be an empty cache
+    at every step, and wrong tokens without an error."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("give one of cache and past_key_values: they are the same thing")
+    return past_key_values if cache is None else cache
 
 
 def _chosen(asked: bool | None, default: Any) -> bool:
@@ -465,6 +473,7 @@ def _chosen(asked: bool | None, default: Any) -> bool:
 
 class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": GATHERED}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -479,18 +488,19 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -504,9 +514,9 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
+            **{CACHE: getattr(out, CACHE)},
         )
 
 

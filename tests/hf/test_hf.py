@@ -92,9 +92,24 @@ def test_every_cache_gives_the_same_tokens(case: str, tmp_path: Path) -> None:
         for _ in range(12):
             ids.append(int(reference(torch.tensor([ids]))[0, -1].argmax()))
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-        for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
-            out = model.generate(prompt, **options, **more, pad_token_id=0)
+        lookup = {"prompt_lookup_num_tokens": 3, "eos_token_id": 97}  # of no token: 4.57 wants one
+        assisted = [lookup, {"assistant_model": load(tmp_path)}]
+        for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}, *assisted):
+            out = model.generate(prompt, **{**options, **more}, pad_token_id=0)
             assert out[0].tolist() == ids, more
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_cache_gives_the_same_beams(case: str, tmp_path: Path) -> None:
+    save(tmp_path, CASES[case])
+    model = load(tmp_path)
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    prompt, more = some_ids(2, 7), {"output_scores": True, "return_dict_in_generate": True}
+    expected = model.generate(prompt, **options, **more, pad_token_id=0, use_cache=False)
+    for cache in ({}, {"cache_implementation": "static"}):
+        out = model.generate(prompt, **options, **more, **cache, pad_token_id=0)
+        assert torch.equal(out.sequences, expected.sequences), cache
+        assert (out.sequences_scores - expected.sequences_scores).abs().max() <= 1e-5
 
 
 def test_a_left_padded_batch_gives_the_same_tokens(tmp_path: Path) -> None:
@@ -112,14 +127,18 @@ def test_a_left_padded_batch_gives_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_a_prompt_in_pieces_gives_the_same_logits(tmp_path: Path) -> None:
+    """The cache has one name in the output, and either name is taken, whatever the release."""
     save(tmp_path, FIRST_EMPTY)
     model = load(tmp_path)
     ids = some_ids(1, 20)
     with torch.no_grad():
         whole = model(ids).logits
-        first = model(ids[:, :11], use_cache=True)
-        rest = model(ids[:, 11:], past_key_values=first.past_key_values).logits
-    assert (torch.cat((first.logits, rest), 1) - whole).abs().max() <= 1e-5
+        for name in ("cache", "past_key_values"):
+            first = model(ids[:, :11], use_cache=True)
+            rest = model(ids[:, 11:], **{name: first[hf.CACHE]}).logits
+            assert (torch.cat((first.logits, rest), 1) - whole).abs().max() <= 1e-5, name
+        with pytest.raises(ValueError, match="one of cache and past_key_values"):
+            model(ids, cache=first[hf.CACHE], past_key_values=first[hf.CACHE])
 
 
 def test_it_trains_with_recomputed_activations(tmp_path: Path) -> None:
