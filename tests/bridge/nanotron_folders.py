@@ -142,6 +142,9 @@ def model_config(model, interleaved=False) -> dict:
     config |= {"is_qwen2_config": True, "rope_interleaved": interleaved, "rope_scaling": None}
     config |= {"pretraining_tp": 1, "use_cache": True, "moe_config": None, "z_loss_enabled": True}
     config |= {"_attn_implementation": "flash_attention_2", "_fused_rms_norm": True}
+    config |= {"_fused_rotary_emb": True, "_use_qkv_packed": True, "_use_doc_masking": False}
+    config |= {"log_attn_probs": True, "ring_attn_heads_k_stride": None, "_is_using_mup": False}
+    config |= {"flex_attention_mask": None, "rope_seq_len_interpolation_factor": None}
     return config | {"sliding_window_size": None, "no_rope_layer": None, "z_loss_coefficient": 1e-4}
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
+from bevatron.bridge.nanotron_config import read_model_config
 from bevatron.bridge.opened import open_weights
 from bevatron.bridge.preview import preview_export, preview_import
 from bevatron.bridge.verify import verify
@@ -228,6 +229,7 @@ def test_no_torch_and_no_model_in_either_direction(tmp_path):
 import sys
 from bevatron.bridge.convert import import_checkpoint, export_checkpoint
 from bevatron.bridge.inspect import inspect
+from bevatron.bridge.nanotron_config import read_model_config
 from bevatron.bridge.preview import preview_export, preview_import
 from bevatron.bridge.verify import verify
 nt, native, out = {str(root)!r}, {str(tmp_path / "native")!r}, {str(tmp_path / "out")!r}
@@ -429,8 +431,14 @@ def configure(root: Path, **changes) -> None:
     ("field", "value"),
     [
         ("moe_config", {"num_experts": 8}),
-        ("sliding_window_size", 128),
-        ("no_rope_layer", 4),
+        ("moe_config", {"layers": [0], "num_experts": 8}),
+        ("moe_num_experts", 4),
+        ("sliding_window_size", 127),
+        ("sliding_window_size", "512"),
+        ("no_rope_layer", 3),
+        ("rope_seq_len_interpolation_factor", 4.0),
+        ("use_mla", True),
+        ("kv_lora_rank", 64),
         ("flex_attention_mask", "sliding_window"),
         ("_is_using_mup", True),
         ("hidden_act", "gelu"),
@@ -443,6 +451,37 @@ def configure(root: Path, **changes) -> None:
 def test_fields_that_change_numbers_are_refused_by_name(nt, field, value):
     configure(nt, **{field: value})
     refused(nt, "model_config.json", field)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"log_attn_probs": True},
+        {"log_attn_probs": False},
+        {"ring_attn_heads_k_stride": 1, "_attn_implementation": "llama3_ring_attention"},
+        {"moe_config": {"num_experts": 8, "top_k": 2, "layers": []}},
+        {"moe_num_experts": 1, "num_experts_per_tok": 1, "moe_loss_weight": 0.01},
+        {"moe_z_loss_weight": 0.001, "for_inference": True, "intra_doc_attention": True},
+        {"sliding_window_size": 128},
+        {"rope_seq_len_interpolation_factor": 1.0},
+        {"use_mla": False, "kv_lora_rank": None, "v_head_dim": 128},
+        {"hybrid_bp_loss_enabled": True, "hybrid_bp_loss_k": 6, "hybrid_bp_dna_oov_id": 3},
+        {"is_qwen2_config": None, "is_llama_config": True, "attention_bias": True},
+        {"rope_interleaved": True, "interleaved_rotary": False},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_fields_of_any_version_that_do_nothing_are_inert(fields):
+    """Those of its config classes, main and branches, 2023 to 2026."""
+    plain = model_config(llama())
+    found, wanted = read_model_config({**plain, **fields}), read_model_config(plain)
+    assert (found.spec, found.interleaved) == (wanted.spec, False)
+
+
+def test_the_rope_field_of_march_2025_is_read():
+    old = {k: v for k, v in model_config(llama()).items() if k != "rope_interleaved"}
+    assert read_model_config(old | {"interleaved_rotary": True}).interleaved
+    assert not read_model_config(old | {"interleaved_rotary": False}).notes
 
 
 def test_sizes_that_disagree_with_the_weights(nt):

@@ -2,15 +2,17 @@
 
 The fields are those of Hugging Face's Llama and mean the same, so the llama family reads them. What
 differs: heads always have hidden_size / num_attention_heads dimensions, `attention_bias` puts
-biases on q, k and v but not on o, and `rope_scaling` is stored but never applied.
+biases on q, k and v but not on o (in its Llama class it does nothing), and `rope_scaling` is stored
+but never applied.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from bevatron.families.config_fields import (
     TOKEN_IDS,
@@ -33,9 +35,59 @@ _SHARED = (
     *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
     *("initializer_range", "rms_norm_eps", "tie_word_embeddings", "rope_theta"),
 )
-_OWN = ("attention_bias", "rope_interleaved", "rope_scaling")
-# Which class this is (both are the same model here), and losses that only training has.
-_HARMLESS = ("is_llama_config", "is_qwen2_config", "z_loss_enabled", "z_loss_coefficient")
+_OWN = ("attention_bias", "rope_interleaved", "interleaved_rotary", "rope_scaling")
+# Fields of its config classes (2023 to 2026, all branches) that no forward pass reads, or that
+# choose between kernels of one function: which class this is, losses and statistics of training,
+# masks between the documents of a sample, and how ring attention communicates.
+_HARMLESS = (
+    *("is_llama_config", "is_qwen2_config", "z_loss_enabled", "z_loss_coefficient"),
+    *("log_attn_probs", "ring_attn_heads_k_stride", "intra_doc_attention", "for_inference"),
+    *("moe_loss_weight", "moe_z_loss_weight"),
+    *("hybrid_bp_loss_enabled", "hybrid_bp_loss_k", "hybrid_bp_bp_weight", "hybrid_bp_nl_weight"),
+    *("hybrid_bp_weight_special_ce", "hybrid_bp_include_dna_special_ce", "hybrid_bp_dna_oov_id"),
+    *("hybrid_bp_dna_kmer_start_id", "hybrid_bp_dna_kmer_end_id"),
+)
+
+
+class _Acts(NamedTuple):
+    """A field that changes numbers: what it does, and whether a value of it does nothing, given
+    the value and the whole config. Null never does anything."""
+
+    what: str
+    inert: Callable[[Any, Config], bool]
+
+
+def _without_mla(_: Any, raw: Config) -> bool:
+    return raw.get("use_mla") is False
+
+
+def _context(raw: Config) -> float:
+    context = raw.get("max_position_embeddings")
+    return context if type(context) is int else math.inf
+
+
+_LATENT = _Acts("sizes of multi-head latent attention", _without_mla)
+_ACTING = {
+    "moe_config": _Acts(
+        "layers with experts",
+        lambda value, _: isinstance(value, dict) and value.get("layers") == [],
+    ),
+    "moe_num_experts": _Acts("layers with experts", lambda value, _: value == 1),
+    "num_experts_per_tok": _Acts(
+        "layers with experts", lambda _, raw: raw.get("moe_num_experts", 1) == 1
+    ),
+    "sliding_window_size": _Acts(
+        "attention that sees fewer tokens than the context has",
+        lambda value, raw: type(value) is int and value >= _context(raw),
+    ),
+    "no_rope_layer": _Acts("layers without rotation", lambda value, _: False),
+    "rope_seq_len_interpolation_factor": _Acts(
+        "positions divided by it before they rotate", lambda value, _: value == 1
+    ),
+    "use_mla": _Acts("multi-head latent attention", lambda value, _: value is False),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), _LATENT),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), _LATENT),
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +108,17 @@ def read_model_config(raw: Config) -> Meaning:
 
 
 def _read(raw: Config) -> Meaning:
-    refuse_others(raw, (*_SHARED, *_OWN, *_HARMLESS, "flex_attention_mask"))
+    for name, acts in _ACTING.items():
+        value = raw.get(name)
+        if value is not None and not acts.inert(value, raw):
+            raise FamilyError(
+                f"config.json: {name} = {shown(value)} says {acts.what}, which is not supported"
+            )
+    refuse_others(raw, (*_SHARED, *_OWN, *_HARMLESS, *_ACTING, "flex_attention_mask"))
     require("flex_attention_mask", raw.get("flex_attention_mask"), (None, "document"))
     require("_is_using_mup", raw.get("_is_using_mup"), (None, False))
     biased = read_field(raw, "attention_bias", flag(False), {})
+    biased = biased and not raw.get("is_llama_config")  # its Llama never has biases
     llama = by_name("llama")
     config = {name: raw[name] for name in _SHARED if name in raw}
     spec = llama.spec({"architectures": [llama.architecture], **config})
@@ -71,16 +130,18 @@ def _read(raw: Config) -> Meaning:
             f"rope_scaling {shown(raw['rope_scaling'])} was dropped: Nanotron stores it and never "
             "applies it; if the weights were made for it, convert the model they came from instead"
         )
-    if "rope_interleaved" not in raw:
+    # For a week of March 2025 the rope of its Qwen2 read the second name, and not the first.
+    field = "interleaved_rotary" if "interleaved_rotary" in raw else "rope_interleaved"
+    if field not in raw:
         notes.append(
             f"{NAME} has no rope_interleaved, so Nanotron's default, false, was taken; versions "
             "before the field existed (2024) rotated interleaved: for their checkpoints set it to "
             "true"
         )
-    interleaved = read_field(raw, "rope_interleaved", flag(False), {})
+    interleaved = read_field(raw, field, flag(False), {})
     if interleaved and raw.get("is_qwen2_config") and not raw.get("_fused_rotary_emb"):
         notes.append(
-            "rope_interleaved was taken to mean the rotation of neighbouring dimensions; the "
+            f"{field} was taken to mean the rotation of neighbouring dimensions; the "
             "unfused rope of Nanotron's Qwen2 pairs others with it in some versions, so compare "
             "outputs if the model was trained with that"
         )
