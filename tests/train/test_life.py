@@ -211,6 +211,39 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(config: Path, start: Start) 
     assert gone(workers) and "Traceback" not in said
 
 
+def maps(pid: int, name: str) -> bool:
+    """Whether a process has loaded a library."""
+    try:
+        return name in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+MOMENTS: dict[str, Callable[[Started], bool]] = {
+    "started": lambda run: bool(run.workers()),
+    "loads torch": lambda run: any(maps(pid, "libtorch_cpu") for pid in run.workers()),
+    "has joined": lambda run: "training " in run.output.read_text(),
+}
+
+
+@pytest.mark.parametrize(
+    "moment", ["started", "loads torch", pytest.param("has joined", marks=pytest.mark.slow)]
+)
+def test_a_launcher_killed_as_its_workers_start_leaves_none(
+    config: Path, start: Start, moment: str
+) -> None:
+    """They have nothing to save and end within a second or so, whatever they wait for; without
+    their launcher's store they would do so for minutes."""
+    run = start("bevatron", "train", str(config), "--nproc", "2", "train.steps=100000")
+    deadline = time.monotonic() + TIMEOUT_S
+    while not MOMENTS[moment](run):
+        assert run.process.poll() is None and time.monotonic() < deadline, run.output.read_text()
+        time.sleep(0.002)
+    workers = run.workers()
+    run.process.kill()
+    assert workers and gone(workers, 60)
+
+
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_no_workers(config: Path, start: Start) -> None:
     """They save, as at any other SIGTERM."""

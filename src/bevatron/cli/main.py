@@ -13,6 +13,7 @@ import typer
 
 from bevatron.cli.app import app
 from bevatron.errors import BevatronError
+from bevatron.train.stopping import end_with_agent
 
 # Their verbs, in the order of the help.
 from bevatron.cli import convert, train, compress, generate  # noqa: F401  # isort: skip
@@ -33,6 +34,7 @@ def demo(
 
 def main() -> None:
     """Run a verb; every failure is one message and a status, never a traceback."""
+    end_with_agent()
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may be any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -12,7 +12,7 @@ import torch
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.world import default_device, world
 from bevatron.train.hardware import tune_allocator
-from bevatron.train.stopping import Stopping, end_with_parent
+from bevatron.train.stopping import Stopping
 from bevatron.train.workers import reporting
 
 
@@ -20,8 +20,6 @@ from bevatron.train.workers import reporting
 def one_rank(worker: bool) -> Iterator[torch.device]:
     """The process group for the duration; yields this rank's device. A `worker` of a launcher
     leaves its last words if it fails, and ends here if it does not."""
-    if worker:
-        end_with_parent()
     device, stopping = default_device(), Stopping()
     if device.type == "cpu":
         tune_allocator()

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def in_workers(
     if choice.bpe is not None:
         (folder / BPE).write_text(choice.bpe.to_json(), encoding="utf-8")
     setup = {
+        "parent": os.getpid(),
         "tokenizer": str(tokenizer.resolve()),
         "bpe": str((folder / BPE).resolve()) if choice.bpe is not None else None,
         "job": asdict(job),
@@ -134,7 +136,7 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it, too
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
-    parent = os.getppid()
+    parent = 0
     encoder: Encoder | None = None
     job: Job | None = None
     for line in sys.stdin.buffer:
@@ -142,7 +144,7 @@ def _serve() -> None:
         answer: dict[str, str] = {}
         try:
             if job is None or encoder is None:
-                job = Job(**given["job"])
+                parent, job = given["parent"], Job(**given["job"])
                 opened = open_tokenizer(Path(given["tokenizer"])).encoder
                 encoder = Encoder(opened)
                 if given["bpe"] is not None:
@@ -150,7 +152,7 @@ def _serve() -> None:
                     encoder = FastEncoder(opened, FastBpe.from_json(text))
                 continue
             part = Part.from_json(given["part"])
-            make_part(Path(given["folder"]), part, job, encoder, lambda: os.getppid() == parent)
+            make_part(Path(given["folder"]), part, job, encoder, partial(_is_child_of, parent))
         except BevatronError as error:
             answer["error"] = str(error)
         except OSError as error:
@@ -161,10 +163,15 @@ def _serve() -> None:
                 last = last.tb_next
             line_number = last.tb_lineno if last is not None else 0
             answer["error"] = f"unexpected {type(error).__name__} (line {line_number}): {error}"
-        if os.getppid() != parent:
+        if not _is_child_of(parent):
             return
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _is_child_of(parent: int) -> bool:
+    """Whether the process that started this one, which told its number, still lives."""
+    return os.getppid() == parent
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def _start(plan: Plan, rank: int, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "bevatron.generate.worker", json.dumps(asdict(plan))]
     threads = str(max(1, torch.get_num_threads() // (plan.tp * plan.pp)))
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    command += [str(rank), str(port)]
+    command += [str(rank), str(port), str(os.getpid())]
     # Ctrl-C is for this process, which then ends its workers.
     return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
 

@@ -1,7 +1,8 @@
 """Do the processes of a job reach each other, and how fast? The part of `bevatron doctor` that runs
 on every rank: four exchanges, right to the last element, timed.
 
-`python -m bevatron.train.collectives` is one rank, by torchrun's environment variables.
+`python -m bevatron.train.collectives TIMEOUT_S PARENT` is one rank, by torchrun's environment
+variables.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from bevatron.errors import BevatronError
 from bevatron.parallel.world import default_device, world
+from bevatron.train.stopping import end_with_parent
 
 SIZES = {"1 KiB": 2**10, "64 MiB": 2**26}
 REPEATS = {"1 KiB": 20, "64 MiB": 3}
@@ -110,6 +112,7 @@ def measured(timeout_s: float) -> dict[str, Any]:
 
 def main() -> None:
     """One rank; rank 0 prints a JSON object. A failure is one line on stderr."""
+    end_with_parent(int(sys.argv[2]))
     try:
         result = measured(float(sys.argv[1]))
     except Exception as error:

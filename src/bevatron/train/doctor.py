@@ -195,6 +195,7 @@ def _exchange(count: int, timeout_s: float, more: dict[str, str] | None = None) 
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(more or {})}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bevatron.train.collectives", str(timeout_s)]
+    command.append(str(os.getpid()))
     ranks = [
         subprocess.Popen(
             command,

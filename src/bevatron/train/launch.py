@@ -18,7 +18,7 @@ from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.absent import check_present, stand_in
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config, to_yaml
-from bevatron.train.stopping import Stopping, end_with_parent
+from bevatron.train.stopping import Stopping
 from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopped
 
 if TYPE_CHECKING:
@@ -220,8 +220,7 @@ def _check_export(config: RunConfig, start: Start) -> None:
 
 def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
     """One rank's whole run. A worker of a launcher leaves its last words and ends."""
-    if worker := "RANK" in os.environ:
-        end_with_parent()
+    worker = "RANK" in os.environ
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     from bevatron.parallel.agree import on_all

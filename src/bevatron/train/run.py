@@ -258,6 +258,7 @@ class Run:
         )
         if done is None:
             return None
+        self.stopping.begun = True
         loss, norm = done
         if self.guard.decision.action not in ("apply", "skip"):
             self._rewind_or_stop(number, loss, norm)

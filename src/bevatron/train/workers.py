@@ -24,7 +24,7 @@ from types import FrameType
 from typing import NoReturn
 
 from bevatron.errors import BevatronError
-from bevatron.train.stopping import ASKED, SIGNALS, Stopping
+from bevatron.train.stopping import ASKED, PARENT, SIGNALS, Stopping
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
 LAUNCHER = "BEVATRON_LAUNCHER"  # a folder of this launcher; absent under plain torchrun
@@ -79,7 +79,7 @@ def launch(
         signals_to_handle="",  # they are passed on, below
     )
     with tempfile.TemporaryDirectory(prefix="bevatron-") as folder, _PassOn(saves) as heard:
-        os.environ[LAUNCHER] = folder
+        os.environ[LAUNCHER], os.environ[PARENT] = folder, str(os.getpid())
         if nodes.count > 1:  # a store for every restart, kept by rank 0; see world.job_store
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         try:
@@ -90,7 +90,7 @@ def launch(
             said = first.message if isinstance(first.message, str) else first.message["message"]
             raise BevatronError(f"rank {rank}: {said}") from None
         finally:
-            del os.environ[LAUNCHER]
+            del os.environ[LAUNCHER], os.environ[PARENT]
         heard.leave_if_asked()
         if (Path(folder) / STOPPED).exists():
             raise SystemExit(128 + signal.SIGTERM)
