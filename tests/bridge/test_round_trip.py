@@ -16,10 +16,18 @@ from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.verify import verify
 from bevatron.checkpoint.boxes import read_box, verify_chunk
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, read_manifest
+from bevatron.errors import BevatronError
 from bevatron.families.family import by_name
 from bevatron.spec.json import from_json
 from bevatron.spec.model import MLP, Attention, LayerSpec, Linear
-from tests.bridge.hf_folders import add_others, assert_same_folder, make, rewrite
+from tests.bridge.hf_folders import (
+    add_others,
+    assert_same_folder,
+    edit_config,
+    make,
+    rewrite,
+)
+from tests.faults.refusal import command
 
 CASES = [
     ("llama", "float32", "20KB", {}),
@@ -114,6 +122,27 @@ def test_a_tied_head_that_is_stored_comes_back(tmp_path):
     assert_same_folder(source, tmp_path / "out")
     export_checkpoint(tmp_path / "native", tmp_path / "split", max_shard_size="20KB")
     assert verify(source, tmp_path / "split", logits=False).ok
+
+
+def test_a_field_accepted_by_name_is_recorded_and_comes_back(tmp_path):
+    source = make(tmp_path / "hf")
+    edit_config(source, house_style="brisk", is_llama_config=True, pad_token_id=-1)
+    with pytest.raises(BevatronError, match="--accept-field house_style"):
+        import_checkpoint(source, tmp_path / "native")
+    arguments = ["import", source, tmp_path / "native", "--accept-field", "house_style", "--json"]
+    status, out, _ = command(*arguments)
+    assert status == 0
+    assert "house_style = 'brisk'" in json.loads(out)["notes"][0]
+    export_checkpoint(tmp_path / "native", tmp_path / "out")
+    assert_same_folder(source, tmp_path / "out")
+    assert verify(tmp_path / "native", tmp_path / "out").logits["ok"]  # transformers ignores it
+    new = trained(tmp_path / "native", tmp_path / "new")
+    export_checkpoint(new, tmp_path / "after")
+    config = (tmp_path / "after" / "config.json").read_bytes()
+    assert config == (source / "config.json").read_bytes()
+    facts = json.loads((tmp_path / "after" / "bevatron.json").read_text())
+    assert facts["accepted"] == {"house_style": "brisk"}
+    assert "`house_style`: `'brisk'`" in (tmp_path / "after" / "README.md").read_text()
 
 
 def test_rotary_buffers_are_carried(tmp_path):

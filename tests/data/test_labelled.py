@@ -94,6 +94,18 @@ def test_a_long_text_loses_the_side_that_the_tokenizer_says(folder: Path, tmp_pa
     assert made["tokens"].tolist() == want
 
 
+@pytest.mark.parametrize("pad", [-1, 10**6])
+def test_a_padding_that_is_no_token_counts_as_none(folder: Path, tmp_path: Path, pad: int) -> None:
+    """Publishers write -1 for none. Only a model that finds the ends of sequences by it minds."""
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": pad}))
+    opened = open_tokenizer(tmp_path)
+    assert opened.pad_id is None
+    assert Padded.of(opened, T).pad_id == 0
+    with pytest.raises(BevatronError, match="pad_token_id"):
+        Padded.of(opened, T, pad)
+
+
 def run_ner(theirs: Any, row: dict[str, Any], all_tokens: bool) -> tuple[list[int], list[int]]:
     """As in transformers' examples/pytorch/token-classification/run_ner.py."""
     b_to_i = [0, 2, 2, 3]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -151,11 +151,13 @@ class AutoBridge:
         attn_implementation: object = None,
         low_cpu_mem_usage: object = None,
         low_memory_save: bool = False,
+        accept_fields: Collection[str] = (),
     ) -> ConversionReport:
         """Convert a Hugging Face folder or Hub id into a native checkpoint, streaming.
 
         Under torchrun one process converts and the others wait. Other arguments: as for
-        `from_hf_pretrained`; `low_memory_save` has no effect, it is always so.
+        `from_hf_pretrained`; `low_memory_save` has no effect, it is always so; `accept_fields` of
+        config.json are not understood, and do nothing.
         """
         to = _dtype_name(torch_dtype if torch_dtype is not None else dtype)
         return _once(
@@ -166,6 +168,7 @@ class AutoBridge:
                 revision=revision,
                 overwrite=overwrite,
                 show_progress=show_progress,
+                accept=accept_fields,
             )
         )
 

@@ -76,6 +76,9 @@ def _accounting(facts: Mapping[str, Any]) -> str:
         f"All {facts['source_tensors']} tensors of the source were accounted for; "
         f"{len(carried)} of them are no parameters and were carried along unchanged."
     ]
+    if facts["accepted"]:
+        lines += ["", "Fields of config.json that were said to do nothing:", ""]
+        lines += [f"- `{name}`: `{value!r:.80}`" for name, value in facts["accepted"].items()]
     if skipped:
         lines += ["", "Not taken from the source:", ""]
         lines += [f"- `{file}`: {why}" for file, why in skipped.items()]

@@ -315,10 +315,7 @@ def _config_holds(native: Native, plan: ExportPlan, dtype: str) -> bool:
     named = native.config.get("dtype") or native.config.get("torch_dtype")
     if not plan.source_files and named is not None and named != dtype:
         return False
-    try:
-        return native.family.spec(native.config) == native.spec
-    except BevatronError:
-        return False
+    return native.described() == native.spec
 
 
 def _identical(native: Native, plan: ExportPlan) -> bool:
@@ -377,6 +374,7 @@ def _facts(
         "done": done,
         "source_tensors": len(record.tensors) if record else None,
         "carried": dict(record.carried) if record else {},
+        "accepted": dict(record.accepted) if record else {},
         "skipped": (dict(record.skipped) if record else {}) | (replaced or {}),
         "weights": fingerprint(native.manifest),
         "verified": dict(verified),

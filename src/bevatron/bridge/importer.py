@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,12 @@ from bevatron.bridge.native import Native
 from bevatron.bridge.plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import describe, fingerprint
-from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
+from bevatron.bridge.report import (
+    ConversionReport,
+    accepted_notes,
+    non_finite_notes,
+    shown_progress,
+)
 from bevatron.bridge.unchanged import unchanged
 from bevatron.checkpoint.boxes import Hasher, new_hasher, spell
 from bevatron.checkpoint.files import is_remote, located
@@ -29,6 +34,7 @@ from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.checkpoint.safetensors_file import DTYPES
 from bevatron.errors import BevatronError
+from bevatron.families.config_fields import check_accepted, spec_of
 from bevatron.families.family import Family, for_config
 from bevatron.spec.json import to_json
 from bevatron.spec.model import ModelSpec
@@ -43,6 +49,7 @@ def import_checkpoint(
     overwrite: bool = False,
     show_progress: bool = True,
     source_format: str = "auto",
+    accept: Collection[str] = (),
 ) -> ConversionReport:
     """Convert an HF folder or Hub id, or a Nanotron checkpoint, into a native one at `dst`.
 
@@ -51,20 +58,22 @@ def import_checkpoint(
         dtype: bf16, fp16 or fp32 for all parameters; None keeps each as it is.
         revision: of a Hub id.
         overwrite: replace `dst`, which stays until the new one is complete.
+        accept: fields of config.json that are not understood and that the user says do nothing.
     Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
     """
     started = time.perf_counter()
     dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
     check_target(dst, overwrite=overwrite)
-    if foreign := open_foreign(src, source_format, revision):
+    if foreign := open_foreign(src, source_format, revision, accept):
         from bevatron.bridge.import_foreign import import_foreign  # it builds on this module
 
         options = {"overwrite": overwrite, "show_progress": show_progress}
         return import_foreign(foreign, dst, dtype=to, **options)
     source = open_hf(src, revision)
     check_target(dst, overwrite=overwrite, apart_from=source.path)
-    family, spec = read_spec(source)
+    check_accepted(source.config, accept)
+    family, spec, accepted = read_spec(source, accept)
     plan = plan_import(str(source.path), family, spec, source.tensors(), to)
     check_space(dst, written_bytes(plan.tasks))
     with (
@@ -83,6 +92,7 @@ def import_checkpoint(
         record = replace(
             describe(source, family.name, plan, hashes),
             dtype=to,
+            accepted=accepted,
             weights=fingerprint(manifest),
             non_finite=non_finite,
             verified=verified,
@@ -104,16 +114,22 @@ def import_checkpoint(
         verified=verified,
         skipped=dict(source.skipped),
         non_finite=non_finite,
-        notes=non_finite_notes(non_finite) + notes,
+        notes=accepted_notes(accepted) + non_finite_notes(non_finite) + notes,
     )
 
 
-def open_foreign(src: str | Path, source_format: str, revision: str | None) -> Foreign | None:
+def open_foreign(
+    src: str | Path, source_format: str, revision: str | None, accept: Collection[str] = ()
+) -> Foreign | None:
     """`src` as a checkpoint of another format, or None if it is a Hugging Face one."""
     if source_format != "nanotron" and not (source_format == "auto" and is_nanotron(located(src))):
         return None
     if revision is not None:
         raise SourceError(f"{src}: is read from disk, so --revision has no meaning; drop it")
+    if accept:
+        raise SourceError(
+            f"{src}: is a Nanotron checkpoint, and --accept-field is about config.json; drop it"
+        )
     return open_nanotron(src)
 
 
@@ -129,24 +145,29 @@ def read_back(
     return prove(found, same, damage, str(native.folder))
 
 
-def read_spec(source: HFFolder) -> tuple[Family, ModelSpec]:
-    """The family and spec that the folder's config.json means; errors name the folder."""
+def read_spec(
+    source: HFFolder, accept: Collection[str] = ()
+) -> tuple[Family, ModelSpec, dict[str, Any]]:
+    """The family and spec that the folder's config.json means, and the fields that were accepted;
+    errors name the folder."""
     try:
-        return understand(source.config)
+        return understand(source.config, accept)
     except BevatronError as error:
         raise type(error)(f"{source.path}: {error}") from error
 
 
-def understand(config: Mapping[str, Any]) -> tuple[Family, ModelSpec]:
-    """The family and spec that a config.json means. Raises BevatronError naming what it does not
-    understand."""
+def understand(
+    config: Mapping[str, Any], accept: Collection[str] = ()
+) -> tuple[Family, ModelSpec, dict[str, Any]]:
+    """The family and spec that a config.json means, and which of the fields to `accept` it needed
+    for that. Raises BevatronError naming what it does not understand."""
     if config.get("quantization_config"):
         raise SourceError(
             "config.json has a quantization_config; quantised checkpoints are not supported: use "
             "the original one"
         )
     family = for_config(config)
-    return family, family.spec(config)
+    return family, *spec_of(family, config, accept)
 
 
 def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:

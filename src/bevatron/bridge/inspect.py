@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.dtypes import FLOATS
 from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
-from bevatron.bridge.importer import main_dtype
+from bevatron.bridge.importer import main_dtype, understand
 from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.native import read_spec
 from bevatron.bridge.provenance import read_provenance
@@ -19,13 +20,13 @@ from bevatron.checkpoint.locate import is_native, resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, read_manifest
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
-from bevatron.families.family import for_config
+from bevatron.families.config_fields import check_accepted
 from bevatron.spec.model import MLP, Attention, ModelSpec
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path, accept: Collection[str] = ()) -> dict[str, Any]:
     """Describe an HF folder (config.json alone is enough), a Hub id, a native checkpoint, a run or
-    a Nanotron checkpoint.
+    a Nanotron checkpoint. `accept`: fields of config.json that are said to do nothing.
 
     Returns:
         family, parameters, layers, bytes (of the weights), dtype, step (None for an HF folder),
@@ -37,7 +38,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return _native(resolve(folder))
     if is_nanotron(folder):
         return _foreign(open_nanotron(path))
-    return _hf(path)
+    return _hf(path, accept)
 
 
 def _foreign(source: Foreign) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _native(folder: Path) -> dict[str, Any]:
     }
 
 
-def _hf(path: str | Path) -> dict[str, Any]:
+def _hf(path: str | Path, accept: Collection[str]) -> dict[str, Any]:
     if os.path.lexists(path):
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
@@ -89,8 +90,8 @@ def _hf(path: str | Path) -> dict[str, Any]:
         file = fetch_config(str(path))
     config = read_object(file)
     try:
-        family = for_config(config)
-        spec = family.spec(config)
+        check_accepted(config, accept)
+        family, spec, _ = understand(config, accept)
     except BevatronError as error:
         raise type(error)(f"{file.parent}: {error}") from error
     parameters = sum(p.numel for p in spec.parameters())

@@ -6,6 +6,7 @@ native checkpoint in Bevatron's decoder, so that agreement says that both mean t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ TOLERANCE = 1e-4
 BATCH, LENGTH = 2, 24
 
 
-def compare_logits(a: str | Path, b: str | Path) -> dict[str, Any]:
+def compare_logits(a: str | Path, b: str | Path, accept: Collection[str] = ()) -> dict[str, Any]:
     """Logits of both (or what their head gives) for the same fixed token ids, fp32, on the CPU.
+    `accept`: fields of a config.json that are said to do nothing.
 
     Returns:
         {ok, max_abs_difference, max_relative_difference, tolerance, a, b}: relative to
@@ -31,8 +33,8 @@ def compare_logits(a: str | Path, b: str | Path) -> dict[str, Any]:
         import torch
     except ImportError:
         return {"reason": "torch is not installed"}
-    one, name_a, why_a = _logits(a)
-    two, name_b, why_b = _logits(b)
+    one, name_a, why_a = _logits(a, accept)
+    two, name_b, why_b = _logits(b, accept)
     found: dict[str, Any] = {"a": name_a, "b": name_b}
     if why_a or why_b:
         found["note"] = why_a or why_b
@@ -63,14 +65,14 @@ def prompt(vocab_size: int, length: int, avoid: int | None = None) -> torch.Tens
     return ids if avoid is None else torch.where(ids == avoid, (ids + 1) % vocab_size, ids)
 
 
-def _logits(path: str | Path) -> tuple[torch.Tensor, str, str | None]:
+def _logits(path: str | Path, accept: Collection[str]) -> tuple[torch.Tensor, str, str | None]:
     """Outputs, who computed them, and why not transformers (for an HF folder)."""
     import torch
 
     from bevatron.bridge.opened import open_weights
     from bevatron.generate.load import load_opened
 
-    opened = open_weights(path)
+    opened = open_weights(path, accept=accept)
     spec = opened.spec
     ids = prompt(spec.vocab_size, min(LENGTH, spec.max_position_embeddings), spec.head.pad_token_id)
     if spec.head.kind == "sequence_classification" and spec.head.pad_token_id is None:

@@ -13,6 +13,8 @@ from bevatron.bridge.provenance import Provenance, read_provenance
 from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import CheckpointError, Manifest, TensorEntry, read_manifest
 from bevatron.checkpoint.strict_json import read_object
+from bevatron.errors import BevatronError
+from bevatron.families.config_fields import spec_of
 from bevatron.families.family import Family, FamilyError, by_name, for_spec
 from bevatron.families.weight_map import Entry
 from bevatron.spec.json import from_json
@@ -62,14 +64,21 @@ class Native:
         known = self.provenance.duplicates if self.provenance and not self.moved_from else {}
         return {name: other for name, other in known.items() if name == head}
 
+    def described(self) -> ModelSpec | None:
+        """What source/config.json means; None if there is none, or not one of `family`."""
+        if self.config is None:
+            return None
+        accepted = self.provenance.accepted if self.provenance else {}
+        try:
+            return spec_of(self.family, self.config, accepted)[0]
+        except BevatronError:
+            return None
+
     def replaced_head(self) -> dict[str, str] | None:
         """HF tensors of the source's head, with the reason why they are gone, if the model has got
         another head since; None if it has not."""
-        if self.config is None or self.provenance is None or self.moved_from:
-            return None
-        try:
-            old = self.family.spec(self.config)
-        except FamilyError:
+        old = self.described()
+        if old is None or self.provenance is None or self.moved_from:
             return None
         head = self.spec.head
         if (old.head.kind, old.head.labels) == (head.kind, head.labels):

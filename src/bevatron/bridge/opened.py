@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -102,13 +102,20 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, write)
 
 
-def open_weights(path: str | Path, revision: str | None = None, *, copies: bool = True) -> Opened:
+def open_weights(
+    path: str | Path,
+    revision: str | None = None,
+    *,
+    copies: bool = True,
+    accept: Collection[str] = (),
+) -> Opened:
     """Open what `path` means.
 
     Args:
         revision: of a Hub id.
         copies: whether to read a tied head that an HF folder stores as well, and compare it. Where
             many processes open the same folder, one of them does.
+        accept: fields of an HF folder's config.json that are said to do nothing.
     Raises BevatronError if it is none of these, is damaged, or is a tied model whose stored head is
     another one.
     """
@@ -131,13 +138,13 @@ def open_weights(path: str | Path, revision: str | None = None, *, copies: bool 
             made={"config.json": foreign.config_text()},
         )
     hf = open_hf(path, revision)
-    family, spec = read_spec(hf)
+    family, spec, accepted = read_spec(hf, accept)
     plan = plan_import(str(hf.path), family, spec, hf.tensors(), None)
     if copies:
         with Mover(lambda nbytes: None) as mover:
             check_copies(hf, plan.duplicates, mover, {})
     tensors = {task.native: _chunks(task) for task in plan.tasks}
-    record = describe(hf, family.name, plan, {})
+    record = replace(describe(hf, family.name, plan, {}), accepted=accepted)
     manifest = Manifest(family.name, 0, tensors)
     return Opened(hf.path, spec, manifest, hf.path, hf.others, False, record)
 

@@ -7,7 +7,7 @@ that one which passes here fails for want of disk or memory only.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from bevatron.bridge.shards import parse_size
 from bevatron.checkpoint.files import located
 from bevatron.checkpoint.new_folder import check_target
 from bevatron.checkpoint.safetensors_file import DTYPES
+from bevatron.families.config_fields import check_accepted
 from bevatron.families.family import by_name
 
 
@@ -126,16 +127,18 @@ def preview_import(
     revision: str | None = None,
     overwrite: bool = False,
     source_format: str = "auto",
+    accept: Collection[str] = (),
 ) -> Preview:
     """What `import_checkpoint` with these arguments would do. Raises BevatronError as it would."""
     dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
     check_target(dst, overwrite=overwrite)
-    if foreign := open_foreign(src, source_format, revision):
+    if foreign := open_foreign(src, source_format, revision, accept):
         return _foreign(foreign, dst, to, overwrite)
     source = open_hf(src, revision)
     check_target(dst, overwrite=overwrite, apart_from=source.path)
-    family, spec = read_spec(source)
+    check_accepted(source.config, accept)
+    family, spec, _ = read_spec(source, accept)
     plan = plan_import(str(source.path), family, spec, source.tensors(), to)
     check_space(dst, written_bytes(plan.tasks))
     with Mover(lambda nbytes: None) as mover:

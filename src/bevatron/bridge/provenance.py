@@ -35,6 +35,7 @@ class Provenance:
         weights: fingerprint of the native tensors as imported; `dtype`: what they became if asked.
         verified: what reading everything back showed.
         non_finite: HF tensor -> how many of its values were NaN or infinite, if any.
+        accepted: fields of config.json that the user said do nothing, with their values.
         pruned: from how many parameters to how many, if the model was pruned since.
         folders: of source/, empty ones too; `skipped`: tensors and files not taken, with why.
     """
@@ -51,6 +52,7 @@ class Provenance:
     carried: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     non_finite: Mapping[str, int] = field(default_factory=dict)
+    accepted: Mapping[str, Any] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     pruned: Mapping[str, int] = field(default_factory=dict)
     verified: Mapping[str, Any] = field(default_factory=dict)

@@ -47,6 +47,15 @@ class ConversionReport:
         return values
 
 
+def accepted_notes(fields: Mapping[str, Any]) -> list[str]:
+    """What to tell the user about fields of config.json that he said do nothing."""
+    return [
+        f"config.json: {name} = {value!r:.80} is not understood and was accepted by name; readers "
+        "that know it may compute otherwise"
+        for name, value in fields.items()
+    ]
+
+
 def non_finite_notes(counts: Mapping[str, int]) -> list[str]:
     """What to tell the user about tensors with such values, if there are any."""
     if not counts:

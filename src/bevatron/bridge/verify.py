@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from bevatron.bridge.importer import read_spec
 from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import head_name
+from bevatron.bridge.provenance import read_provenance
 from bevatron.bridge.report import shown_progress
 from bevatron.checkpoint.files import located
-from bevatron.checkpoint.locate import is_native
+from bevatron.checkpoint.locate import is_native, resolve
 from bevatron.errors import BevatronError
 from bevatron.families.family import Family, by_name
 from bevatron.spec.model import ModelSpec
@@ -61,21 +63,29 @@ class VerifyReport:
         return "\n".join([*lines, "they agree" if self.ok else "they differ"])
 
 
-def verify(a: str | Path, b: str | Path, *, logits: bool = True) -> VerifyReport:
+def verify(
+    a: str | Path, b: str | Path, *, logits: bool = True, accept: Collection[str] = ()
+) -> VerifyReport:
     """Compare two checkpoints: each an HF folder, a Hub id, a native checkpoint, a run or a
     Nanotron checkpoint.
 
     Every byte of every tensor is read. Raises BevatronError if one of them cannot be opened;
-    what differs is in the report."""
+    what differs is in the report.
+
+    Args:
+        accept: fields of a config.json that are said to do nothing, besides those that an import
+            recorded.
+    """
     report = VerifyReport(str(a), str(b))
-    left, right = _open(a), _open(b)
+    accept = {*accept, *_accepted(a), *_accepted(b)}
+    left, right = _open(a, accept), _open(b, accept)
     with shown_progress("verifying", left.nbytes + right.nbytes) as advance:
         ours = left.hashes(report, advance)
         theirs = right.hashes(report, advance)
     _compare_specs(left, right, report)
     _compare_tensors(left, ours, right, theirs, report)
     if logits:
-        report.logits = _logits(left, right, report)
+        report.logits = _logits(left, right, accept)
     return report
 
 
@@ -91,10 +101,10 @@ class _Side:
 
 
 class _HFSide(_Side):
-    def __init__(self, label: str, source: HFFolder):
+    def __init__(self, label: str, source: HFFolder, accept: Collection[str]):
         spec, family = None, None
         try:
-            family, spec = read_spec(source)
+            family, spec, _ = read_spec(source, accept)
         except BevatronError as error:
             self.unknown = str(error)
         super().__init__(label, source.path, spec, family)
@@ -118,7 +128,15 @@ class _NativeSide(_Side):
         return found
 
 
-def _open(path: str | Path) -> _Side:
+def _accepted(path: str | Path) -> Collection[str]:
+    """The fields of config.json that an import recorded as accepted."""
+    if not is_native(located(path)):
+        return ()
+    record = read_provenance(resolve(path))
+    return record.accepted if record else ()
+
+
+def _open(path: str | Path, accept: Collection[str]) -> _Side:
     if is_native(located(path)):
         return _NativeSide(str(path), open_native(path))
     if is_nanotron(Path(path)):
@@ -126,7 +144,7 @@ def _open(path: str | Path) -> _Side:
         family = by_name(found.manifest.family)
         made = Native.made(found.path, found.manifest, found.spec, family)
         return _NativeSide(str(path), made)
-    return _HFSide(str(path), open_hf(path))
+    return _HFSide(str(path), open_hf(path), accept)
 
 
 def _compare_specs(a: _Side, b: _Side, report: VerifyReport) -> None:
@@ -206,11 +224,11 @@ def _spelled(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def _logits(a: _Side, b: _Side, report: VerifyReport) -> dict[str, Any]:
+def _logits(a: _Side, b: _Side, accept: Collection[str]) -> dict[str, Any]:
     if a.spec is None or b.spec is None:
         return {"reason": "the architecture is not one that Bevatron knows"}
     if a.spec != dataclasses.replace(b.spec, init=a.spec.init):
         return {"reason": "the models differ"}
     from bevatron.bridge.logits import compare_logits
 
-    return compare_logits(a.path, b.path)
+    return compare_logits(a.path, b.path, accept)

@@ -29,6 +29,12 @@ DryRun = Annotated[
     typer.Option("--dry-run", help="Show what would be done, tensor by tensor; write nothing."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")]
+AcceptField = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="A field of config.json that does nothing, though unknown; repeatable."
+    ),
+]
 Checkpoint = Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="1 keeps all.")]

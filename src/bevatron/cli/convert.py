@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bevatron.cli.app import DryRun, Dtype, Json, Overwrite, app, known, no_blas, show
+from bevatron.cli.app import AcceptField, DryRun, Dtype, Json, Overwrite, app, known, no_blas, show
 from bevatron.errors import CheckFailed
 
 
@@ -21,6 +21,7 @@ def import_(
     dtype: Dtype = None,
     source_format: Annotated[str, typer.Option("--from", help="auto, hf or nanotron.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    accept_field: AcceptField = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -31,7 +32,7 @@ def import_(
 
     known("--from", source_format, "auto", "hf", "nanotron")
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "overwrite": overwrite}
-    options["source_format"] = source_format
+    options |= {"source_format": source_format, "accept": accept_field or ()}
     if dry_run:
         from bevatron.bridge.preview import preview_import
 
@@ -77,12 +78,13 @@ def verify(
     a: Annotated[str, typer.Argument(help="Native checkpoint, run or Hugging Face folder.")],
     b: Annotated[str, typer.Argument(help="The other one.")],
     logits: Annotated[bool, typer.Option("--logits/--no-logits")] = True,
+    accept_field: AcceptField = None,
     as_json: Json = False,
 ) -> None:
     """Compare two models: every tensor by its hash, then logits. Status 0 only if they agree."""
     from bevatron.bridge.verify import verify as compare
 
-    report = compare(a, b, logits=logits)
+    report = compare(a, b, logits=logits, accept=accept_field or ())
     print(json.dumps(report.to_dict()) if as_json else report.text())
     if not report.ok:
         raise CheckFailed(f"{a} and {b} differ; see above")
@@ -93,6 +95,7 @@ def inspect(
     path: Annotated[
         str, typer.Argument(help="Hugging Face folder, native checkpoint, run or token store.")
     ],
+    accept_field: AcceptField = None,
     as_json: Json = False,
 ) -> None:
     """Say what a model is: family, layers, bytes, dtype, step; or what a token store is."""
@@ -103,4 +106,4 @@ def inspect(
         return
     from bevatron.bridge.inspect import inspect as look
 
-    show(look(path), as_json)
+    show(look(path, accept_field or ()), as_json)

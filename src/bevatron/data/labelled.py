@@ -44,6 +44,12 @@ class Padded:
 
     @classmethod
     def of(cls, opened: OpenTokenizer, length: int, pad_id: int | None = None) -> Padded:
+        if pad_id is not None and not 0 <= pad_id < opened.vocab_size:
+            raise BevatronError(
+                f"the model's pad_token_id is {pad_id}, but {opened.file} has ids 0 to "
+                f"{opened.vocab_size - 1}, and shorter examples are filled up with it; correct "
+                "pad_token_id in the model's config.json"
+            )
         known = (pad_id, opened.pad_id, opened.eos_id, 0)
         path = opened.file.parent / "tokenizer_config.json"
         side = read_object(path).get("truncation_side") if path.is_file() else None

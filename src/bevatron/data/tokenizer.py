@@ -144,7 +144,8 @@ def special_id(
     file: Path, encoder: Tokenizer, kind: str, names: Sequence[str] = CONFIGS
 ) -> int | None:
     """The id for `eos`, `bos` or `pad`, from the first of `names` beside tokenizer.json that has
-    one."""
+    one. Raises BevatronError if it is not a token's; as padding, which is only needed where
+    examples are filled up, such an id counts as none."""
     size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
     for name in names:
         path = file.parent / name
@@ -153,6 +154,8 @@ def special_id(
         found = _named(read_object(path), encoder, kind)
         if found is None:
             continue
+        if not 0 <= found < size and kind == "pad":
+            continue  # -1 is how publishers say that there is none
         if not 0 <= found < size:
             raise BevatronError(
                 f"{path}: {kind}_token_id is {found}, {file} has ids 0 to {size - 1}; correct it, "

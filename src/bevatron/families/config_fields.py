@@ -7,12 +7,13 @@ in the table nor known to be harmless is refused: it could change the numbers.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from bevatron.families.family import Config, FamilyError
+from bevatron.families.family import Config, Family, FamilyError
 from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000  # a config.json that says more is not genuine
@@ -145,7 +146,19 @@ HARMLESS = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Generic fields that are harmless only while they are off.
+# What publishers and their tools write beside that: which program made or is to run the file, and
+# how it was trained. No class of transformers reads any of it (a test looks).
+INERT = frozenset(
+    """
+    is_llama_config neftune_noise_alpha num_logits_to_keep rescale_prenorm_residual
+    transformers.js_config paddlenlp_version use_sdpa use_flash_attn use_flash_attention
+    use_flash_attention_2 use_fused_rope use_fused_rms_norm use_recompute virtual_pp_degree
+    model_max_length tokenizer_model_max_length tokenizer_padding_side seq_length
+    bf16 fp16 eos_token bos_token unk_token license language library_name base_model output_past
+    """.split()  # noqa: SIM905
+)
+
+# Fields of transformers that are harmless only while they are off.
 MUST_BE_OFF = (
     "attention_bias",
     "mlp_bias",
@@ -157,6 +170,13 @@ MUST_BE_OFF = (
     "allow_global_per_layer_attribute_access",
 )
 
+# The same of publishers' fields: a reader that knows them would compute otherwise if they were on.
+INERT_WHILE_OFF = (
+    *("rope_interleaved", "use_bias", "qkv_bias", "alibi", "use_mrope", "use_qk_norm", "qk_norm"),
+    *("qk_layernorm", "residual_in_fp32", "attention_output_gate", "rope_scaling_type"),
+    *("language_model_only", "mlp_only_layers"),
+)
+
 _ADVICE = {
     "quantization_config": "import the checkpoint that it was quantised from",
     "compression_config": "import the checkpoint that it was quantised from",
@@ -165,23 +185,68 @@ _ADVICE = {
         "DeciLMForCausalLM"
     ),
     "block_configs": "per-layer blocks belong to DeciLMForCausalLM; correct `architectures`",
+    "layer_types": "attention here always sees all earlier tokens, in every layer",
     "sliding_window": (
         "attention here always sees all earlier tokens; set it to null if the model was trained so"
     ),
 }
 
 
+class UnknownField(FamilyError):
+    """A field that may act on what the model computes. `field`: its name if a user may say that it
+    does not; None if transformers or a wide-spread reader acts on it."""
+
+    def __init__(self, text: str, field: str | None = None) -> None:
+        super().__init__(text)
+        self.field = field
+
+
+def spec_of(
+    family: Family, config: Config, accept: Collection[str] = ()
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """What a config.json means if the fields named by `accept` do nothing, and which of them it
+    needed for that, with their values. A field that is understood is read, accepted or not.
+
+    Raises FamilyError for what is not understood."""
+    left, accepted = dict(config), dict[str, Any]()
+    while True:
+        try:
+            return family.spec(left), accepted
+        except UnknownField as error:
+            if error.field is None or error.field not in accept:
+                raise
+            accepted[error.field] = left.pop(error.field)
+
+
+def check_accepted(config: Config, accept: Collection[str]) -> None:
+    """Raise FamilyError for a field to accept that `config` does not have."""
+    for name in accept:
+        if name not in config:
+            near = difflib.get_close_matches(name, config, 1)
+            raise FamilyError(
+                f"config.json: has no field {shown(name)} that could be accepted"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+
+
 def refuse_others(config: Config, known: tuple[str, ...]) -> None:
-    """Raise FamilyError on the first field that is neither known, harmless, private nor null."""
+    """Raise UnknownField for the first field that is neither known, harmless, private nor null."""
     for name, value in config.items():
         if value is None or name in known or name in HARMLESS or name.startswith("_"):
             continue
-        if name in MUST_BE_OFF and not value:
+        if name in INERT or (name in (*MUST_BE_OFF, *INERT_WHILE_OFF) and not value):
             continue
-        advice = _ADVICE.get(name, "remove it if it does not act on what the model computes")
-        raise FamilyError(
+        advice = _ADVICE.get(name)
+        if name in MUST_BE_OFF:
+            advice = "it must be off here"
+        may = (
+            "if it does not act on what the model computes, remove it, or import the model with "
+            f"--accept-field {shown(name) if not name.isprintable() else name}"
+        )
+        raise UnknownField(
             f"config.json: {name} = {shown(value)} is not understood and may change the model's "
-            f"output; {advice}"
+            f"output; {advice or may}",
+            None if advice else name,
         )
 
 

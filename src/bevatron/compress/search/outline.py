@@ -39,7 +39,7 @@ def outline(ckpt: str) -> tuple[ModelSpec, Family]:
         return spec, for_spec(spec)
     config = read_config(path) if path.is_dir() else read_object(fetch_config(ckpt))
     try:
-        family, spec = understand(config)
+        family, spec, _ = understand(config)
     except BevatronError as error:
         raise type(error)(f"{ckpt}: {error}") from error
     return spec, family
