@@ -31,7 +31,7 @@ def write_parquet(path: Path, texts: list[str | None], rows: int, field: str = "
 def test_each_row_of_parquet_is_a_document(tmp_path: Path, model: Path) -> None:  # noqa: F811
     """Row groups are parts, and a column of another name is found."""
     file = write_parquet(tmp_path / "x.parquet", TEXTS, rows=7, field="content")
-    assert len(tables.row_groups(file, "content")) == 7
+    assert len(tables.text_sizes(file, "parquet", "content")) == 7
     for name, part_bytes in [("whole", None), ("parts", 300)]:
         store = tokenize(
             [file],
@@ -123,7 +123,7 @@ def test_a_folder_of_which_a_split_is_asked_for_is_a_dataset(
     small = tokenize([f"{dataset}:small"], out / "test", tokenizer=model, split="test")
     assert documents(small, model) == [NOTE]
     plain = tokenize([dataset], out / "plain", tokenizer=model)
-    assert len(documents(plain, model)) == len(FOUND) + 2  # the card and the other split
+    assert len(documents(plain, model)) == len(FOUND) + 1  # the other split
     with pytest.raises(BevatronError, match="has no column 'body', it has 'nested', 'text', 'id'"):
         tokenize([dataset], out / "bad", tokenizer=model, split="train", text_field="body")
     with pytest.raises(BevatronError, match=r"dataset: cannot be read .*valid"):

@@ -23,7 +23,8 @@ def tokenize(
         list[str],
         typer.Argument(
             metavar="SRC... DST",
-            help="Text, .jsonl, .parquet, folders, datasets (org/name[:config]); then target.",
+            help="Text, .jsonl, .json, .csv, .parquet, .arrow, folders of them or saved by "
+            "datasets, datasets (org/name[:config]); then target.",
         ),
     ],
     tokenizer: Annotated[str, typer.Option(help="Folder with tokenizer.json, or Hub id.")],
@@ -39,6 +40,12 @@ def tokenize(
     ] = "auto",
     overwrite: Overwrite = False,
     eos: Annotated[bool, typer.Option("--eos/--no-eos", help="End documents with eos.")] = True,
+    as_text: Annotated[
+        list[str] | None, typer.Option(help="Files of this suffix are plain text, such as .json.")
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Below folders, names to leave out, such as '*.zip'.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped token store. Killed, the same command goes on from there."""
@@ -59,6 +66,8 @@ def tokenize(
         split=split,
         workers=workers,
         engine=engine,  # type: ignore[arg-type]  # checked above
+        as_text=as_text or [],
+        leave_out=leave_out or [],
     )
     info = store.info
     shown = {"path": target, "tokens": info.tokens, "documents": info.documents}

@@ -18,8 +18,27 @@ from pathlib import Path
 from bevatron.checkpoint.boxes import new_hasher, spell
 from bevatron.data import tables
 from bevatron.data.encoder import Encoder
-from bevatron.data.sources import DATASET, JSONL, PACKED, PARQUET, Item, Part
-from bevatron.data.text import EMPTY, Piece, Unfit, jsonl_pieces, text_pieces, utf8_bytes
+from bevatron.data.formats import (
+    ARRAY,
+    ARROW,
+    CSV,
+    DATASET,
+    JSONL,
+    PARQUET,
+    is_packed,
+    open_unpacked,
+    unpacked_lines,
+)
+from bevatron.data.sources import Item, Part
+from bevatron.data.text import (
+    EMPTY,
+    Piece,
+    Unfit,
+    array_pieces,
+    jsonl_pieces,
+    text_pieces,
+    utf8_bytes,
+)
 from bevatron.data.writer import StoreWriter, Written
 from bevatron.errors import BevatronError
 
@@ -148,8 +167,15 @@ def item_pieces(item: Item, field: str, skipped: Counter[str]) -> Iterator[Piece
         _check_unchanged(item)
         if item.kind == PARQUET:
             yield from tables.parquet_pieces(path, item.begin, item.end, field, skipped)
-        elif item.kind == PACKED:
-            yield from jsonl_pieces(tables.unpacked_lines(path), path, field, skipped)
+        elif item.kind == ARROW:
+            yield from tables.arrow_pieces(path, item.begin, item.end, field, skipped)
+        elif item.kind == CSV:
+            yield from tables.csv_pieces(path, field, skipped)
+        elif item.kind == ARRAY:
+            with open_unpacked(path) as unpacked:
+                yield from array_pieces(unpacked, path, field, skipped)
+        elif item.kind == JSONL and is_packed(path):
+            yield from jsonl_pieces(unpacked_lines(path), path, field, skipped)
         else:
             with path.open("rb") as file:
                 file.seek(item.begin)

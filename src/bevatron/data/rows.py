@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bevatron.data.formats import JSONL, TEXT, file_kind, is_packed
 from bevatron.errors import BevatronError
 
 Row = dict[str, Any]
@@ -49,6 +50,8 @@ class Rows:
                 f"{path}: is a folder; this objective reads labelled examples, so name a .jsonl "
                 "file (token stores are for pretraining)"
             )
+        if path.is_file():
+            _check_kind(path)
         places = []
         try:
             with path.open("rb") as file:
@@ -84,3 +87,14 @@ class Rows:
         except BevatronError as error:
             raise BevatronError(f"{where}: {error}") from None
         return row
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that is known to be something else than one JSON object a line."""
+    kind = file_kind(path)
+    if kind not in (TEXT, JSONL) or is_packed(path):
+        what = f"packed {kind}" if is_packed(path) else kind
+        raise BevatronError(
+            f"{path}: is {what} ({path.suffix}), and labelled examples are read from .jsonl; "
+            "convert it with datasets' load_dataset(...).to_json('examples.jsonl')"
+        )

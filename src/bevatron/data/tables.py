@@ -1,28 +1,43 @@
-"""The documents of .parquet files and of datasets that the `datasets` library reads."""
+"""The documents of .parquet, .arrow and .csv files and of datasets, saved or on the Hub."""
 
 from __future__ import annotations
 
-import gzip
+import csv
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from bevatron.checkpoint.strict_json import read_object
+from bevatron.data.formats import (
+    ARROW,
+    INSTALL,
+    first_line,
+    import_arrow,
+    is_tab_separated,
+    open_unpacked,
+)
 from bevatron.data.text import EMPTY, Piece, document
 from bevatron.errors import BevatronError
 
 ROWS = 256  # that are in memory at a time
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-INSTALL = 'pip install "bevatron[hf]"'
+FIELD_LIMIT = 1 << 30  # characters of a .csv file's field
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
-def row_groups(path: Path, field: str) -> list[int]:
-    """Bytes of the text in each row group of a .parquet file.
+def text_sizes(path: Path, kind: str, field: str) -> list[int]:
+    """Bytes of the text in each row group of a .parquet file, in each batch of an .arrow file.
 
     Raises BevatronError if it cannot be read or has no such column of text."""
+    if kind == ARROW:
+        with _batches(path, field) as batches:
+            return [int(batch.column(field).nbytes) for batch in batches]
     with _parquet(path) as file:
         _check_column(path, file.schema_arrow, field)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
@@ -42,25 +57,73 @@ def parquet_pieces(
             ):
                 yield from _documents(batch.column(0).to_pylist(), skipped)
         except (OSError, ValueError) as error:  # pyarrow's own are of these
-            raise BevatronError(f"{path}: is damaged ({_why(error)})") from error
+            raise BevatronError(f"{path}: is damaged ({first_line(error)})") from error
 
 
-def unpacked_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a .gz or .zst file. Raises BevatronError if it is damaged."""
+def arrow_pieces(
+    path: Path, begin: int, end: int, field: str, skipped: Counter[str]
+) -> Iterator[Piece]:
+    """The documents of batches `begin` to `end` of an .arrow file."""
+    with _batches(path, field) as batches:
+        for number, batch in enumerate(batches):
+            if number >= end:
+                return
+            column = batch.column(field)
+            for at in range(0, len(column) if number >= begin else 0, ROWS):
+                yield from _documents(column[at : at + ROWS].to_pylist(), skipped)
+
+
+@contextmanager
+def _batches(path: Path, field: str) -> Iterator[Iterator[Any]]:
+    """The record batches of an .arrow file: a stream, as `datasets` writes it, or a file of batches
+    (feather). Raises BevatronError if it is neither, is damaged, or has no such column of text."""
+    arrow = import_arrow(path)
     try:
-        with _unpacked(path) as file:
-            yield from file
-    except (OSError, EOFError, ValueError) as error:
-        raise BevatronError(f"{path}: cannot be unpacked ({_why(error)})") from error
+        with arrow.memory_map(str(path)) as file:
+            if file.read(6) == b"ARROW1":
+                reader = arrow.ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                reader = arrow.ipc.open_stream(file)
+                batches = iter(reader)
+            _check_column(path, reader.schema, field)
+            yield batches
+    except BevatronError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's own are of these
+        raise BevatronError(f"{path}: is damaged or no .arrow ({first_line(error)})") from error
 
 
-def _unpacked(path: Path) -> IO[bytes]:
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    import io
+def csv_pieces(path: Path, field: str, skipped: Counter[str]) -> Iterator[Piece]:
+    """The documents of a .csv or .tsv file: one per row below its header, the column `field`.
 
-    arrow = _arrow(path)
-    return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd"))
+    Raises BevatronError naming the line that is no row of as many columns as the header has."""
+    csv.field_size_limit(FIELD_LIMIT)
+    with open_unpacked(path) as raw:
+        lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        reader = csv.reader(lines, delimiter="\t" if is_tab_separated(path) else ",", strict=True)
+        try:
+            header = next(reader, [])
+            if header.count(field) != 1:
+                raise BevatronError(_no_column(path, header, field))
+            at = header.index(field)
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise BevatronError(
+                        f"{path}: the row that ends in line {reader.line_num} has {len(row)} "
+                        f"columns, the header has {len(header)}; correct it"
+                    )
+                if row:
+                    yield from _documents([row[at]], skipped)
+        except UnicodeDecodeError as error:
+            raise BevatronError(
+                f"{path}: is not UTF-8 text near line {reader.line_num + 1}; convert it"
+            ) from error
+        except csv.Error as error:
+            raise BevatronError(f"{path}: line {reader.line_num}: {error}; correct it") from error
+        except EOFError as error:
+            raise BevatronError(f"{path}: cannot be unpacked ({first_line(error)})") from error
 
 
 def _documents(texts: Sequence[str | None], skipped: Counter[str]) -> Iterator[Piece]:
@@ -71,30 +134,17 @@ def _documents(texts: Sequence[str | None], skipped: Counter[str]) -> Iterator[P
             yield from document(text)
 
 
-def _arrow(path: Path | str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BevatronError(f"{path}: needs pyarrow to be read; {INSTALL}") from error
-    return pyarrow
-
-
 def _parquet(path: Path) -> Any:
-    arrow = _arrow(path)
+    arrow = import_arrow(path)
     try:
         return arrow.parquet.ParquetFile(path, pre_buffer=False)
     except (OSError, ValueError) as error:
-        raise BevatronError(f"{path}: is no .parquet file ({_why(error)})") from error
+        raise BevatronError(f"{path}: is no .parquet file ({first_line(error)})") from error
 
 
 def _check_column(path: Path, schema: Any, field: str) -> None:
-    names = list(schema.names)
-    if field not in names:
-        raise BevatronError(
-            f"{path}: has no column {field!r}, it has {', '.join(map(repr, names))[:200]}; name "
-            "one of them with --text-field"
-        )
+    if field not in schema.names:
+        raise BevatronError(_no_column(path, schema.names, field))
     kind = str(schema.field(field).type)
     if kind not in ("string", "large_string", "string_view"):
         raise BevatronError(
@@ -102,8 +152,10 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
         )
 
 
-def _why(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _no_column(path: Path | str, names: Sequence[str], field: str) -> str:
+    found = ", ".join(map(repr, names))[:200] or "none"
+    count = "no column" if field not in names else "more than one column"
+    return f"{path}: has {count} {field!r}, it has {found}; name one of them with --text-field"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,14 +201,11 @@ class Dataset:
         except Exception as error:  # many kinds, from the network as well
             where = "as a dataset" if self.local else "no such path, and no dataset on the Hub"
             raise BevatronError(
-                f"{self.path}: cannot be read ({where}: {type(error).__name__}: {_why(error)}); "
-                "check the name, --split and the connection"
+                f"{self.path}: cannot be read ({where}: {type(error).__name__}: "
+                f"{first_line(error)}); check the name, --split and the connection"
             ) from error
         if field not in names:
-            raise BevatronError(
-                f"{self.path}: has no column {field!r}, it has {', '.join(map(repr, names))[:200]};"
-                " name one of them with --text-field"
-            )
+            raise BevatronError(_no_column(self.path, names, field))
         return rows.select_columns([field])
 
     def shards(self, field: str) -> int:
@@ -183,16 +232,62 @@ class Dataset:
         except Exception as error:  # many kinds, from the network as well
             raise BevatronError(
                 f"{self.path}: shard {shard} of {of} cannot be read ({type(error).__name__}: "
-                f"{_why(error)}); run the same command again to go on from there"
+                f"{first_line(error)}); run the same command again to go on from there"
             ) from error
 
 
+def saved_files(folder: Path, split: str | None) -> list[Path] | None:
+    """The .arrow files of a folder that `save_to_disk` of `datasets` wrote, in their order, or None
+    for another folder.
+
+    Raises BevatronError where it holds several splits and `split` names none of them, and for a
+    file that is missing."""
+    if (folder / SPLITS).is_file():
+        names = read_object(folder / SPLITS).get("splits")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise BevatronError(f"{folder / SPLITS}: names no splits; save the dataset anew")
+        chosen = split if split is not None or len(names) != 1 else names[0]
+        if chosen is None or chosen not in names:
+            asked = "name one with --split" if split is None else f"and no {split!r}"
+            raise BevatronError(
+                f"{folder}: is a saved dataset of the splits {', '.join(names)}; {asked}"
+            )
+        found = saved_files(folder / chosen, None)
+        if found is None:
+            raise BevatronError(f"{folder / chosen}: has no {STATE}; save the dataset anew")
+        return found
+    if not (folder / STATE).is_file() or not (folder / INFO).is_file():
+        return None
+    state = read_object(folder / STATE)
+    if split is not None and state.get("_split") not in (None, split):
+        raise BevatronError(
+            f"{folder}: is the saved split {state['_split']!r}, not {split!r}; leave --split out"
+        )
+    files = state.get("_data_files")
+    named = [file.get("filename") if isinstance(file, dict) else None for file in files or []]
+    paths = [folder / name for name in named if isinstance(name, str)]
+    missing = next((path for path in paths if not path.is_file()), None)
+    if not isinstance(files, list) or len(paths) != len(named) or missing is not None:
+        raise BevatronError(
+            f"{folder / STATE}: names {missing or 'no files'}, which is not there; copy the whole "
+            "folder, or save the dataset anew"
+        )
+    return paths
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote the folder."""
+    return (folder / SPLITS).is_file() or all((folder / name).is_file() for name in (STATE, INFO))
+
+
 def named(source: str, split: str | None) -> Dataset | None:
-    """The dataset that a source means, if it means one: a name (`org/name`, `org/name:config`) of
-    which no path exists, or a folder of which a split is asked for. A path that exists is never
-    looked up on the Hub."""
+    """The dataset that a source means, if `datasets` is to read one: a name (`org/name`,
+    `org/name:config`) of which no path exists, or a folder of which a split is asked for and which
+    is not a saved dataset. A path that exists is never looked up on the Hub."""
     if Path(source).exists():
-        return _folder(Path(source), None, split) if split and Path(source).is_dir() else None
+        if not split or not Path(source).is_dir() or is_saved(Path(source)):
+            return None
+        return _folder(Path(source), None, split)
     path, _, config = source.partition(":")
     if config and Path(path).is_dir():
         return _folder(Path(path), config, split or "train")
@@ -221,5 +316,5 @@ def _commit(name: str) -> str | None:
     except Exception as error:  # the Hub raises many kinds
         raise BevatronError(
             f"{name}: no such path, and no dataset of this name could be found on the Hugging Face "
-            f"Hub ({type(error).__name__}: {_why(error)}); check the name and the connection"
+            f"Hub ({type(error).__name__}: {first_line(error)}); check the name and the connection"
         ) from error

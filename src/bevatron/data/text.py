@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 from bevatron.errors import BevatronError
 
@@ -16,6 +17,9 @@ PIECE = 1 << 18  # characters; more are cut
 WINDOW = 1 << 16  # bytes in which a place to cut a file is looked for
 LINE_END = re.compile(r"\S\n(?=\S)")
 SPACE = re.compile(r"\S(?=\s)")
+
+CHARACTERS = 1 << 20  # of a JSON array that are read at once; more for a longer record
+BETWEEN = [re.compile(r"\s*\[\s*"), re.compile(r"\s*(?:,\s*|(?=\]))")]  # records: the first, others
 
 BINARY, NOT_UTF8, EMPTY = "binary", "not UTF-8", "empty"
 BOM = codecs.BOM_UTF8
@@ -96,6 +100,11 @@ def _record(line: bytes, field: str, *, first: bool) -> str | None:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON ({error}); correct it or remove it") from None
+    return text_of(record, field)
+
+
+def text_of(record: object, field: str) -> str:
+    """The text of a record. Raises ValueError if it has none."""
     found = record.get(field) if isinstance(record, dict) else None
     if not isinstance(found, str):
         what = (
@@ -111,6 +120,56 @@ def _record(line: bytes, field: str, *, first: bool) -> str | None:
         return found
     # JSON can spell half of a surrogate pair, which is no character and which no encoder takes
     return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def array_pieces(file: IO[bytes], path: Path, field: str, skipped: Counter[str]) -> Iterator[Piece]:
+    """The documents of a JSON array of records, of which one is in memory at a time.
+
+    Raises BevatronError naming the record (from 1) that is no object with a string `field`."""
+    number, decoder = 0, json.JSONDecoder()
+    reader = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    text, at, ends = "", 0, False
+    want = CHARACTERS
+
+    def refuse(what: object) -> BevatronError:
+        return BevatronError(f"{path}: record {number} {what}")
+
+    try:
+        while True:
+            match = BETWEEN[number > 0].match(text, at)
+            if match is not None and match.end() < len(text):
+                begin = match.end()
+                if text[begin] == "]":
+                    break
+                try:
+                    record, after = decoder.raw_decode(text, begin)
+                except ValueError as error:
+                    if ends:
+                        number += 1
+                        raise refuse(f"is not valid JSON ({error}); correct it") from None
+                else:
+                    number, at, want = number + 1, after, CHARACTERS
+                    try:
+                        found = text_of(record, field)
+                    except ValueError as error:
+                        raise refuse(error) from None
+                    if not found:
+                        skipped[EMPTY] += 1
+                    yield from document(found)
+                    continue
+            elif ends:
+                raise BevatronError(
+                    f"{path}: its array of records does not end well after record {number}; "
+                    "correct it or copy it anew"
+                )
+            more = reader.read(want)
+            text, at, ends, want = text[at:] + more, 0, not more, want * 2
+        if (text[begin + 1 :] + reader.read(CHARACTERS)).strip():
+            raise BevatronError(f"{path}: goes on after its array of records; expected one array")
+    except UnicodeDecodeError as error:
+        raise BevatronError(f"{path}: is not UTF-8 text after record {number}") from error
+    except RecursionError as error:
+        raise BevatronError(f"{path}: nested too deeply after record {number}") from error
 
 
 def _lines_before(path: Path, before: int) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
 from bevatron.checkpoint.new_folder import check_target, new_folder
 from bevatron.data.encoder import Choice, Engine, choose
+from bevatron.data.formats import DATASET, KNOWN
 from bevatron.data.parts import DONE, Done, Job, find_done, item_pieces, make_part
-from bevatron.data.sources import DATASET, Part, plan
+from bevatron.data.sources import Part, plan
 from bevatron.data.store import TokenStore
 from bevatron.data.text import Unfit
 from bevatron.data.tokenizer import CONFIGS, OpenTokenizer, open_tokenizer
@@ -37,6 +38,8 @@ def tokenize(
     workers: int | None = None,
     engine: Engine = "auto",
     part_bytes: int | None = None,
+    as_text: Collection[str] = (),
+    leave_out: Collection[str] = (),
 ) -> TokenStore:
     """Write the token store `dst`, whole or not at all, and open it.
 
@@ -48,10 +51,11 @@ def tokenize(
     killed one goes on from there, and gives the same bytes. So does any number of workers.
 
     Args:
-        sources: text files (a document each), .jsonl (also .gz and .zst; a document per line),
-            .parquet (a document per row), folders of all of these; a dataset on the Hub
-            (`org/name`, `org/name:config`) if there is no such path. What is hidden, binary or not
-            UTF-8 is left out and counted in the store's `info.skipped`.
+        sources: text files (a document each), .jsonl, .json, .csv and .tsv (perhaps packed),
+            .parquet and .arrow (a document per record), folders of all of these or saved by
+            `datasets`; a dataset on the Hub (`org/name`, `org/name:config`) if there is no such
+            path. What is hidden, binary or not UTF-8 and a dataset's card are left out and counted
+            in the store's `info.skipped`; another known format is an error.
         tokenizer: see `open_tokenizer`.
         append_eos: the eos that the first of `tokenizer.CONFIGS` beside tokenizer.json names.
         text_field: the key or column that holds the text.
@@ -59,6 +63,8 @@ def tokenize(
         workers: processes; default: one per core. A small job is done in this one.
         engine: see `choose`. All give the same ids.
         part_bytes: how much a part is at most; default 16 MiB, less for little text.
+        as_text: suffixes of files that are a document each, whatever they are known for.
+        leave_out: patterns of names of files and folders to leave out below a folder.
     Raises BevatronError for a source or tokenizer that is missing or unreadable, for no text at
     all, for an unknown eos, and for a `dst` that exists or contains or lies in a source.
     """
@@ -68,7 +74,15 @@ def tokenize(
     for source in sources:
         check_target(dst, overwrite=overwrite, apart_from=Path(source))
     skipped: Counter[str] = Counter()
-    parts = plan(sources, skipped, split=split, text_field=text_field, part_bytes=part_bytes)
+    parts = plan(
+        sources,
+        skipped,
+        split=split,
+        text_field=text_field,
+        part_bytes=part_bytes,
+        as_text=as_text,
+        leave_out=leave_out,
+    )
     opened = open_tokenizer(tokenizer)
     if append_eos and opened.eos_id is None:
         raise BevatronError(
@@ -260,5 +274,5 @@ def _nothing(sources: Sequence[str | Path], parts: Sequence[Part], skipped: Coun
     reasons = ", ".join(f"{n} {why}" for why, n in sorted((+skipped).items())) or "none"
     return (
         f"{', '.join(map(str, sources)) or 'no source'}: no text found in {len(files)} files "
-        f"(skipped: {reasons}); expected UTF-8 text, .jsonl or .parquet"
+        f"(skipped: {reasons}); expected {KNOWN}"
     )
