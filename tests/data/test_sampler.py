@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bevatron.data.permutation import Permutation, derive, mix, mix_array
-from bevatron.data.sampler import BLOCK, Place, Sampler, quotas
+from bevatron.data.sampler import BLOCK, Place, Sampler, Shares
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
 from tests.data.test_store import write_store
@@ -94,25 +94,59 @@ def test_every_window_comes_once_per_epoch_in_a_mixture(tmp_path: Path) -> None:
     found = places(sampler, 0, 3 * BLOCK)
     for source, windows in enumerate(sampler.windows):
         seen = Counter((p.epoch, p.window) for p in found if p.source == source)
-        full = sampler.stages[0].quotas[source] * 3 // windows
+        full = int(sampler.stages[0].taken(3)[source]) // windows
         assert max(seen.values()) == 1
         assert all(seen[epoch, w] for epoch in range(full) for w in range(windows))
 
 
-def test_quotas_are_exact_in_every_block(tmp_path: Path) -> None:
-    weights = [0.5, 0.3, 0.2]
+def test_weights_are_exact_over_any_stretch(tmp_path: Path) -> None:
+    """0.0015 would be 2 of 1,024, a third too much, and 0.0004 nothing."""
+    weights = [0.6, 0.3981, 0.0015, 0.0004]
     stores = [(ascending(tmp_path / str(i), 100, 1000 * i), w) for i, w in enumerate(weights)]
     sampler = Sampler(stores, 9, seed=3)
-    assert sampler.stages[0].quotas == [512, 307, 205]
-    orders = []
-    for block in range(3):
-        sources = [p.source for p in places(sampler, block * BLOCK, (block + 1) * BLOCK)]
-        assert [sources.count(i) for i in range(3)] == [512, 307, 205]
-        orders.append(sources)
+    found = np.bincount([p.source for p in places(sampler, 0, 20_000)])
+    assert found.tolist() == sampler.counts(20_000)
+    for position in (20_000, 10**6, 10**9 + 7, 10**12):
+        counts = sampler.counts(position)
+        assert sum(counts) == position
+        # half a position for each of two halvings, and a source's places within the last block
+        for count, weight in zip(counts, weights, strict=True):
+            assert abs(count - position * weight) < 2 + (position % BLOCK) * max(weight, 1 - weight)
+    orders = [
+        [p.source for p in places(sampler, block * BLOCK, (block + 1) * BLOCK)]
+        for block in range(3)
+    ]
     assert orders[0] != orders[1] != orders[2]
 
 
+@given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=40), st.integers(0, 10**9))
+def test_every_share_is_exact_to_the_halvings_and_never_falls(
+    weights: list[float], blocks: int
+) -> None:
+    shares = Shares(weights)
+    before, after = shares.taken(blocks), shares.taken(blocks + 1)
+    assert sum(before) == blocks * BLOCK
+    halvings = (len(weights) - 1).bit_length()
+    for was, now, exact in zip(before, after, shares.exact, strict=True):
+        assert abs(was - blocks * BLOCK * exact) <= halvings / 2
+        assert was <= now
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(0, 10**12))
+def test_weights_that_fill_blocks_come_as_they_did_when_rounded(
+    parts: list[int], blocks: int
+) -> None:
+    """So runs of such weights go on with the same samples."""
+    parts = [*parts, BLOCK - sum(parts)] if sum(parts) < BLOCK else [BLOCK // 2, BLOCK // 2]
+    weights = [part / 10 for part in parts]
+    assert Shares(weights).taken(blocks) == Shares(weights, rounded=True).taken(blocks)
+    assert Shares(weights).taken(blocks) == [part * blocks for part in parts]
+
+
 def test_largest_remainder() -> None:
+    def quotas(weights: list[float]) -> list[int]:
+        return Shares(weights, rounded=True).taken(1)
+
     assert quotas([1.0, 1.0, 1.0]) == [342, 341, 341]
     assert quotas([2.0, 6.0]) == [256, 768]
     assert quotas([1e-9, 1.0]) == [0, 1024]
@@ -139,9 +173,11 @@ def test_random_access_equals_sequential(tmp_path: Path) -> None:
 def test_the_order_is_a_promise(tmp_path: Path) -> None:
     """A run that resumes under a later version must go on with the same samples."""
     stores = [(ascending(tmp_path / "a", 200), 0.7), (ascending(tmp_path / "b", 500, 1000), 0.3)]
-    sampler = Sampler(stores, 6, seed=11)
-    found = [int(sample(sampler, i)[0]) for i in (0, 1, 2, 3, 1023, 1024, 10**6, 10**12)]
-    assert found == [0, 90, 108, 48, 174, 1420, 180, 138]
+    asked = (0, 1, 2, 3, 1023, 1024, 10**6, 10**12)
+    rounded = Sampler(stores, 6, seed=11, rounded=True)  # until weights were exact
+    assert [int(sample(rounded, i)[0]) for i in asked] == [0, 90, 108, 48, 174, 1420, 180, 138]
+    exact = Sampler(stores, 6, seed=11)
+    assert [int(sample(exact, i)[0]) for i in asked] == [0, 90, 108, 48, 174, 1420, 132, 66]
 
 
 def test_a_short_store_is_refused(tmp_path: Path) -> None:
@@ -157,10 +193,11 @@ def test_a_weight_that_is_not_positive_is_refused(tmp_path: Path, weight: float)
         Sampler([(ascending(tmp_path / "s", 50), weight)], 8, seed=0)
 
 
-def test_a_weight_too_small_for_a_block_is_refused(tmp_path: Path) -> None:
+def test_a_weight_too_small_for_a_block_is_refused_where_blocks_are_alike(tmp_path: Path) -> None:
     stores = [(ascending(tmp_path / "a", 50), 1.0), (ascending(tmp_path / "b", 50), 1e-4)]
     with pytest.raises(BevatronError, match="it would never be sampled"):
-        Sampler(stores, 8, seed=0)
+        Sampler(stores, 8, seed=0, rounded=True)
+    assert Sampler(stores, 8, seed=0).counts(10**6)[1] == 100
 
 
 def test_other_nonsense_is_refused(tmp_path: Path) -> None:
@@ -242,13 +279,17 @@ def test_weights_are_exact_in_every_block_of_every_stage(
     for stage, end, weights in zip(
         sampler.stages, ends, [plan[0], *(w for _, w in plan[1])], strict=True
     ):
-        assert sum(stage.quotas) == BLOCK
-        for begin in range(stage.begin, end - BLOCK + 1, BLOCK):
+        for block, begin in enumerate(range(stage.begin, end - BLOCK + 1, BLOCK)):
             got = Counter(p.source for p in places(sampler, begin, begin + BLOCK))
+            taken = stage.taken(block + 1) - stage.taken(block)
+            assert sum(taken) == BLOCK
             for i, weight in weights.items():
                 source = sampler.stores.index(three[i])
-                assert got[source] == stage.quotas[source]
-                assert abs(got[source] - BLOCK * weight / sum(weights.values())) < 1
+                share = BLOCK * weight / sum(weights.values())
+                assert got[source] == taken[source]
+                assert abs(got[source] - share) < 2
+                before = taken[source] + stage.taken(block)[source] - stage.before[source]
+                assert abs(before - share * (block + 1)) <= 1
 
 
 @given(plans, st.integers(0, 5000))

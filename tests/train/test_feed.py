@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import threading
 import time
@@ -25,7 +26,10 @@ from bevatron.errors import BevatronError
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from bevatron.train.feed import Feed, check_data
 from bevatron.train.start import Start
+from tests.commands import bevatron
+from tests.data.test_store import write_store
 from tests.specs import ALL
+from tests.train import small_run
 
 SPEC = dataclasses.replace(ALL["homogeneous"], vocab_size=30_000)
 BATCH, SEQ = 12, 8
@@ -313,3 +317,27 @@ def test_stages_must_ascend() -> None:
     stages = [StageConfig(from_step=n, train=[source]) for n in (5, 5)]
     with pytest.raises(ValueError, match=r"stages begin at steps \[5, 5\], expected ascending"):
         DataConfig(train=[source], stages=stages, seq_len=8)
+
+
+def test_a_run_that_was_begun_with_rounded_weights_goes_on_so_and_says_it(tmp_path: Path) -> None:
+    """A new one has them exact: 0.0015 of the samples, not 2 of 1,024."""
+    config = small_run.make(tmp_path)
+    write_store(tmp_path / "more", [[1, 2, 3] * 40], 97)
+    weights = {"tokens": 0.9985, "more": 0.0015}
+    mixture = ", ".join(f"{{path: {tmp_path / n}, weight: {w}}}" for n, w in weights.items())
+    options = [f"data.train=[{mixture}]", "train.steps=2"]
+    status, said = bevatron(tmp_path, "train", str(config), *options)
+    assert (status, "rounded" in said) == (0, False), said
+    state = next((tmp_path / "run").glob("step-*2")) / "train_state.json"
+    found = json.loads(state.read_text())
+    assert found.pop("mixture") == "exact"
+    state.write_text(json.dumps(found))  # as it was written before
+    manifest = json.loads((state.parent / "manifest.json").read_text())
+    del manifest["files"]["train_state.json"]
+    (state.parent / "manifest.json").write_text(json.dumps(manifest))
+    options[1] = "train.steps=3"
+    status, said = bevatron(tmp_path, "train", str(config), *options)
+    assert status == 0, said
+    assert re.search(r"weights stay rounded to 1/1024, .*more 0.001953 for 0.0015; a new run", said)
+    state = next((tmp_path / "run").glob("step-*3")) / "train_state.json"
+    assert json.loads(state.read_text())["mixture"] == "rounded"

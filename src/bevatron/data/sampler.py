@@ -3,11 +3,12 @@
 Nothing is stored, so a run resumes at any position, at any number of ranks, by asking for it.
 
     position -> stage       a stage is a mixture, from a position on
-    position -> source      blocks of 1024 positions of a stage; every source has an exact quota in
-                            each, the order in a block is shuffled by (seed, stage, block)
-    position -> index       what earlier stages took of the source + blocks before * quota + rank of
-                            the position among the source's in its block: the source's samples are
-                            counted without gaps, whatever the stages
+    position -> source      blocks of 1024 positions of a stage; how many of the first n blocks'
+                            positions each source has is its exact share, rounded (`Shares`); the
+                            order in a block is shuffled by (seed, stage, block)
+    position -> index       what earlier stages took of the source + what the blocks before took +
+                            rank of the position among the source's in its block: the source's
+                            samples are counted without gaps, whatever the stages
     index    -> window      each epoch is a full permutation of the source's windows
 """
 
@@ -31,14 +32,51 @@ BLOCK = 1024
 Mixture = Sequence[tuple[TokenStore, float]]
 
 
-def quotas(weights: Sequence[float], block: int = BLOCK) -> list[int]:
-    """Positions of each source in a block, in proportion to the weights, by largest remainder
-    (ties to the earlier source). Exact arithmetic: the same on every machine."""
-    total = sum(Fraction(w) for w in weights)
-    shares = [Fraction(w) * block / total for w in weights]
-    counts = [math.floor(s) for s in shares]
+class Shares:
+    """How many of the first blocks' positions each source of a mixture has, in exact arithmetic:
+    the same on every machine.
+
+    The sources are halved until one is left; of n positions that come to some sources, the first
+    half of them has its share of n, rounded. So every number is the exact share but for at most
+    half a position per halving, however long the stretch; it never falls as n grows; and finding
+    it takes as many roundings as there are sources.
+
+    Args:
+        rounded: each source has the same number in every block, by largest remainder (ties to the
+            earlier source), which is how older runs began. Shares that are multiples of 1/BLOCK
+            come to the same.
+    """
+
+    def __init__(self, weights: Sequence[float], *, rounded: bool = False) -> None:
+        total = sum(Fraction(w) for w in weights)
+        self.exact = [Fraction(w) / total for w in weights]
+        self.quotas = _largest_remainders(self.exact) if rounded else None
+
+    def taken(self, blocks: int) -> list[int]:
+        """Of each source, positions in the first so many blocks."""
+        if self.quotas is not None:
+            return [quota * blocks for quota in self.quotas]
+        out = [0] * len(self.exact)
+
+        def halve(begin: int, end: int, positions: int) -> None:
+            if end - begin == 1:
+                out[begin] = positions
+                return
+            middle = (begin + end) // 2
+            first, both = sum(self.exact[begin:middle]), sum(self.exact[begin:end])
+            part = math.floor(positions * first / both + Fraction(1, 2))
+            halve(begin, middle, part)
+            halve(middle, end, positions - part)
+
+        halve(0, len(out), blocks * BLOCK)
+        return out
+
+
+def _largest_remainders(exact: Sequence[Fraction]) -> list[int]:
+    shares = [share * BLOCK for share in exact]
+    counts = [math.floor(share) for share in shares]
     order = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
-    for i in order[: block - sum(counts)]:
+    for i in order[: BLOCK - sum(counts)]:
         counts[i] += 1
     return counts
 
@@ -53,17 +91,33 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """A mixture from position `begin` on. All lists are by source, of all stages.
+    """A mixture from position `begin` on.
 
     Attributes:
-        quotas: positions in each block; 0 for a source that this stage does not use.
-        before: positions in all earlier stages.
+        sources: that it is of.
+        shares: of them, in this order.
+        before: positions in all earlier stages of each source of any stage.
     """
 
     number: int
     begin: int
-    quotas: list[int]
-    before: list[int]
+    sources: list[int]
+    shares: Shares
+    before: NDArray[np.int64]
+
+    def taken(self, blocks: int) -> NDArray[np.int64]:
+        """Of each source of any stage, positions before block `blocks` of this stage, in all."""
+        out = self.before.copy()
+        out[self.sources] += np.array(self.shares.taken(blocks))
+        return out
+
+
+class Slots(NamedTuple):
+    """A block: of each of its positions the source and its rank among the source's samples."""
+
+    block: int
+    sources: NDArray[np.int64]  # [BLOCK]
+    ranks: NDArray[np.int64]  # [BLOCK]
 
 
 class Sampler:
@@ -79,9 +133,10 @@ class Sampler:
             where it was.
         shuffled: False takes each source's windows in their order and mixes evenly, whatever the
             seed: for validation, where every run is to see the same.
-    Raises BevatronError for a weight that is not positive or is below what a block can hold, for a
-    store that is named twice in a mixture or is too short for one window, and for positions that do
-    not ascend.
+        rounded: see `Shares`.
+    Raises BevatronError for a weight that is not positive or, rounded, below what a block can hold,
+    for a store that is named twice in a mixture or is too short for one window, and for positions
+    that do not ascend.
     """
 
     def __init__(
@@ -92,10 +147,12 @@ class Sampler:
         *,
         later: Sequence[tuple[int, Mixture]] = (),
         shuffled: bool = True,
+        rounded: bool = False,
     ) -> None:
         if seq_len < 1:
             raise BevatronError(f"the sequence length is {seq_len}, expected at least 1")
         self.seq_len, self.seed, self.shuffled = seq_len, seed, shuffled
+        self.rounded = rounded
         self.stores: list[TokenStore] = []
         numbers: dict[object, int] = {}  # path -> source
         weights: list[dict[int, float]] = []
@@ -116,7 +173,7 @@ class Sampler:
                 weights[-1][source] = weight
         self.windows = [(store.tokens - 1) // seq_len for store in self.stores]
         self.stages: list[Stage] = []
-        self._order: dict[int, tuple[int, NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._slots_of: dict[int, Slots] = {}  # of each stage the last block that was asked for
         for begin, of in zip((0, *(at for at, _ in later)), weights, strict=True):
             self._add_stage(begin, of)
         self._permutations: dict[tuple[int, int], Permutation] = {}
@@ -128,17 +185,16 @@ class Sampler:
                 "expected ascending ones"
             )
         before = self.counts(begin) if self.stages else [0] * len(self.stores)
-        shares = [0] * len(self.stores)
-        for (source, weight), quota in zip(
-            weights.items(), quotas(list(weights.values())), strict=True
-        ):
-            shares[source] = quota
+        shares = Shares(list(weights.values()), rounded=self.rounded)
+        for (source, weight), quota in zip(weights.items(), shares.quotas or (), strict=False):
             if quota == 0:
                 raise BevatronError(
                     f"{self.stores[source].path}: its weight {weight} is under half of 1/{BLOCK} "
-                    "of all weights, so it would never be sampled; raise it or leave the store out"
+                    "of all weights, so it would never be sampled in this run, which was begun "
+                    "with rounded weights; raise it, leave the store out, or begin another run"
                 )
-        self.stages.append(Stage(len(self.stages), begin, shares, before))
+        at = np.array(before, dtype=np.int64)
+        self.stages.append(Stage(len(self.stages), begin, list(weights), shares, at))
 
     @property
     def epoch_length(self) -> int:
@@ -150,10 +206,9 @@ class Sampler:
         """How many of the samples before `position` come from each source."""
         stage = self._stage(position - 1) if position else self.stages[0]
         blocks, rest = divmod(position - stage.begin, BLOCK)
-        sources, _ = self._slots(stage, blocks)
-        part = np.bincount(sources[:rest], minlength=len(self.stores)).tolist()
-        whole = zip(stage.before, stage.quotas, part, strict=True)
-        return [before + blocks * quota + n for before, quota, n in whole]
+        sources = self._slots(stage, blocks).sources
+        part = np.bincount(sources[:rest], minlength=len(stage.before))
+        return [int(n) for n in stage.taken(blocks) + part]
 
     def samples(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """[n, seq_len + 1] tokens. Depends on nothing but the stores, the weights, the seed and
@@ -188,11 +243,9 @@ class Sampler:
             raise BevatronError(f"the sample position is {positions.min()}, expected 0 or more")
         sources, indices = np.empty_like(positions), np.empty_like(positions)
         for stage, block, rows in self._blocks(positions):
-            of, ranks = self._slots(stage, block)
-            slots = positions[rows] - stage.begin - block * BLOCK
-            sources[rows] = of[slots]
-            first = np.array(stage.before) + block * np.array(stage.quotas)
-            indices[rows] = first[of[slots]] + ranks[slots]
+            slots = self._slots(stage, block)
+            at = positions[rows] - stage.begin - block * BLOCK
+            sources[rows], indices[rows] = slots.sources[at], slots.ranks[at]
         epochs, indices = np.divmod(indices, np.array(self.windows)[sources])
         if not self.shuffled:
             return sources, epochs, indices
@@ -214,24 +267,26 @@ class Sampler:
         for number, block in sorted(set(zip(numbers.tolist(), blocks.tolist(), strict=True))):
             yield self.stages[number], block, np.nonzero((numbers == number) & (blocks == block))[0]
 
-    def _slots(self, stage: Stage, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[BLOCK], [BLOCK]: the source, and its rank among the source's positions in this block."""
-        known = self._order.get(stage.number)
-        if known is None or known[0] != block:
-            labels = np.repeat(np.arange(len(self.stores)), stage.quotas)  # in source order
-            if self.shuffled:
-                parts = (1, block) if stage.number == 0 else (3, stage.number, block)
-                key = np.uint64(derive(self.seed, *parts))
-                keys = mix_array(np.arange(BLOCK, dtype=np.uint64) ^ key)
-            else:  # the i-th of n lies at (i + 1/2) / n of the block
-                spans = [(2 * np.arange(n) + 1) / (2 * max(1, n)) for n in stage.quotas]
-                keys = np.concatenate(spans)
-            sources = labels[np.argsort(keys, kind="stable")]
-            ranks = np.empty(BLOCK, dtype=np.int64)
-            for source, quota in enumerate(stage.quotas):
-                ranks[sources == source] = np.arange(quota)
-            known = self._order[stage.number] = block, sources, ranks
-        return known[1], known[2]
+    def _slots(self, stage: Stage, block: int) -> Slots:
+        known = self._slots_of.get(stage.number)
+        if known is not None and known.block == block:
+            return known
+        first = stage.taken(block)
+        quotas = stage.taken(block + 1) - first
+        labels = np.repeat(np.arange(len(quotas)), quotas)  # in source order
+        if self.shuffled:
+            parts = (1, block) if stage.number == 0 else (3, stage.number, block)
+            key = np.uint64(derive(self.seed, *parts))
+            keys = mix_array(np.arange(BLOCK, dtype=np.uint64) ^ key)
+        else:  # the i-th of n lies at (i + 1/2) / n of the block
+            spans = [(2 * np.arange(n) + 1) / (2 * max(1, n)) for n in quotas.tolist()]
+            keys = np.concatenate(spans)
+        sources = labels[np.argsort(keys, kind="stable")]
+        ranks = np.empty(BLOCK, dtype=np.int64)
+        for source, quota in enumerate(quotas.tolist()):
+            ranks[sources == source] = first[source] + np.arange(quota)
+        slots = self._slots_of[stage.number] = Slots(block, sources, ranks)
+        return slots
 
     def _permutation(self, source: int, epoch: int) -> Permutation:
         known = self._permutations.get((source, epoch))

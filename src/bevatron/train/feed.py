@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bevatron.data.sampler import Sampler
+from bevatron.data.sampler import BLOCK, Sampler
 from bevatron.data.store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, fingerprint, open_tokenizer
 from bevatron.spec import ModelSpec
@@ -27,6 +27,7 @@ class Feed(ReadAhead):
     Args:
         tokenizer: the model's own, if it has one; the data must be made with it.
         stored: arrays that join the samples.
+        rounded: mix by rounded weights, as the run was begun; see `Shares`.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Feed(ReadAhead):
         device: torch.device,
         tokenizer: Path | None = None,
         stored: Stored | None = None,
+        rounded: bool = False,
     ) -> None:
         super().__init__(global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device)
         self.data, self.stored = data, stored
         stores = open_stores(data, spec, tokenizer)
-        self.training, self.validation = make_samplers(data, stores, global_batch, seed)
+        self.training, self.validation = make_samplers(
+            data, stores, global_batch, seed, rounded=rounded
+        )
 
     def read_training(self, positions: range) -> Batch:
         return self._windows("train", self.training, positions)
@@ -76,20 +80,35 @@ class Feed(ReadAhead):
         for store, count, windows in zip(sampler.stores, counts, sampler.windows, strict=True):
             share = count / max(1, sum(counts))
             lines.append(
-                f"{store.path}: {count:,} samples ({share:.1%}), {count / windows:.2f} epochs of "
-                f"{windows:,}"
+                f"{store.path}: {count:,} samples ({_percent(share)}), {count / windows:.2f} "
+                f"epochs of {windows:,}"
             )
             if windows < self.global_batch * share:
                 lines[-1] += f"; fewer than its share of a step of {self.global_batch:,}"
         for stage in sampler.stages[1:]:
-            used = zip(sampler.stores, stage.quotas, strict=True)
-            mixture = ", ".join(f"{s.path} {q / sum(stage.quotas):.1%}" for s, q in used if q)
+            used = zip(stage.sources, stage.shares.exact, strict=True)
+            mixture = ", ".join(f"{sampler.stores[s].path} {_percent(float(n))}" for s, n in used)
             lines.append(f"from step {stage.begin // self.global_batch:,}: {mixture}")
+        for stage in sampler.stages if sampler.rounded else ():
+            of = zip(stage.sources, stage.shares.quotas or (), stage.shares.exact, strict=True)
+            odd = [
+                (sampler.stores[i].path, q / BLOCK, float(n)) for i, q, n in of if q != BLOCK * n
+            ]
+            if odd:
+                shown = ", ".join(f"{path} {got:.4g} for {asked:.4g}" for path, got, asked in odd)
+                lines.append(
+                    f"weights stay rounded to 1/{BLOCK}, as this run was begun: {shown}; a new run "
+                    "has them exact"
+                )
         if self.validation is not None:
             sets = ", ".join(str(store.path) for store in self.validation.stores)
             count = self.validation.epoch_length
             lines.append(f"validation: {sets}, {count:,} samples, {self.global_batch:,} a batch")
         return lines
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 or not share else f"{100 * share:.2g}%"
 
 
 def check_data(config: RunConfig, start: Start) -> None:
@@ -172,15 +191,22 @@ def _by(store: TokenStore) -> str:
 
 
 def make_samplers(
-    data: DataConfig, stores: Mapping[str, TokenStore], global_batch: int, seed: int
+    data: DataConfig,
+    stores: Mapping[str, TokenStore],
+    global_batch: int,
+    seed: int,
+    *,
+    rounded: bool = False,
 ) -> tuple[Sampler, Sampler | None]:
-    """The order of the training samples, and that of the validation's if there is one."""
+    """The order of the training samples, and that of the validation's if there is one.
+    `rounded`: see `Shares`."""
 
     def mixture(sources: Sequence[SourceConfig]) -> list[tuple[TokenStore, float]]:
         return [(stores[source.path], source.weight) for source in sources]
 
     later: list[Any] = [(s.from_step * global_batch, mixture(s.train)) for s in data.stages]
-    training = Sampler(mixture(data.train), data.seq_len, seed, later=later)
+    training = Sampler(mixture(data.train), data.seq_len, seed, later=later, rounded=rounded)
     if not data.validation:
         return training, None
-    return training, Sampler(mixture(data.validation), data.seq_len, 0, shuffled=False)
+    mixed = mixture(data.validation)
+    return training, Sampler(mixed, data.seq_len, 0, shuffled=False, rounded=rounded)

@@ -29,12 +29,16 @@ SHUFFLE = 3  # tells these permutations from the sampler's
 
 
 def open_feed(
-    config: RunConfig, start: Start, stored: Stored | None = None, **options: Any
+    config: RunConfig,
+    start: Start,
+    stored: Stored | None = None,
+    rounded: bool = False,
+    **options: Any,
 ) -> ReadAhead:
     """What the objective reads: token stores, or labelled examples. Options as of `Feed`."""
     if config.objective.name in UNLABELLED:
-        tokenizer = own_tokenizer(config, start)
-        return Feed(config.data, start.spec, tokenizer=tokenizer, stored=stored, **options)
+        options |= {"tokenizer": own_tokenizer(config, start), "stored": stored}
+        return Feed(config.data, start.spec, rounded=rounded, **options)
     return LabelledFeed(config, start, **options)
 
 

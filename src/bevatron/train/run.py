@@ -105,6 +105,7 @@ class Run:
             dp_rank=trainer.dp_rank,
             dp=layout.dp,
             device=self.device,
+            rounded=self._mixture == "rounded",
         )
         if self.start.state is not None and not allow_changed:
             self.feed.check_unchanged(self.start.state.get("data", {}))
@@ -117,7 +118,13 @@ class Run:
         taps = self.trainer.taps
         if taps is not None:
             state["objective"] = taps.state()
-        return {**state, "data": self.feed.fingerprints()}
+        return {**state, "mixture": self._mixture, "data": self.feed.fingerprints()}
+
+    @property
+    def _mixture(self) -> str:
+        """Whether the run's mixtures have exact or rounded weights: as it was begun."""
+        state = self.start.state
+        return "exact" if state is None else str(state.get("mixture", "rounded"))
 
     def _fingerprints(self, objective: Objective, allow_changed: bool) -> dict[str, str]:
         """Of the objective's frozen models and stored arrays, which no checkpoint holds: they must
