@@ -578,3 +578,4 @@ def register() -> None:
 
 if __name__ == "bevatron.hf":  # not where it is the remote code of a folder
     register()
+# bevatron 1 e22fad16577ccb8950d88a69d1f2743d38368ce2ca4d93651384435ce6cda423

@@ -25,7 +25,7 @@ from bevatron.bridge.nanotron_writer import left_out, plan_nanotron, write_aroun
 from bevatron.bridge.native import CONFIG, Native, open_native
 from bevatron.bridge.plan import Task, pieces
 from bevatron.bridge.provenance import fingerprint
-from bevatron.bridge.remote_code import wont_read, write_remote_code
+from bevatron.bridge.remote_code import renew_own_code, wont_read, write_remote_code
 from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.shards import SHARD_SIZE, new_shards, parse_size
 from bevatron.bridge.unchanged import stamps, unchanged
@@ -83,7 +83,7 @@ def export_checkpoint(
     before = stamps(resolve(src))
     native = open_native(src)
     check_target(dst, overwrite=overwrite, apart_from=native.folder)
-    nanotron = target_format == "nanotron"
+    nanotron, renewed = target_format == "nanotron", []
     plan = plan_target(native, to, limit, target_format)
     check_space(dst, written_bytes(plan.tasks))
     with (
@@ -98,6 +98,8 @@ def export_checkpoint(
             notes += more
         else:
             files = _copy_source(native, plan, folder)
+            if native.family.name == "llama_nemotron":
+                renewed = renew_own_code(folder)
             verified = _read_back(native, plan, folder, hashes, show_progress)
             _write_own_files(native, plan, folder, hashes, verified)
     stored = [place for t in plan.tasks for places in t.tensors for _, place in places]
@@ -120,10 +122,10 @@ def export_checkpoint(
         files=files,
         seconds=round(time.perf_counter() - started, 3),
         verified=verified,
-        identical=_identical(native, plan),
+        identical=_identical(native, plan) and not renewed,
         skipped=left_out(native) if nanotron else dict(skipped),
         non_finite=non_finite,
-        notes=non_finite_notes(non_finite) + notes,
+        notes=non_finite_notes(non_finite) + renewed + notes,
     )
 
 

@@ -28,6 +28,7 @@ from bevatron.bridge.mover import Mover
 from bevatron.bridge.nanotron_writer import left_out, tokenizer_files
 from bevatron.bridge.native import Native, open_native
 from bevatron.bridge.plan import Task, plan_import
+from bevatron.bridge.remote_code import MODULE, REPLACED, is_outdated
 from bevatron.bridge.shards import parse_size
 from bevatron.checkpoint.files import located
 from bevatron.checkpoint.new_folder import check_target
@@ -184,6 +185,10 @@ def preview_export(
     )
     source, nanotron = native.folder / "source", target_format == "nanotron"
     others = sum(p.is_file() for p in source.rglob("*")) if source.is_dir() else 0
+    skipped = left_out(native) if nanotron else {}
+    decilm = native.family.name == "llama_nemotron" and not nanotron
+    if decilm and is_outdated(source / f"{MODULE}.py"):
+        others, skipped = others - 1, {f"{MODULE}.py": REPLACED}
     return Preview(
         source=str(src),
         target=str(dst),
@@ -199,7 +204,7 @@ def preview_export(
         },
         files=len(tokenizer_files(native)) if nanotron else others,
         duplicates={} if nanotron else native.duplicates(),
-        skipped=left_out(native) if nanotron else {},
+        skipped=skipped,
     )
 
 

@@ -2,12 +2,15 @@
 
 Neither transformers nor a package on PyPI has these classes. A folder that came without code of its
 own gets `bevatron/hf.py` as `modeling_decilm.py`, which stands alone; it is copied as a file and
-never imported here.
+never imported here. Its last line says which version it is, so that a folder which carries an older
+one of ours gets this one, while code of others, and ours once it was edited, is kept as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import bevatron
@@ -25,6 +28,62 @@ AUTO_MAP = {
 }
 
 
+# sha256 of bevatron/hf.py as it was before it had such a last line
+UNMARKED = frozenset(
+    (
+        "4b04347db356f385b6c2c7d2232abbc3dcc348448553d846a5cb9d241e4c5166",
+        "58b7c73d14d33822cfc48e3b45cc9a32bd0150053c04784a9ccab57e9a997b0b",
+        "c3a86160d6f3aebd790e75d197fc8b34c7d1365bbe7e3a0e12b63539bb73be12",
+        "eb250c1b8dcd17c4dd4ec96f948261049890a26cf4d5804cf78326ae269da02f",
+        "e22fad16577ccb8950d88a69d1f2743d38368ce2ca4d93651384435ce6cda423",
+    )
+)
+_MARK = re.compile(rb"# bevatron (\d+) [0-9a-f]{64}\n\Z")
+
+
+def own_code() -> bytes:
+    """bevatron/hf.py, as a folder is to carry it."""
+    return Path(bevatron.__file__).with_name("hf.py").read_bytes()
+
+
+def marked(code: bytes, version: int) -> bytes:
+    """`code` with the last line by which `own_version` knows it: it holds a hash of the rest."""
+    text = _MARK.sub(b"", code)
+    return text + b"# bevatron %d %s\n" % (version, hashlib.sha256(text).hexdigest().encode())
+
+
+def own_version(code: bytes) -> int | None:
+    """Which version of bevatron/hf.py this is, byte for byte: 0 of those that had no last line of
+    that kind. None if it is not ours, or was edited since."""
+    code = code.replace(b"\r\n", b"\n")  # as git on Windows may have made them
+    found = _MARK.search(code)
+    if found is None:
+        return 0 if hashlib.sha256(code).hexdigest() in UNMARKED else None
+    version = int(found[1])
+    return version if marked(code, version) == code else None
+
+
+def is_outdated(file: Path) -> bool:
+    """Whether the file is there, and is bevatron/hf.py of an earlier release."""
+    if not file.is_file():
+        return False
+    found, ours = file.read_bytes(), own_code()
+    version, current = own_version(found), own_version(ours)
+    return version is not None and version <= (current or 0) and found != ours
+
+
+def renew_own_code(folder: Path) -> list[str]:
+    """Replace an earlier release's bevatron/hf.py in an HF folder; what to tell the user, if so."""
+    file = folder / f"{MODULE}.py"
+    if not is_outdated(file):
+        return []
+    file.write_bytes(own_code())
+    return [f"{file.name}: {REPLACED}"]
+
+
+REPLACED = "Bevatron's code of an earlier release was replaced by that of this one"
+
+
 def write_remote_code(folder: Path) -> None:
     """Make the HF folder load with trust_remote_code=True, unless it has code already.
 
@@ -32,8 +91,7 @@ def write_remote_code(folder: Path) -> None:
     config = read_object(folder / "config.json")
     if config.get("auto_map") or (folder / f"{MODULE}.py").exists():
         return
-    code = Path(bevatron.__file__).with_name("hf.py")
-    (folder / f"{MODULE}.py").write_bytes(code.read_bytes())
+    (folder / f"{MODULE}.py").write_bytes(own_code())
     text = json.dumps({**config, "auto_map": AUTO_MAP}, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
