@@ -118,6 +118,39 @@ def test_the_script_is_valid_whatever_its_words_hold(
     assert said[said.index("--rendezvous") + 1] == "node1:20007"
 
 
+# Asks the script to save as Slurm does, and plays a run that then does `{then}` and ends.
+ASKED = """\
+srun() {{ trap '{then}; exit {status}' USR1; kill -USR1 $$; while :; do sleep 0.05; done; }}
+scontrol() {{ [ "$1" = show ] && echo node1 || echo "$@" >>scontrol; }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "status", "requeued"),
+    [
+        ("echo step-2 >run/latest", 138, True),
+        ("echo step-2 >run/latest", 137, True),  # saved, but cut short later
+        ("echo step-2 >run/latest", 0, False),
+        (":", 138, False),  # the time limit is shorter than the way to the first step
+        (":", 2, False),  # the save fails every time
+    ],
+)
+def test_a_job_that_saved_nothing_is_not_requeued(
+    config: Path, monkeypatch: pytest.MonkeyPatch, then: str, status: int, requeued: bool
+) -> None:
+    monkeypatch.chdir(config.parent)
+    Path("run").mkdir()
+    Path("run/latest").write_text("step-1\n")
+    played = ASKED.format(then=then, status=status)
+    job = make_script(config, "run.dir=run").replace(
+        "set -u\n", f"{played}set -u\nSLURM_JOB_ID=7 SLURM_JOB_NODELIST=n\n"
+    )
+    done = subprocess.run(["bash"], input=job, text=True, capture_output=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert Path("scontrol").exists() == requeued
+    assert ("not requeued: this job has saved no step" in done.stderr) == (then == ":")
+
+
 def test_the_run_is_checked_before(config: Path) -> None:
     with pytest.raises(BevatronError, match="tp=3 does not divide"):
         script(config, ["parallel.tp=3"], nodes=3, gpus_per_node=8)

@@ -2,7 +2,8 @@
 
 One task per node runs `bevatron train --nproc G --nnodes N`, which is torchrun's agent; these meet
 on the first node. Before the time limit Slurm signals the script, which passes it on: the run
-saves, and the job is put back into the queue, to continue from there.
+saves, and the job is put back into the queue, to continue from there. A job in which nothing was
+saved is not: the next one would end as it did.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bevatron.checkpoint.run_folder import LATEST
 from bevatron.errors import BevatronError
 
 TIME = re.compile(r"(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2})$")
@@ -51,7 +53,7 @@ def script(
         raise BevatronError("--gpus-per-node 0 needs --nproc, the number of processes per node")
     if not TIME.fullmatch(time):
         raise BevatronError(f"--time {time!r}: expected minutes, HH:MM:SS or DAYS-HH:MM:SS")
-    prepared(config, list(overrides), nodes * nproc)
+    resolved, _ = prepared(config, list(overrides), nodes * nproc)
     options = {
         "job-name": name,
         "partition": partition,
@@ -79,6 +81,7 @@ def script(
     return TEMPLATE.format(
         options="\n".join(f"#SBATCH {line}" for line in lines),
         folder=shlex.quote(str(Path.cwd())),
+        latest=shlex.quote(str(Path(resolved.run.dir) / LATEST)),
         train=command,
     )
 
@@ -98,6 +101,7 @@ export PYTHONUNBUFFERED=1
 
 # Slurm's signal before the time limit comes to this shell alone; srun takes it to every node.
 asked=0
+step=
 pass_on() {{
   asked=1
   kill -USR1 "$step" 2>/dev/null
@@ -105,8 +109,13 @@ pass_on() {{
 trap pass_on USR1
 trap 'kill -TERM "$step" 2>/dev/null' TERM
 
+# The newest saved step; nothing if there is none.
+newest() {{ cat -- {latest} 2>/dev/null; }}
+before=$(newest)
+
 srun --kill-on-bad-exit=1 {train} &
 step=$!
+if [ "$asked" = 1 ]; then pass_on; fi
 # A trapped signal ends `wait`, not srun.
 wait "$step"
 status=$?
@@ -115,9 +124,15 @@ while kill -0 "$step" 2>/dev/null; do
   status=$?
 done
 
-# A run that has reached its last step ends with 0; one that was asked to save does not.
+# A run that has reached its last step ends with 0; one that was asked to save does not. Only what
+# was saved brings the next job further than this one.
 if [ "$asked" = 1 ] && [ "$status" != 0 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+  if [ "$(newest)" != "$before" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    echo "not requeued: this job has saved no step; see above, and give it more --time, a longer" \
+      "--signal-before, or save more often (checkpoint.every)" >&2
+  fi
 fi
 exit "$status"
 """
