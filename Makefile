@@ -9,7 +9,7 @@ LOCKED := -m pip install -q --no-build-isolation -c requirements.lock
 # What builds and installs the rest is locked as well.
 TOOLS := pip setuptools wheel hatchling editables
 
-.PHONY: help demo test test-slow test-compat test-newest lock lint bench clean
+.PHONY: help demo test test-slow test-compat test-newest lock lint docs bench clean
 
 help:
 	@echo "make demo   set up .venv, then convert, train in 3D, resume, export, verify, generate"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-newest  all but the slow tests with the newest of every dependency, and transformers' own tests"
 	@echo "make lock   requirements.lock anew, of the newest that pyproject.toml allows"
 	@echo "make lint   format, lint and types"
+	@echo "make docs   docs/configuration.md anew, from the code"
 	@echo "make bench  the benchmarks (minutes; see benchmarks/RESULTS.md)"
 	@echo "make clean  remove the environments and demo"
 
@@ -76,6 +77,9 @@ lint: .venv/ready-for-tests
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/python -m bevatron.train.config_reference > docs/configuration.md
 
 bench: .venv/ready-for-tests
 	$(BIN)/python benchmarks/conversion.py

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +58,6 @@ def test_help_names_every_verb_and_version_is_the_package_s() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "Missing command"),
         (["frobnicate"], "frobnicate"),
         (["--frobnicate"], "--frobnicate"),
         (["inspect"], "Missing argument"),
@@ -68,6 +69,7 @@ def test_help_names_every_verb_and_version_is_the_package_s() -> None:
         (["export", "nowhere", "b"], "nowhere"),
         (["verify", "nowhere/a", "nowhere/b", "--no-logits"], "nowhere"),
         (["tokenize", "a", "--tokenizer", "t"], "SRC... DST"),
+        (["train"], "--print-config"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "nowhere.yaml", "--nproc", "0"], "--nproc"),
         (["generate", "x"], "--prompt"),
@@ -104,7 +106,12 @@ def test_json_is_one_object_with_the_promised_keys(tmp_path: Path) -> None:
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (FileNotFoundError(2, "No such file", "/a/b"), 2, "error: /a/b: No such file\n"),
         (PermissionError(13, "Permission denied", "/c"), 2, "error: /c: Permission denied\n"),
-        (ZeroDivisionError("by zero"), 2, "error: unexpected ZeroDivisionError at test_commands"),
+        (
+            ZeroDivisionError("by zero\nand more"),
+            70,
+            "error: unexpected ZeroDivisionError at test_commands.py:LINE: by zero "
+            "(set BEVATRON_TRACEBACK=1 to see where it came from)\n",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -123,4 +130,51 @@ def test_whatever_a_verb_raises_is_one_message(
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == status
-    assert capsys.readouterr().err.startswith(says)
+    assert re.sub(r":\d+:", ":LINE:", capsys.readouterr().err) == says
+    monkeypatch.setenv("BEVATRON_TRACEBACK", "1")
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    assert left.value.code == status
+    assert ("Traceback (most recent call last):" in said) == (status == 70)
+
+
+@pytest.mark.parametrize("arguments", [[], ["launch"]])
+def test_a_group_of_verbs_alone_shows_its_help(arguments: list[str]) -> None:
+    alone, asked = bevatron(*arguments), bevatron(*arguments, "--help")
+    assert (alone.returncode, alone.stderr) == (0, "")
+    assert alone.stdout == asked.stdout != ""
+
+
+def test_the_help_groups_the_verbs_and_says_whole_sentences() -> None:
+    shown = bevatron("--help").stdout
+    assert "..." not in shown.replace("[ARGS]...", "")
+    parts = re.split(r"^(\S.*):$", shown, flags=re.M)
+    groups = dict(zip(parts[1::2], parts[2::2], strict=True))
+    for group, verb in {
+        "Convert": "export",
+        "Train": "tokenize",
+        "Compress": "search",
+        "Generate and evaluate": "serve",
+        "Machines and clusters": "doctor",
+        "More": "demo",
+    }.items():
+        assert f"\n  {verb} " in groups[group]
+    for name, body in groups.items():
+        if name != "Options":  # what says it is one, or the first sentence of one
+            assert body.rstrip().endswith("."), name
+
+
+def test_the_shell_completes_verbs_and_options() -> None:
+    def completed(words: str) -> str:
+        asked = {"_BEVATRON_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        asked["COMP_CWORD"] = str(words.count(" "))
+        code = "import sys; sys.argv = ['bevatron']; from bevatron.cli.main import main; main()"
+        env = {**os.environ, **asked}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+        )
+        return done.stdout
+
+    assert completed("bevatron pru").split() == ["prune"]
+    assert "--drop-layers" in completed("bevatron prune --dr").split()

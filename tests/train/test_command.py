@@ -219,6 +219,26 @@ def test_one_damaged_byte_stops_all_ranks_with_its_message(work: Path) -> None:
     assert "Traceback" not in ran.stderr
 
 
+def test_a_bug_in_a_started_process_is_one_line_and_its_own_status(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "buggy").mkdir()
+    (work / "buggy" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import bevatron.train.run\n"
+        "    bevatron.train.run.Run.go = lambda *given: 1 / 0\n"
+    )
+    path = f"{work / 'buggy'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    arguments = ["bevatron", "train", "run.yaml", "run.dir=bug", "--nproc", "2"]
+    ran = bevatron(work, *arguments)
+    assert ran.returncode == 70
+    line = ran.stderr.splitlines()[-1]
+    assert line.startswith("error: rank 1: unexpected ZeroDivisionError at sitecustomize.py:4: div")
+    assert "BEVATRON_TRACEBACK=1" in line and "Traceback" not in ran.stderr
+
+
 def test_a_resumed_run_refuses_what_would_change_its_numbers(work: Path) -> None:
     for value in ("train.seed=5", "data.seq_len=8", "optimizer.lr=0.5"):
         ran = bevatron(

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bevatron.cli.main import app
 from bevatron.errors import BevatronError
 from bevatron.train.config import OptimizerConfig, RunConfig, TrainConfig, changed_keys
 from bevatron.train.config_file import load_config, to_yaml
+from bevatron.train.config_reference import every_key, markdown
 
 SMALL = """\
 model: {spec: tiny}
@@ -147,6 +149,52 @@ def test_the_resolved_text_loads_equal_and_names_every_default(tmp_path: Path) -
     assert load(tmp_path, text) == config
     assert to_yaml(load(tmp_path, text)) == text
     assert yaml.safe_load(text)["schedule"]["name"] == "cosine"
+
+
+def test_the_reference_in_the_docs_is_that_of_the_code() -> None:
+    written = (Path(__file__).parents[2] / "docs/configuration.md").read_text(encoding="utf-8")
+    assert written == markdown(), "run `make docs`"
+
+
+def test_every_key_has_a_meaning_and_a_required_one_an_example() -> None:
+    for key in every_key():
+        assert key.meaning, f"{key.path}: say what it means in a text below it"
+        inside_of_absent = key.path.startswith(("recipe.", "data.stages.", "data.validation."))
+        if key.default is None and not inside_of_absent and ".N." not in key.path:
+            assert key.example is not None, f"{key.path}: give it examples=[...]"
+
+
+def test_the_printed_default_configuration_holds_every_key_with_its_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app(["train", "--print-config"], standalone_mode=False)
+    text = capsys.readouterr().out
+    config = load(tmp_path, text)
+    given = {"model": {"init": config.model.init}, "run": {"dir": config.run.dir}}
+    given["data"] = {"train": [{"path": config.data.train[0].path}]}
+    given["data"]["seq_len"] = config.data.seq_len  # type: ignore[assignment]
+    given["train"] = {k: getattr(config.train, k) for k in ("steps", "global_batch")}
+    given["optimizer"] = {"lr": config.optimizer.lr}
+    assert config == RunConfig.model_validate(given), "all else is as if it were not written"
+    for key in every_key():
+        assert f"{key.name}:" in text, key.path
+
+
+def test_a_printed_configuration_holds_every_key_absent_ones_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(tmp_path)
+    app(["train", str(tmp_path / "config.yaml"), "--print-config"], standalone_mode=False)
+    text = capsys.readouterr().out
+    assert load(tmp_path, text) == config
+    absent = ("recipe.", "prune.", "objective.states.")  # sections that are not there
+    for key in every_key():
+        if ".N." not in key.path and not key.path.startswith(absent):
+            *parents, name = key.path.split(".")
+            at = yaml.safe_load(text)
+            for parent in parents:
+                at = at[parent]
+            assert name in at, key.path
 
 
 def test_what_decides_the_numbers_may_not_change(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from bevatron.families import by_name
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.world import mesh
 from bevatron.spec import Head, ModelSpec
-from bevatron.train.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from bevatron.train.config import OptimizerConfig, TrainConfig
+from bevatron.train.config_objective import ObjectiveConfig
 from bevatron.train.head_objectives import best_span
 from bevatron.train.objectives import objective_of
 from bevatron.train.trainer import Trainer

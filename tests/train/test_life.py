@@ -154,7 +154,7 @@ def test_one_of_four_ranks_that_fails_stops_all_with_its_message(
     if what == "raise":
         assert "error: rank 2: tokens.bin: Input/output error" in said
     else:
-        assert "error: rank 2: " in said and "ValueError: a bug" in said
+        assert re.search(r"error: rank 2: unexpected ValueError at \S+: a bug \(set BEVA", said)
     assert not re.search(r"error: rank [013]", said), "the others only lost a peer"
 
 
@@ -184,7 +184,7 @@ def test_a_stopped_process_is_named(config: Path, start: Start) -> None:
     workers = run.workers()
     os.kill(workers[1], signal.SIGSTOP)
     said = run.end()
-    assert re.search(r"rank 1 \(.*\) is silent", said) and run.process.returncode == 2, said
+    assert re.search(r"rank 1 \(.*\) is silent", said) and run.process.returncode == 1, said
     assert gone(workers)
 
 

@@ -8,14 +8,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import bevatron
 from bevatron.errors import BevatronError
 
+# What the help sorts verbs by, in this order.
+CONVERT, TRAIN, COMPRESS, GENERATE = "Convert", "Train", "Compress", "Generate and evaluate"
+CLUSTER, OTHER = "Machines and clusters", "More"
+GROUPS = (CONVERT, TRAIN, COMPRESS, GENERATE, CLUSTER, OTHER)
+
+
+class Verbs(TyperGroup):
+    """The help lists verbs by what they are for, each with its whole first sentence."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        for name, command in self.commands.items():
+            said = command.get_short_help_str(1000)
+            groups[getattr(command, "rich_help_panel", OTHER)].append((name, said))
+        width = max(map(len, self.commands))
+        for title, rows in groups.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<{width}}", said) for name, said in rows])
+
+
 app = typer.Typer(
     name="bevatron",
-    help="From Hugging Face to a training cluster and back: convert, train in 3D, generate.",
-    add_completion=False,
+    cls=Verbs,
+    help="From Hugging Face to a training cluster and back: convert, train in 3D, generate.\n\n"
+    "`bevatron VERB --help` has the options of a verb.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -35,7 +57,13 @@ AcceptField = Annotated[
         metavar="NAME", help="A field of config.json that does nothing, though unknown; repeatable."
     ),
 ]
-Checkpoint = Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Other values than the configuration's."),
+]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="Native checkpoint, run, HF folder or Hub id.")
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="1 keeps all.")]
 TopK = Annotated[int | None, typer.Option(help="0 keeps all.")]
@@ -53,13 +81,21 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    show_help(context)
+
+
+def show_help(context: typer.Context) -> None:
+    """What a group of verbs does if none is named."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
 
 
 def known(option: str, value: str, *known: str) -> None:

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from bevatron.cli.app import (
+    COMPRESS,
     Checkpoint,
     DryRun,
     Dtype,
     Json,
+    Overrides,
     Overwrite,
     PipelineParallel,
     TensorParallel,
@@ -21,7 +23,7 @@ from bevatron.cli.app import (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=COMPRESS)
 def importance(
     ckpt: Checkpoint,
     out: Annotated[Path, typer.Argument(help="The scores to make, a safetensors file.")],
@@ -77,11 +79,11 @@ def importance(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=COMPRESS)
 def logits(
     teacher: Checkpoint,
     config: Annotated[Path, typer.Argument(help="A run configuration with objective.logits.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    overrides: Overrides = None,
     dtype: Annotated[str, typer.Option(help="Of the log-probabilities: fp16 or fp32.")] = "fp16",
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
     as_json: Json = False,
@@ -101,7 +103,7 @@ def logits(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=COMPRESS)
 def prune(
     ckpt: Checkpoint,
     dst: Annotated[str, typer.Argument(help="The native checkpoint to make; a folder or a URL.")],
@@ -179,7 +181,7 @@ def prune(
     show(report.to_dict(), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=COMPRESS)
 def search(
     ckpt: Checkpoint,
     folder: Annotated[
@@ -189,7 +191,7 @@ def search(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[section.key=value]...",
+            metavar="section.key=value",
             help="Of the distillations' configuration, such as optimizer.lr=1e-4.",
         ),
     ] = None,

@@ -8,11 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from bevatron.cli.app import AcceptField, DryRun, Dtype, Json, Overwrite, app, known, no_blas, show
+from bevatron.cli.app import (
+    CONVERT,
+    AcceptField,
+    DryRun,
+    Dtype,
+    Json,
+    Overwrite,
+    app,
+    known,
+    no_blas,
+    show,
+)
 from bevatron.errors import CheckFailed
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=CONVERT)
 def import_(
     src: Annotated[
         str, typer.Argument(help="A Hugging Face folder, Hub id or Nanotron checkpoint.")
@@ -43,7 +54,7 @@ def import_(
     show(report.to_dict(), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=CONVERT)
 def export(
     src: Annotated[str, typer.Argument(help="A native checkpoint or a run; a folder or a URL.")],
     dst: Annotated[Path, typer.Argument(help="The folder to make.")],
@@ -73,7 +84,7 @@ def export(
     show(report.to_dict(), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=CONVERT)
 def verify(
     a: Annotated[str, typer.Argument(help="Native checkpoint, run or Hugging Face folder.")],
     b: Annotated[str, typer.Argument(help="The other one.")],
@@ -90,7 +101,7 @@ def verify(
         raise CheckFailed(f"{a} and {b} differ; see above")
 
 
-@app.command()
+@app.command(rich_help_panel=CONVERT)
 def inspect(
     path: Annotated[
         str, typer.Argument(help="Hugging Face folder, native checkpoint, run or token store.")

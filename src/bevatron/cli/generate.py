@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from bevatron.cli.app import (
+    GENERATE,
+    OTHER,
     ChatTemplateFile,
     Checkpoint,
     Dtype,
@@ -28,7 +30,7 @@ from bevatron.cli.app import (
 from bevatron.errors import BevatronError
 
 
-@app.command()
+@app.command(rich_help_panel=GENERATE)
 def generate(
     ckpt: Checkpoint,
     prompt: Annotated[
@@ -96,7 +98,7 @@ def generate(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=GENERATE)
 def chat(
     ckpt: Checkpoint,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -140,7 +142,7 @@ def chat(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=GENERATE)
 def serve(
     ckpt: Annotated[str, typer.Argument(help="Native checkpoint, run, HF folder or Hub id.")],
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to others.")] = "127.0.0.1",
@@ -199,7 +201,11 @@ def serve(
     )
 
 
-@app.command("eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@app.command(
+    "eval",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    rich_help_panel=GENERATE,
+)
 def eval_(
     context: typer.Context,
     ckpt: Checkpoint,
@@ -269,9 +275,10 @@ def eval_(
     "transformers",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
+    rich_help_panel=OTHER,
 )
 def transformers_(context: typer.Context) -> None:
-    """transformers' own command line, in which Llama-Nemotron models work: serve, chat, ..."""
+    """transformers' own command line, which knows Llama-Nemotron here: serve, chat and the rest."""
     from importlib.metadata import entry_points
 
     commands = list(entry_points(group="console_scripts", name="transformers"))

@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from bevatron.cli.app import app
-from bevatron.errors import BevatronError
+from bevatron.cli.app import OTHER, app
+from bevatron.errors import failure
 from bevatron.train.stopping import end_with_agent
 
 # Their verbs, in the order of the help.
 from bevatron.cli import convert, train, compress, generate  # noqa: F401  # isort: skip
 
 
-@app.command()
+@app.command(rich_help_panel=OTHER)
 def demo(
     source: Annotated[str | None, typer.Argument(help="HF folder or Hub id to start from.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Everything goes in here.")] = Path("demo"),
@@ -39,15 +38,11 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
-    except BevatronError as error:
-        _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
     except Exception as error:
         _fail(*_described(error))
     if status == 130:  # typer has caught the KeyboardInterrupt already
@@ -56,15 +51,13 @@ def main() -> None:
 
 
 def _described(error: Exception) -> tuple[str, int]:
-    """Message and status of a usage error, or of one that should have been a BevatronError."""
+    """Message and status of a usage error or any other."""
     context = getattr(error, "ctx", None)
     if hasattr(error, "format_message"):  # typer's, wherever this version of it keeps the class
         hint = f" See `{context.command_path} --help`." if context is not None else ""
         return f"{error.format_message()}{hint}", 2
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(frame.filename).name}:{frame.lineno}"
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__} at {where}: {first}", 2
+    described = failure(error)
+    return str(described), described.exit_status
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -9,15 +9,14 @@ from typing import Annotated
 
 import typer
 
-from bevatron.cli.app import Json, Overwrite, app, known, show
+from bevatron.cli.app import CLUSTER, TRAIN, Json, Overrides, Overwrite, app, known, show, show_help
 from bevatron.errors import BevatronError, CheckFailed
 
-Config = Annotated[
-    Path, typer.Argument(help="A run configuration (YAML), or the name of a recipe.")
-]
+CONFIG_HELP = "A run configuration (YAML), or the name of a recipe."
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)]
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def tokenize(
     paths: Annotated[
         list[str],
@@ -74,10 +73,10 @@ def tokenize(
     show({**shown, "skipped": dict(info.skipped), "engine": dict(info.engine or {})}, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
-    config: Config,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)] = None,
+    overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes to start here.")] = None,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="With --nproc: restarts from the newest step on a failure.")
@@ -97,7 +96,11 @@ def train(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: one object.")] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved configuration.")
+        bool,
+        typer.Option(
+            "--print-config",
+            help="Print every key as CONFIG has it; without CONFIG, its default and meaning.",
+        ),
     ] = False,
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Resume although what decides numbers changed.")
@@ -111,6 +114,14 @@ def train(
     from bevatron.train.launch import train as start
     from bevatron.train.workers import ONE_NODE, Nodes
 
+    if print_config:
+        print(_printed(config, overrides or []), end="")
+        return
+    if config is None:
+        raise BevatronError(
+            "train needs a run configuration: `bevatron train CONFIG`; `bevatron train "
+            "--print-config` prints one with every key to start from"
+        )
     if nnodes > 1 and (nproc is None or rendezvous is None):
         raise BevatronError(f"--nnodes {nnodes} needs --nproc N and --rendezvous HOST:PORT")
     start(
@@ -122,12 +133,23 @@ def train(
         dry_run=dry_run,
         paper_ranks=world,
         as_json=as_json,
-        print_config=print_config,
         allow_changed=allow_changed,
     )
 
 
-@app.command()
+def _printed(config: Path | None, overrides: list[str]) -> str:
+    """What `--print-config` prints."""
+    if config is None:
+        from bevatron.train.config_reference import default_yaml
+
+        return default_yaml()
+    from bevatron.recipes import find
+    from bevatron.train.config_file import load_config, to_yaml
+
+    return to_yaml(load_config(find(config), overrides), absent=True)
+
+
+@app.command(rich_help_panel=TRAIN)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one; default: list all.")] = None,
     as_json: Json = False,
@@ -148,7 +170,7 @@ def recipes(
         print(found.text, end="")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     output: Annotated[
@@ -163,7 +185,7 @@ def report(
     print(json.dumps(made) if as_json else made)
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def doctor(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Processes to try; default: one per GPU, at least 2.")
@@ -184,18 +206,23 @@ def doctor(
 
 
 launcher = typer.Typer(add_completion=False, rich_markup_mode=None)
-app.add_typer(launcher, name="launch", help="Write what a cluster's scheduler runs.")
+app.add_typer(
+    launcher,
+    name="launch",
+    help="Write what a cluster's scheduler runs: `bevatron launch slurm`.",
+    rich_help_panel=CLUSTER,
+)
 
 
-@launcher.callback()
-def _launcher() -> None:
-    pass
+@launcher.callback(invoke_without_command=True)
+def _launcher(context: typer.Context) -> None:
+    show_help(context)
 
 
 @launcher.command()
 def slurm(
     config: Config,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="0: on CPUs, with --nproc.")] = 8,
     nproc: Annotated[

@@ -17,7 +17,7 @@ from bevatron.nn.comm import Comm
 from bevatron.nn.heads import Compute
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
-from bevatron.train.config import ObjectiveConfig
+from bevatron.train.config_objective import ObjectiveConfig
 from bevatron.train.objectives import Pretrain, Samples, Vector, mean_over
 from bevatron.train.start import open_teacher
 

@@ -28,7 +28,7 @@ from bevatron.nn.decoder import EMBEDDING, Tap
 from bevatron.nn.norm import rms
 from bevatron.parallel.init import fill_normal
 from bevatron.spec import ModelSpec, Norm
-from bevatron.train.config import StatesConfig
+from bevatron.train.config_objective import StatesConfig
 
 Kind = Literal["cosine", "mse"]
 PROJECTION = "states.projection"

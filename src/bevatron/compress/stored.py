@@ -32,7 +32,8 @@ from bevatron.checkpoint.safetensors_file import write_header
 from bevatron.checkpoint.strict_json import parse_object
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
-from bevatron.train.config import RunConfig, Section, SourceConfig
+from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.config_objective import Section
 
 NAME, MAKING = "logits.json", "making.json"
 FILE_BYTES = 256 << 20  # of one file, about

@@ -20,7 +20,7 @@ from bevatron.data.text import Unfit
 from bevatron.data.tokenizer import CONFIGS, OpenTokenizer, open_tokenizer
 from bevatron.data.workers import in_workers
 from bevatron.data.writer import StoreWriter
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, failed
 
 PROBES, PROBE = 64, 4096  # pieces of the text itself on which engines are compared; characters
 HERE = 4 << 20  # bytes that are not worth starting other processes for
@@ -242,10 +242,9 @@ def _parts_folder(dst: Path) -> Iterator[Path]:
         if not any(folder.glob(f"*/{DONE}")):
             shutil.rmtree(folder, ignore_errors=True)
         elif isinstance(error, BevatronError):
-            raise BevatronError(
-                f"{error} (what is done is kept in {folder}: the same command goes on from there; "
-                "remove it to start anew)"
-            ) from error
+            kept = f"what is done is kept in {folder}: the same command goes on from there; "
+            message = f"{error} ({kept}remove it to start anew)"
+            raise failed(message, error.exit_status) from error
         raise
 
 

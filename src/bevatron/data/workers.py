@@ -25,7 +25,7 @@ from bevatron.data.fast_bpe import FastBpe
 from bevatron.data.parts import Job, make_part
 from bevatron.data.sources import Part
 from bevatron.data.tokenizer import open_tokenizer
-from bevatron.errors import BevatronError
+from bevatron.errors import failed, failure
 
 BPE = "bpe.json"  # in the folder of the parts: what tiktoken needs, derived and proven once
 
@@ -108,10 +108,10 @@ class _Worker:
             status = self._process.wait()
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
             hint = "; it may have been out of memory: use fewer --workers" if status == -9 else ""
-            raise BevatronError(f"a process that tokenizes ended with {how}{hint}")
-        error = json.loads(line).get("error")
-        if error is not None:
-            raise BevatronError(error)
+            raise failed(f"a process that tokenizes ended with {how}{hint}", status)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise failed(answer["error"], answer["status"])
         return self._number
 
     def stop(self) -> None:
@@ -141,7 +141,7 @@ def _serve() -> None:
     job: Job | None = None
     for line in sys.stdin.buffer:
         given = json.loads(line)
-        answer: dict[str, str] = {}
+        answer: dict[str, Any] = {}
         try:
             if job is None or encoder is None:
                 parent, job = given["parent"], Job(**given["job"])
@@ -153,16 +153,9 @@ def _serve() -> None:
                 continue
             part = Part.from_json(given["part"])
             make_part(Path(given["folder"]), part, job, encoder, partial(_is_child_of, parent))
-        except BevatronError as error:
-            answer["error"] = str(error)
-        except OSError as error:
-            answer["error"] = f"{error.filename or 'input/output'}: {error.strerror or error}"
         except Exception as error:
-            last = error.__traceback__
-            while last is not None and last.tb_next is not None:
-                last = last.tb_next
-            line_number = last.tb_lineno if last is not None else 0
-            answer["error"] = f"unexpected {type(error).__name__} (line {line_number}): {error}"
+            found = failure(error)
+            answer = {"error": str(found), "status": found.exit_status}
         if not _is_child_of(parent):
             return
         answers.write(json.dumps(answer) + "\n")

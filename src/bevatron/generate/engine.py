@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bevatron.bridge.opened import Opened, open_weights
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, UnexpectedError, failure
 from bevatron.generate.model import Model
 from bevatron.generate.request import (
     Generation,
@@ -25,7 +25,6 @@ from bevatron.generate.scheduler import Scheduler
 from bevatron.generate.stream import Stream
 from bevatron.generate.text import Vocabulary
 from bevatron.generate.workers import Group, open_group
-from bevatron.parallel.agree import explain
 from bevatron.parallel.world import default_device
 from bevatron.train.hardware import free_bytes
 
@@ -185,7 +184,7 @@ class Engine:
 
     def _add(self, request: Request, answers: bool) -> Stream:
         if self._failure is not None:
-            raise BevatronError(self._failure)
+            raise UnexpectedError(self._failure)
         if self._closed:
             raise BevatronError("the engine is closed")
         stream = Stream(request, self._cancel)
@@ -230,7 +229,7 @@ class Engine:
                         self._scheduler.take(step, output)
         except BaseException as error:
             with self._changed:
-                self._failure = self.group.why(error) or explain(error)
+                self._failure = self.group.why(error) or str(failure(error))
         self._end()
 
     def _hear(self) -> bool:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 
-from bevatron.errors import BevatronError
+from bevatron.errors import UnexpectedError
 from bevatron.generate.request import Generation, Piece, Request, TokenLogprob
 
 
@@ -78,7 +78,7 @@ class Stream:
         if self._pieces:
             return self._pieces.popleft()
         if self._failure is not None:
-            raise BevatronError(self._failure)
+            raise UnexpectedError(self._failure)
         return None
 
     def put(self, piece: Piece) -> None:

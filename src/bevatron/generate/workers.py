@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,12 +26,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from bevatron.bridge.opened import Opened, open_weights
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, failed, failure
 from bevatron.generate.model import Model
 from bevatron.generate.ranks import ProcessRanks, Ranks
 from bevatron.generate.step import Output, Step
 from bevatron.generate.weights import ModelWeights, Share, read_weights
-from bevatron.parallel.agree import explain, on_all
+from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout, check
 from bevatron.parallel.split import stage_ranges
 from bevatron.parallel.world import join_world
@@ -133,7 +132,7 @@ class WorkerGroup(Group):
 
     def __init__(self, opened: Opened, plan: Plan) -> None:
         self.ranks: ProcessRanks | None = None
-        self.failed: str | None = None
+        self.failed: BevatronError | None = None
         self.ending = False
         self.folder = tempfile.TemporaryDirectory(prefix="bevatron-")
         plan = Plan(**{**asdict(plan), "last_words": self.folder.name})
@@ -147,10 +146,11 @@ class WorkerGroup(Group):
                 _init(plan, store, 0, world)
                 self.ranks = ProcessRanks(plan.tp, plan.pp)
         except BaseException as error:
-            why = self.why(error) if not isinstance(error, BevatronError) else None
+            if not isinstance(error, BevatronError):
+                self.why(error)
             self.close()
-            if why is not None:
-                raise BevatronError(why) from None
+            if self.failed is not None:
+                raise self.failed from None
             raise
         super().__init__(Model(opened.spec, weights, self.ranks, plan.where(0)))
         self.watch = threading.Thread(target=self._watch, name="bevatron-watch", daemon=True)
@@ -160,8 +160,8 @@ class WorkerGroup(Group):
         keys = [f"ready/{rank}" for rank in range(1, len(self.workers) + 1)]
         until = time.monotonic() + START_S
         while not store.check(keys):
-            if (message := self._ended()) is not None:
-                raise BevatronError(message)
+            if (problem := self._ended()) is not None:
+                raise problem
             if time.monotonic() > until:
                 raise BevatronError(f"a worker was not ready within {START_S:.0f} s")
             time.sleep(0.02)
@@ -177,24 +177,25 @@ class WorkerGroup(Group):
         while self.failed is None and time.monotonic() < until:
             self.failed = self._ended()
             time.sleep(0.02)
-        return self.failed
+        return None if self.failed is None else str(self.failed)
 
-    def _ended(self) -> str | None:
-        """What the first worker that ended said."""
+    def _ended(self) -> BevatronError | None:
+        """The failure of the first worker that ended."""
         for rank, worker in enumerate(self.workers, 1):
             if (status := worker.poll()) is not None:
                 words = Path(self.folder.name) / f"rank-{rank}.txt"
                 if words.is_file():
-                    return f"rank {rank}: {words.read_text(encoding='utf-8')}"
+                    said = words.read_text(encoding="utf-8")
+                    return failed(f"rank {rank}: {said}", status)
                 how = f"by signal {-status}" if status < 0 else f"with status {status}"
-                return f"rank {rank} ended {how}, without a message"
+                return failed(f"rank {rank} ended {how}, without a message", status or 70)
         return None
 
     def _watch(self) -> None:
         while not self.ending:
-            if (message := self._ended()) is not None and not self.ending:
+            if (problem := self._ended()) is not None and not self.ending:
                 # Not the one that only lost its peers, if it was not the first to be seen.
-                self.failed = self.failed or message
+                self.failed = self.failed or problem
                 self._kill()
                 return
             time.sleep(0.1)
@@ -276,14 +277,13 @@ def work(plan: Plan, rank: int, port: int) -> None:
     try:
         _work(plan, rank, port)
     except BaseException as error:
-        expected = isinstance(error, BevatronError | OSError)
-        text = explain(error) if expected else "".join(traceback.format_exception(error)).strip()
+        found = failure(error)
         words = Path(plan.last_words) / f"rank-{rank}.txt"
         with suppress(OSError):
             partial = words.with_suffix(".partial")
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(str(found), encoding="utf-8")
             partial.replace(words)
-        os._exit(1)
+        os._exit(found.exit_status)
 
 
 def _work(plan: Plan, rank: int, port: int) -> None:

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, failed, failure
 
 T = TypeVar("T")
 HEARTBEAT_S = 30.0  # far below the timeout of any process group
@@ -18,28 +18,20 @@ def on_all(act: Callable[[], T]) -> list[T]:
     """Run `act` on every rank and return all results, by rank.
 
     If it fails on any rank with bad input or a file system error, all ranks raise that rank's
-    message: none goes on alone into a collective that the others will never join."""
+    error: none goes on alone into a collective that the others will never join."""
     result: T | None = None
-    failure: str | None = None
+    problem: tuple[str, int] | None = None
     try:
         result = act()
     except (BevatronError, OSError) as error:
-        failure = explain(error)
-    outcomes: list[tuple[T | None, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, failure))
-    for _, message in outcomes:
-        if message is not None:
-            raise BevatronError(message)
+        found = failure(error)
+        problem = str(found), found.exit_status
+    outcomes: list[tuple[T | None, tuple[str, int] | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise failed(*problem)
     return [value for value, _ in outcomes]  # type: ignore[misc]
-
-
-def explain(error: BaseException) -> str:
-    """An error as one line."""
-    if isinstance(error, BevatronError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename or 'input/output'}: {error.strerror or error}"
-    return f"unexpected {type(error).__name__}: {error}"
 
 
 class Background(Generic[T]):
@@ -48,7 +40,7 @@ class Background(Generic[T]):
     def __init__(self, act: Callable[[], T]) -> None:
         self.act = act
         self.outcome: T | None = None
-        self.failure: str | None = None
+        self.failure: BevatronError | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -56,7 +48,7 @@ class Background(Generic[T]):
         try:
             self.outcome = self.act()
         except BaseException as error:
-            self.failure = explain(error)
+            self.failure = failure(error)
 
     def done(self, wait_s: float) -> bool:
         """Whether it has ended, after waiting for up to so long."""
@@ -64,9 +56,9 @@ class Background(Generic[T]):
         return not self.thread.is_alive()
 
     def result(self) -> T | None:
-        """What it returned. Raises BevatronError with its message if it failed."""
+        """What it returned. Raises its failure if it failed."""
         if self.failure is not None:
-            raise BevatronError(self.failure)
+            raise self.failure
         return self.outcome
 
 

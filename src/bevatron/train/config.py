@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from bevatron.spec.model import Role
+from bevatron.train.config_objective import ObjectiveConfig, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
-    """Strict, frozen, and no unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True
-    )
-
-
 class ModelConfig(Section):
-    """What to start from: weights (`init`), or random ones of a preset or spec file (`spec`).
-    `like` names the preset or spec file whose sizes the weights at `init` have: a dry run takes its
-    word where they are not on this disk, a run refuses others. `init_std` and `depth_scaled` of
-    random weights are the spec's own if absent."""
+    """What to start from: weights (`init`), or random ones of a preset or spec file (`spec`)."""
 
-    init: str | None = None
+    init: str | None = Field(None, examples=["path/to/model"])
+    """Weights to start from: a native checkpoint, a run, an HF folder or a Hub id. Give this or
+    `spec`."""
     like: str | None = None
+    """Preset or spec file whose sizes the weights at `init` have: a dry run takes its word where
+    they are not on this disk, a run refuses others."""
     spec: str | None = None
+    """Preset or spec file of a model with random weights. Give this or `init`."""
     init_std: float | None = Field(None, ge=0)
+    """Standard deviation of random weights; if absent, the spec's own."""
     depth_scaled: bool | None = None
+    """Divide that of all that sublayers add to the residual stream by the root of their number; if
+    absent, as the spec says."""
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
@@ -45,155 +42,39 @@ class ModelConfig(Section):
         return self
 
 
-# Every objective, and the settings that mean something to it.
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "pretrain": ("z_loss",),
-    "distill": (
-        "teacher",
-        "teacher_like",
-        "logits",
-        "states",
-        "divergence",
-        "temperature",
-        "top_k",
-        "ce",
-    ),
-    "sequence_classification": ("labels", "problem_type", "new_head"),
-    "token_classification": ("labels", "new_head", "label_all_tokens", "join_words"),
-    "question_answering": ("new_head", "stride"),
-}
-UNLABELLED = ("pretrain", "distill")  # these read token stores
-
-
-class StatesConfig(Section):
-    """Which hidden states of a student are drawn to its teacher's, and how; see
-    `compress.states.StatesLoss`. `layers`: the student's layer -> the teacher's, counted from 0, or
-    `all` of two models with as many. `embedding`: what enters the first layer, too. `project`: by
-    default where the widths differ."""
-
-    layers: Literal["all"] | dict[str, int] = {}
-    embedding: bool = False
-    loss: Literal["cosine", "mse"] = "cosine"
-    weight: Literal["dynamic"] | float = "dynamic"
-    project: bool | None = None
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers(cls, value: Any) -> Any:
-        known = value == "all" or (
-            isinstance(value, dict)
-            and all(str(k).isdecimal() and type(v) is int for k, v in value.items())
-        )
-        if not known:
-            raise ValueError(
-                "expected all, or the teacher's layer for each of the student's, counted from 0, "
-                f"as in {{13: 29}}, found {value!r}"
-            )
-        return value
-
-    @field_validator("weight", mode="before")
-    @classmethod
-    def _weight(cls, value: Any) -> Any:
-        if value != "dynamic" and (type(value) not in (int, float) or not 0 <= value < math.inf):
-            raise ValueError(f"expected dynamic, or a number from 0 on, found {value!r}")
-        return value
-
-    @model_validator(mode="after")
-    def _some(self) -> StatesConfig:
-        if not self.layers and not self.embedding:
-            raise ValueError("names no states; give layers, as in {13: 29}, or embedding: true")
-        return self
-
-
-class ObjectiveConfig(Section):
-    """What is minimised. `name` is one of OBJECTIVES.
-
-    Attributes:
-        z_loss: weight of the mean of logsumexp(logits)^2 (PaLM: 1e-4), reported apart.
-        teacher: the model to distil from: a native checkpoint, a run, an HF folder or a Hub id.
-        teacher_like: the preset or spec file whose sizes it has, as `model.like`.
-        logits: instead of it, a folder of `bevatron logits` with what a teacher said before.
-        states: of the layers, which are compared besides the logits.
-        divergence, temperature, top_k, ce: see `compress.divergence.Divergence`.
-        labels: names, in order; of the new head that a language model gets.
-        problem_type: of that head; by default regression for one label, else single_label.
-        new_head: replace the head that the model has by a freshly initialised one.
-        label_all_tokens: a word's label for all of its tokens (B-X continued as I-X), not only for
-            the first.
-        join_words: tokenize words joined by spaces, as text has them at inference, rather than one
-            by one, as transformers' scripts do.
-        stride: tokens that neighbouring windows of a long context share; without it a context is
-            cut off where the sequence is full.
-    """
-
-    name: str = "pretrain"
-    z_loss: float = Field(0.0, ge=0)
-    teacher: str | None = None
-    teacher_like: str | None = None
-    logits: str | None = None
-    states: StatesConfig | None = None
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    temperature: float = Field(1.0, gt=0)
-    top_k: int | None = Field(None, ge=1)
-    ce: float = Field(0.0, ge=0)
-    labels: list[str] = []
-    problem_type: (
-        Literal["regression", "single_label_classification", "multi_label_classification"] | None
-    ) = None
-    new_head: bool = False
-    label_all_tokens: bool = False
-    join_words: bool = False
-    stride: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _known(self) -> ObjectiveConfig:
-        if self.name not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
-            raise ValueError(f"name {self.name!r} is unknown; known are {known}")
-        for key, field in type(self).model_fields.items():
-            if key == "name" or key in OBJECTIVES[self.name]:
-                continue
-            if getattr(self, key) != field.default:
-                takers = " or ".join(name for name, keys in OBJECTIVES.items() if key in keys)
-                raise ValueError(f"{key} means nothing to {self.name}, only to {takers}; drop it")
-        if self.name == "distill" and (self.teacher is None) == (self.logits is None):
-            raise ValueError(
-                "distill needs a teacher; name its folder in objective.teacher, or that of its "
-                "stored logits in objective.logits, and not both"
-            )
-        if self.states is not None and self.teacher is None:
-            raise ValueError("states needs objective.teacher: stored logits have no states")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError("labels has a name twice; name every label once")
-        return self
-
-
 class SourceConfig(Section):
-    """A token store and its share of the mixture."""
+    """A token store, or a file of labelled examples, and its share of the mixture."""
 
     path: str
+    """A token store of `bevatron tokenize`; for labelled objectives a .jsonl file."""
     weight: float = Field(1.0, gt=0)
+    """Share of the samples, relative to the others'."""
 
 
 class StageConfig(Section):
     """A mixture that takes over at a step. A store that was used before goes on where it was."""
 
     from_step: int = Field(ge=1)
+    """The first step that reads this mixture."""
     train: list[SourceConfig] = Field(min_length=1)
+    """The mixture, as `data.train`."""
 
 
 class DataConfig(Section):
-    """`train` is the mixture from step 0 on, `stages` are the later ones; `validation` is read in
-    order, so every run sees the same. `seq_len` is in tokens. `document_mask`: tokens of a sample
-    see their own document alone. `allow_other_tokenizer`: the stores need not be made with the
-    model's."""
+    """The token stores, or labelled examples, and how samples are cut out of them."""
 
-    train: list[SourceConfig] = Field(min_length=1)
-    stages: list[StageConfig] = []
-    validation: list[SourceConfig] = []
-    seq_len: int = Field(gt=0)
+    train: list[SourceConfig] = Field(min_length=1, examples=[[{"path": "tokens", "weight": 1.0}]])
+    """The mixture from step 0 on."""
+    stages: list[StageConfig] = Field([])
+    """Later mixtures, in order."""
+    validation: list[SourceConfig] = Field([])
+    """Held-out stores, read in order, so every run sees the same."""
+    seq_len: int = Field(gt=0, examples=[4096])
+    """Tokens of a sample."""
     document_mask: bool = False
+    """Tokens of a sample see their own document alone."""
     allow_other_tokenizer: bool = False
+    """The stores need not be made with the model's tokenizer."""
 
     @model_validator(mode="after")
     def _ascending(self) -> DataConfig:
@@ -209,165 +90,204 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Sizes of the mesh. `dp_shard` defaults to what is left of the processes.
-
-    `schedule` is of the pipeline: 1f1b, gpipe, interleaved_1f1b, interleaved_zero_bubble or zbv.
-    Interleaved ones run `virtual_stages` stages on every rank (2 if absent), zbv always 2. `split`
-    is layers per stage, in the order of the model; balanced in time and memory if absent.
-    `shard` is what dp_shard ranks share out: full (parameters too, gathered for every use) or
-    gradients (gradients and optimizer state; parameters are gathered once per step)."""
+    """Sizes of the mesh, whose product is the number of processes. They change no number."""
 
     tp: int = Field(1, ge=1)
+    """Tensor parallel: processes that share each layer."""
     pp: int = Field(1, ge=1)
+    """Pipeline parallel: processes that share the layers."""
     dp_shard: int | None = Field(None, ge=1)
+    """Data parallel processes that share out what `shard` says; if absent, what the other sizes
+    leave of the processes."""
     dp_replicate: int = Field(1, ge=1)
+    """Data parallel replicas of that."""
     cp: int = Field(1, ge=1)
+    """Context parallel: processes that share each sequence."""
     sequence_parallel: bool = True
+    """Processes of tp share out the sequence between the layers."""
     schedule: str = "1f1b"
+    """Of the pipeline: 1f1b, gpipe, interleaved_1f1b, interleaved_zero_bubble or zbv."""
     virtual_stages: int | None = Field(None, ge=1)
+    """Stages on every rank of an interleaved schedule; if absent 2. zbv always has 2."""
     split: list[int] | None = None
+    """Layers per stage, in the order of the model; if absent, balanced in time and memory."""
     shard: Literal["full", "gradients"] = "full"
+    """full: parameters too are shared out, and gathered for every use; gradients: gradients and
+    optimizer state alone, parameters are gathered once per step."""
 
 
 class TrainConfig(Section):
-    """Batches are in samples of `data.seq_len` tokens."""
+    """The loop. Batches are in samples of `data.seq_len` tokens."""
 
-    steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)
+    steps: int = Field(ge=1, examples=[1000])
+    """Updates of the whole run; reaching it saves."""
+    global_batch: int = Field(ge=1, examples=[64])
+    """Samples of a step."""
     micro_batch: int = Field(1, ge=1)
+    """Samples that a process computes at a time."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of forward and backward. Masters, gradients' sums and the optimizer are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """In the backward: none; selective keeps matrix products and computes the rest again; full
+    keeps the input of each layer."""
     compile: bool = False
+    """Compile each distinct layer once."""
     seed: int = Field(0, ge=0)
+    """Of random weights and the order of samples."""
     val_every: int = Field(0, ge=0)
+    """Validate every so many steps; 0: never."""
     val_batches: int = Field(1, ge=1)
+    """Batches of `global_batch` samples of one validation."""
 
 
 class MuonConfig(Section):
-    """Muon's own settings. Momentum rises from `momentum_start` over `momentum_warmup` updates.
-    `dtype` of the Newton-Schulz iterations: that of `train.precision` if absent. `scale` of an
-    update [rows, columns]: `nanochat` max(1, rows/columns)^0.5, `moonshot` 0.2 max(rows,
-    columns)^0.5, which suits a learning rate and weight decay made for AdamW."""
+    """Muon's own settings."""
 
     momentum: Beta = 0.95
+    """Nesterov momentum, after the warmup."""
     momentum_start: Beta = 0.85
+    """Momentum of the first update."""
     momentum_warmup: int = Field(300, ge=0)
+    """Updates over which it rises."""
     iterations: int = Field(5, ge=1)
+    """Newton-Schulz iterations."""
     dtype: Literal["bf16", "fp32"] | None = None
+    """Of the iterations; if absent, `train.precision`."""
     scale: Literal["nanochat", "moonshot"] = "nanochat"
+    """Of an update [rows, columns]: nanochat max(1, rows/columns)^0.5; moonshot 0.2 max(rows,
+    columns)^0.5, which suits a rate and decay made for AdamW."""
 
 
 class OptimizerConfig(Section):
-    """`muon` updates the layers' matrices with Muon and the rest (embedding, head, norms, biases,
-    scores) with AdamW. `no_decay` lists the roles without weight decay, `lr_scale` multiples of the
-    learning rate by role (1 for roles that it does not name; with Muon NanoChat's)."""
+    """How gradients become updates. A role is what a parameter does in the model, as `norm`."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(gt=0)
+    """muon updates the layers' matrices with Muon and the rest (embedding, head, norms, biases,
+    scores) with AdamW."""
+    lr: float = Field(gt=0, examples=[3.0e-4])
+    """The highest rate of the schedule."""
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)  # YAML gives a list
+    """Of AdamW."""
     eps: float = Field(1e-8, gt=0)
+    """Of AdamW."""
     weight_decay: float = Field(0.1, ge=0)
-    no_decay: list[Role] = ["norm", "embedding", "bias"]
-    lr_scale: dict[Role, Annotated[float, Field(gt=0)]] = {}
+    """Decoupled: an update multiplies by 1 - rate * weight_decay."""
+    no_decay: list[Role] = Field(["norm", "embedding", "bias"])
+    """Roles without weight decay."""
+    lr_scale: dict[Role, Annotated[float, Field(gt=0)]] = Field({})
+    """Multiples of the rate by role; roles that are not named have 1, with Muon NanoChat's."""
     clip_grad: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0: not clipped."""
     muon: MuonConfig = MuonConfig()
+    """Muon's own settings."""
 
 
 class ScheduleConfig(Section):
-    """Linear warmup over `warmup_steps`, then down to `min_lr` at the last step: as a `cosine`,
-    `linear`, by `one_sqrt` (1 - sqrt of the way), or not at all (`constant`). `wsd` stays constant
-    and decays in the shape `decay` over the last `decay_steps`, or the share `decay_fraction` of
-    `train.steps`."""
+    """The learning rate: linear warmup, then down to `min_lr` at the last step."""
 
     name: Literal["cosine", "constant", "linear", "one_sqrt", "wsd"] = "cosine"
+    """The way down: cosine, linear, one_sqrt (1 - sqrt of the way), constant (none), or wsd:
+    constant, then `decay` at the end."""
     warmup_steps: int = Field(0, ge=0)
+    """Updates over which the rate rises to `optimizer.lr`."""
     min_lr: float = Field(0.0, ge=0)
+    """Rate of the last update."""
     decay_steps: int | None = Field(None, ge=1)
+    """wsd: updates of the decay; if absent, `decay_fraction` of `train.steps`."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd: share of `train.steps` that decays."""
     decay: Literal["linear", "one_sqrt", "cosine"] = "linear"
+    """wsd: shape of the decay."""
 
 
 class CheckpointConfig(Section):
-    """Which steps are saved, and which stay.
-
-    `every`: save every so many steps (0: only at the end). `keep`: so many of the newest stay, and
-    all that `keep_every` divides (0: none of these). `weights_every`: save the weights alone every
-    so many steps, into folders of their own that cannot be resumed; `weights_keep` of the newest
-    stay (0: all). `async`: steps go on while a checkpoint is written from a copy in host memory;
-    by default with an accelerator, whose state lies elsewhere than the copy. `export`: a folder
-    that gets the final model as Hugging Face has it.
-    """
+    """Which steps are saved, and which stay."""
 
     every: int = Field(0, ge=0)
+    """Save every so many steps; 0: only at the end."""
     keep: int = Field(3, ge=1)
+    """So many of the newest steps stay."""
     keep_every: int = Field(0, ge=0)
+    """Steps that this divides stay as well; 0: none of these."""
     weights_every: int = Field(0, ge=0)
+    """Save the weights alone every so many steps, into folders of their own that cannot be
+    resumed; 0: never."""
     weights_keep: int = Field(0, ge=0)
+    """So many of the newest of those stay; 0: all."""
     async_: bool | None = Field(None, alias="async")
+    """Steps go on while a checkpoint is written from a copy in host memory; if absent, with an
+    accelerator, whose state lies elsewhere than the copy."""
     export: str | None = None
+    """A folder that gets the final model as Hugging Face has it."""
 
 
 class SafetyConfig(Section):
     """What a run does about trouble. Decided before the optimizer sees a gradient, by numbers that
-    are the same on all ranks, and recorded in metrics.jsonl as a line with an `event`.
-
-    Attributes:
-        on_nonfinite: a loss or gradient norm that is NaN or infinite. `stop` ends the run; `skip`
-            drops the update (the step counts and its data is used up); `rewind` goes back to the
-            weights of the newest saved step and passes over the data from there to here.
-        on_spike: the same for a finite loss or norm more than `spike_sigma` standard deviations
-            above the mean of the last `spike_window` updates; judged once half of them are there.
-        max_skips: that many among the last `spike_window` steps are too many: the run stops.
-        max_rewinds: of the whole run.
-        hang_timeout_s: when nothing moves for so long, the run ends and names the rank that the
-            others wait for; 0 never does.
-        check_replicas_every: compare replicated parameters between ranks every so many steps.
-        replay_every: compute a step's gradients twice every so many steps; they must be equal.
-    """
+    are the same on all ranks, and recorded in metrics.jsonl as a line with an `event`."""
 
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient norm that is NaN or infinite: stop ends the run; skip drops the update
+    (the step counts and its data is used up); rewind goes back to the weights of the newest saved
+    step and passes over the data from there to here."""
     on_spike: Literal["ignore", "skip", "stop", "rewind"] = "ignore"
+    """The same for a finite loss or norm more than `spike_sigma` standard deviations above the
+    mean of the last `spike_window` updates; judged once half of them are there."""
     spike_sigma: float = Field(6.0, gt=0)
+    """Standard deviations that make a spike."""
     spike_window: int = Field(128, ge=4)
+    """Updates that a spike is measured by."""
     max_skips: int = Field(10, ge=0)
+    """More skips than that among the last `spike_window` steps stop the run."""
     max_rewinds: int = Field(3, ge=0)
+    """Of the whole run."""
     hang_timeout_s: float = Field(1800.0, ge=0)
+    """When nothing moves for so many seconds, the run ends and names the rank that the others wait
+    for; 0: never."""
     check_replicas_every: int = Field(0, ge=0)
+    """Compare replicated parameters between ranks every so many steps; 0: never."""
     replay_every: int = Field(0, ge=0)
+    """Compute a step's gradients twice every so many steps, which must be equal; 0: never."""
 
 
 class LogConfig(Section):
-    """metrics.jsonl has a line every so many steps; trackers get the same numbers. `name` is the
-    run's in them (default: the folder's), `peak_tflops` what MFU is of (default: the device's)."""
+    """Where the numbers of a run go."""
 
     every: int = Field(1, ge=1)
+    """metrics.jsonl has a line every so many steps."""
     tensorboard: bool = False
+    """Send the same numbers to TensorBoard."""
     trackio: bool = False
+    """Send the same numbers to trackio."""
     wandb: bool = False
+    """Send the same numbers to Weights & Biases."""
     project: str = "bevatron"
+    """The project in the trackers."""
     name: str | None = None
+    """The run's name in them; if absent, its folder's."""
     peak_tflops: float | None = Field(None, gt=0)
+    """What MFU is of, per device; if absent, the device's own."""
 
 
 class FolderConfig(Section):
-    dir: str
+    """The run's own place."""
+
+    dir: str = Field(examples=["runs/my-run"])
+    """The run's folder. One that holds a complete step is continued from its newest."""
 
 
 class RecipeConfig(Section):
-    """What a configuration says of itself, if it is a recipe; no run depends on it.
-
-    Attributes:
-        name: what `bevatron recipes` calls it.
-        what: a line on what it is for; `source`: where its numbers are published.
-        from: the preset of the model that is pruned or trained on; none for random weights.
-        world: processes that a dry run is of unless it is told otherwise.
-    """
+    """What a configuration says of itself, if it is a recipe; no run depends on it."""
 
     name: str
+    """What `bevatron recipes` calls it."""
     what: str
+    """A line on what it is for."""
     source: str | None = None
+    """Where its numbers are published."""
     from_: str | None = Field(None, alias="from")
+    """The preset of the model that is pruned or trained on; if absent, random weights."""
     world: int = Field(1, ge=1)
+    """Processes that a dry run is of unless it is told otherwise."""
 
 
 class PruneConfig(Section):
@@ -375,29 +295,49 @@ class PruneConfig(Section):
     is the option of that name; an axis that is absent stays as it is."""
 
     hidden_size: int | None = Field(None, ge=1)
+    """Channels of the residual stream."""
     intermediate_size: int | None = Field(None, ge=1)
+    """Neurons of each MLP."""
     num_attention_heads: int | None = Field(None, ge=1)
+    """Query heads; all KV heads stay."""
     num_layers: int | None = Field(None, ge=1)
+    """How many layers stay."""
     drop_layers: str | None = None
+    """Which layers go, counted from 0, such as 15-30 or 3,5."""
 
 
 class RunConfig(Section):
     """The whole file."""
 
     recipe: RecipeConfig | None = None
+    """What a recipe says of itself."""
     prune: PruneConfig | None = None
+    """Sizes for `bevatron prune --recipe`."""
     model: ModelConfig
+    """What to start from."""
     tokenizer: str | None = None
+    """A folder with tokenizer.json, or a Hub id; if absent, the model's own, where there is
+    one."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What is minimised."""
     data: DataConfig
+    """What is read."""
     parallel: ParallelConfig = ParallelConfig()
+    """The layout."""
     train: TrainConfig
+    """The loop."""
     optimizer: OptimizerConfig
+    """How gradients become updates."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is saved."""
     safety: SafetyConfig = SafetyConfig()
+    """What is done about trouble."""
     log: LogConfig = LogConfig()
+    """Where the numbers go."""
     run: FolderConfig
+    """The run's own place."""
 
     @model_validator(mode="after")
     def _rewinds_have_a_target(self) -> RunConfig:

@@ -150,7 +150,11 @@ def _keys(parents: list[Any]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The configuration with every default written out; `load_config` reads it back equal."""
-    raw = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+def to_yaml(config: RunConfig, *, absent: bool = False) -> str:
+    """The configuration with every default written out; `load_config` reads it back equal.
+
+    Args:
+        absent: also write keys whose value is null, which is the same as not to write them.
+    """
+    raw = config.model_dump(mode="json", by_alias=True, exclude_none=not absent)
     return str(yaml.safe_dump(raw, sort_keys=False))

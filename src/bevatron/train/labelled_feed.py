@@ -17,7 +17,8 @@ from bevatron.data.rows import Rows
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.train import feed
-from bevatron.train.config import UNLABELLED, RunConfig, SourceConfig
+from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.config_objective import UNLABELLED
 from bevatron.train.feed import Feed, own_tokenizer
 from bevatron.train.head_objectives import problem_type
 from bevatron.train.objectives import Stored

@@ -17,7 +17,7 @@ from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.absent import check_present, stand_in
 from bevatron.train.config import RunConfig
-from bevatron.train.config_file import load_config, to_yaml
+from bevatron.train.config_file import load_config
 from bevatron.train.stopping import Stopping
 from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopped
 
@@ -37,7 +37,6 @@ def train(
     dry_run: bool = False,
     paper_ranks: int | None = None,
     as_json: bool = False,
-    print_config: bool = False,
     allow_changed: bool = False,
 ) -> None:
     """Train by a run configuration.
@@ -55,9 +54,6 @@ def train(
     SystemExit with 128 + the signal's number.
     """
     config = load_config(config_path, overrides)
-    if print_config:
-        print(to_yaml(config), end="")
-        return
     is_worker = "RANK" in os.environ
     if (paper_ranks is not None or as_json) and not dry_run:
         raise BevatronError("--world and --json go with --dry-run")

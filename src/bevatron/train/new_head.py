@@ -9,7 +9,7 @@ from bevatron.errors import BevatronError
 from bevatron.families import by_name
 from bevatron.spec import Head, ModelSpec
 from bevatron.spec.model import HeadKind
-from bevatron.train.config import ObjectiveConfig
+from bevatron.train.config_objective import ObjectiveConfig
 
 NEEDS: dict[str, HeadKind] = {
     "pretrain": "causal_lm",

@@ -21,7 +21,8 @@ from bevatron.nn.decoder import Tap
 from bevatron.nn.heads import Compute
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
-from bevatron.train.config import ObjectiveConfig, RunConfig
+from bevatron.train.config import RunConfig
+from bevatron.train.config_objective import ObjectiveConfig
 from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z
 
 # What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if

@@ -30,9 +30,9 @@ from bevatron.checkpoint.run_folder import STEP, WEIGHTS, RunFolder
 from bevatron.checkpoint.sharded import Saved, own_share, without_chunks, write_share
 from bevatron.checkpoint.snapshot import Snapshot
 from bevatron.data.tokenizer import OpenTokenizer, open_tokenizer
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, failed, failure
 from bevatron.families.config_fields import TOKEN_IDS
-from bevatron.parallel.agree import Background, explain, on_all, wait_on_all
+from bevatron.parallel.agree import Background, on_all, wait_on_all
 from bevatron.parallel.weights import carried
 from bevatron.spec.json import to_json
 from bevatron.train.config import RunConfig
@@ -200,10 +200,10 @@ class Saver:
                 entries = without_chunks(part.tensors) | written
                 tables.leave_table(part.folder, self.rank, entries)
         except Exception as error:
-            message = f"rank {self.rank}: {explain(error)}"
+            message = f"rank {self.rank}: {failure(error)}"
             if self.is_async:  # the others will know at the next save
                 print(f"warning: saving step {step}: {message}", file=sys.stderr, flush=True)
-            raise BevatronError(message) from error
+            raise failed(message, failure(error).exit_status) from error
 
     def _commit_all(self, save: InFlight, state: Mapping[str, Any]) -> None:
         """In a thread of rank 0."""

@@ -25,14 +25,15 @@ from bevatron.checkpoint.run_folder import LATEST, RunFolder
 from bevatron.checkpoint.sharded import verify_share
 from bevatron.checkpoint.whole import check_whole, is_damage, read_state
 from bevatron.data.tokenizer import open_tokenizer
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, failure
 from bevatron.families import for_spec
 from bevatron.families.published import family_of, preset
-from bevatron.parallel.agree import explain, on_all
+from bevatron.parallel.agree import on_all
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import from_json
-from bevatron.train.config import ObjectiveConfig, RunConfig
+from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
+from bevatron.train.config_objective import ObjectiveConfig
 from bevatron.train.new_head import with_head
 
 Say = Callable[[str], None]
@@ -247,7 +248,7 @@ def _damage(check: Callable[[], None]) -> str | None:
     except (BevatronError, OSError) as error:
         if not is_damage(error):
             raise
-        return explain(error)
+        return str(failure(error))
     return None
 
 

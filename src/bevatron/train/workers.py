@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from bevatron.errors import BevatronError
+from bevatron.errors import failed, failure
 from bevatron.train.stopping import ASKED, PARENT, SIGNALS, Stopping
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
@@ -58,8 +57,8 @@ def launch(
     Args:
         restarts: how often all of them are started anew after one failed.
         saves: whether they save when they are asked to stop; for what is said on Ctrl-C.
-    Raises a BevatronError with the message of the rank that failed first, and SystemExit with
-    128 + number if the run ended because of a signal.
+    Raises the error of the rank that failed first, and SystemExit with 128 + number if the run
+    ended because of a signal.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -84,11 +83,11 @@ def launch(
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         try:
             elastic_launch(config, sys.executable)("-m", "bevatron", *arguments)
-        except ChildFailedError as failed:
+        except ChildFailedError as error:
             heard.leave_if_asked()
-            rank, first = failed.get_first_failure()
+            rank, first = error.get_first_failure()
             said = first.message if isinstance(first.message, str) else first.message["message"]
-            raise BevatronError(f"rank {rank}: {said}") from None
+            raise failed(f"rank {rank}: {said}", first.exitcode) from None
         finally:
             del os.environ[LAUNCHER], os.environ[PARENT]
         heard.leave_if_asked()
@@ -122,9 +121,10 @@ class _PassOn:
         if self.asked is None:
             self.asked = got
             os.environ[ASKED] = got.name
-            if got is signal.SIGINT and self.saves:
-                text = "\nsaving after this step; Ctrl-C again stops at once without saving"
-                print(text, file=sys.stderr, flush=True)
+            if got is signal.SIGINT:
+                text = "saving after this step; Ctrl-C again stops at once without saving"
+                text = text if self.saves else "stopping all processes; Ctrl-C again: at once"
+                print(f"\n{text}", file=sys.stderr, flush=True)
         # A worker that is still importing would answer SIGINT with a traceback.
         _send(signal.SIGTERM if got is signal.SIGINT else got)
 
@@ -184,10 +184,6 @@ def reporting(worker: bool, stopping: Stopping) -> Iterator[None]:
 
 
 def _fail(error: BaseException, stopping: Stopping) -> NoReturn:
-    if isinstance(error, BevatronError):
-        last_words(str(error), error.exit_status)
-    if isinstance(error, OSError):
-        last_words(f"{error.filename or 'input/output'}: {error.strerror or error}", 2)
     if _is_lost_peer(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the launcher ends this process
         if stopping.asked is signal.SIGTERM:
@@ -195,7 +191,8 @@ def _fail(error: BaseException, stopping: Stopping) -> NoReturn:
         time.sleep(PATIENCE_S)
         first = str(error).strip().splitlines()[0]
         last_words(f"lost its connection to another rank, which failed or was killed ({first})", 1)
-    last_words("".join(traceback.format_exception(error)), 1)
+    found = failure(error)
+    last_words(str(found), found.exit_status)
 
 
 def _is_lost_peer(error: BaseException) -> bool:

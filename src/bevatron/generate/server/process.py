@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from bevatron.bridge.opened import open_weights
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, UnexpectedError
 from bevatron.generate.engine import Engine
 from bevatron.generate.server.app import make_app
 from bevatron.generate.server.connection import MAX_CONNECTIONS, limited
@@ -49,7 +49,7 @@ def serve(ckpt: str, settings: Settings, say: Say = _say, **engine_options: Any)
             say(f"serving {settings.name} at http://{host}:{port} (API at /v1, Ctrl-C ends)")
             asyncio.run(server.serve(sockets=[sock]))
             if engine.failure is not None:
-                raise BevatronError(f"the engine failed: {engine.failure}")
+                raise UnexpectedError(f"the engine failed: {engine.failure}")
 
 
 class Server(uvicorn.Server):
