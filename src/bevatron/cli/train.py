@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bevatron.cli.app import CLUSTER, TRAIN, Json, Overrides, Overwrite, app, known, show, show_help
 from bevatron.errors import BevatronError, CheckFailed
@@ -73,7 +74,33 @@ def tokenize(
     show({**shown, "skipped": dict(info.skipped), "engine": dict(info.engine or {})}, as_json)
 
 
-@app.command(rich_help_panel=TRAIN)
+ALLOW = "--allow-changed"
+ALL = "all"
+
+
+class _Train(TyperCommand):
+    """`--allow-changed` alone is for all keys; names follow it, or stand behind a `=`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        out: list[str] = []
+        for i, arg in enumerate(args):
+            following = args[i + 1] if i + 1 < len(args) else ""
+            named = arg == ALLOW and _are_keys(following)
+            out.append(f"{ALLOW}={ALL}" if arg == ALLOW and not named else arg)
+        return super().parse_args(ctx, out)
+
+
+def _are_keys(text: str) -> bool:
+    """Whether these are keys' names, rather than a file's, an option or an override."""
+    from bevatron.train.config_reference import known_keys
+
+    try:
+        return bool(text) and bool(known_keys(text.split(","), ALLOW)) and not Path(text).exists()
+    except BevatronError:
+        return False
+
+
+@app.command(cls=_Train, rich_help_panel=TRAIN)
 def train(
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)] = None,
     overrides: Overrides = None,
@@ -103,14 +130,20 @@ def train(
         ),
     ] = False,
     allow_changed: Annotated[
-        bool, typer.Option("--allow-changed", help="Resume although what decides numbers changed.")
-    ] = False,
+        str | None,
+        typer.Option(
+            ALLOW,
+            metavar="[KEY,...]",
+            help="Go on although keys that decide the numbers changed: these, or all.",
+        ),
+    ] = None,
 ) -> None:
     """Train, or continue, by a run configuration; also under torchrun.
 
     SIGTERM, SIGUSR1 or Ctrl-C: save after this step and end, with status 128 + the signal's number.
     """
     from bevatron.recipes import find
+    from bevatron.train.config_reference import known_keys
     from bevatron.train.launch import train as start
     from bevatron.train.workers import ONE_NODE, Nodes
 
@@ -124,6 +157,9 @@ def train(
         )
     if nnodes > 1 and (nproc is None or rendezvous is None):
         raise BevatronError(f"--nnodes {nnodes} needs --nproc N and --rendezvous HOST:PORT")
+    changed: bool | frozenset[str] = allow_changed == ALL
+    if allow_changed is not None and allow_changed != ALL:
+        changed = known_keys(allow_changed.split(","), ALLOW)
     start(
         find(config),
         overrides or [],
@@ -133,7 +169,7 @@ def train(
         dry_run=dry_run,
         paper_ranks=world,
         as_json=as_json,
-        allow_changed=allow_changed,
+        allow_changed=changed,
     )
 
 

@@ -47,6 +47,7 @@ from bevatron.parallel.companion import Companion
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance, progress
+from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.feed import make_samplers, open_stores
@@ -155,7 +156,7 @@ def prepared(
         check_documents(spec, data.seq_len)
     own = opened.source if opened.source and (opened.source / TOKENIZER).is_file() else None
     stores = open_stores(data, spec, own)
-    training, validation = make_samplers(data, stores, batch, config.train.seed)
+    training, validation = make_samplers(data, stores, Batches.of(batch), config.train.seed)
     samplers = {"train": training} | ({"validation": validation} if validation else {})
     counts = needed(config)
     info = Info(

@@ -361,20 +361,8 @@ class RunConfig(Section):
         return self
 
 
-# Sections and keys whose change would change the numbers, or what a step is.
-FIXED: tuple[str, ...] = ("objective", "optimizer", "schedule", "data.train", "data.seq_len")
-FIXED += ("data.document_mask", "train.seed", "train.global_batch", "train.precision")
-FIXED += ("data.stages",)
-
-
-def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys that differ and may not change between starts of one run."""
-    before, after = flat(old), flat(new)
-    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-    return [k for k in keys if any(k == f or k.startswith(f + ".") for f in FIXED)]
-
-
 def flat(config: RunConfig) -> dict[str, Any]:
+    """The value of every dotted key; lists are values."""
     out: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import difflib
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bevatron.errors import BevatronError
 from bevatron.spec.model import Role
 from bevatron.train.config import RunConfig
 
@@ -86,6 +88,18 @@ def every_key(section: type[BaseModel] = RunConfig, path: str = "") -> Iterator[
         yield key
         if key.section is not None:
             yield from every_key(key.section, f"{key.path}.N" if key.listed else key.path)
+
+
+def known_keys(names: Sequence[str], where: str) -> frozenset[str]:
+    """These names of keys and sections. Raises BevatronError, beginning with `where`, for one that
+    is none, naming the nearest."""
+    known = [key.path for key in every_key()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BevatronError(f"{where}: {name!r} is no key of a run configuration{hint}")
+    return frozenset(names)
 
 
 def markdown() -> str:

@@ -13,6 +13,7 @@ from bevatron.data.sampler import BLOCK, Sampler
 from bevatron.data.store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, fingerprint, open_tokenizer
 from bevatron.spec import ModelSpec
+from bevatron.train.batches import Batches
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig
 from bevatron.train.objectives import Stored
 from bevatron.train.read_ahead import Batch, ReadAhead
@@ -28,6 +29,7 @@ class Feed(ReadAhead):
         tokenizer: the model's own, if it has one; the data must be made with it.
         stored: arrays that join the samples.
         rounded: mix by rounded weights, as the run was begun; see `Shares`.
+        batches: see `ReadAhead`.
     """
 
     def __init__(
@@ -43,12 +45,15 @@ class Feed(ReadAhead):
         tokenizer: Path | None = None,
         stored: Stored | None = None,
         rounded: bool = False,
+        batches: Batches | None = None,
     ) -> None:
-        super().__init__(global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device)
+        super().__init__(
+            global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device, batches=batches
+        )
         self.data, self.stored = data, stored
         stores = open_stores(data, spec, tokenizer)
         self.training, self.validation = make_samplers(
-            data, stores, global_batch, seed, rounded=rounded
+            data, stores, self.batches, seed, rounded=rounded
         )
 
     def read_training(self, positions: range) -> Batch:
@@ -75,7 +80,7 @@ class Feed(ReadAhead):
         """A line per source: how much of it a run of so many steps takes, in samples and epochs;
         and per later stage."""
         sampler = self.training
-        counts = sampler.counts(steps * self.global_batch)
+        counts = sampler.counts(self.batches.position(steps))
         lines = []
         for store, count, windows in zip(sampler.stores, counts, sampler.windows, strict=True):
             share = count / max(1, sum(counts))
@@ -85,10 +90,10 @@ class Feed(ReadAhead):
             )
             if windows < self.global_batch * share:
                 lines[-1] += f"; fewer than its share of a step of {self.global_batch:,}"
-        for stage in sampler.stages[1:]:
+        for stage, configured in zip(sampler.stages[1:], self.data.stages, strict=True):
             used = zip(stage.sources, stage.shares.exact, strict=True)
             mixture = ", ".join(f"{sampler.stores[s].path} {_percent(float(n))}" for s, n in used)
-            lines.append(f"from step {stage.begin // self.global_batch:,}: {mixture}")
+            lines.append(f"from step {configured.from_step:,}: {mixture}")
         for stage in sampler.stages if sampler.rounded else ():
             of = zip(stage.sources, stage.shares.quotas or (), stage.shares.exact, strict=True)
             odd = [
@@ -114,7 +119,7 @@ def _percent(share: float) -> str:
 def check_data(config: RunConfig, start: Start) -> None:
     """Everything that a Feed would refuse, without a process group. Raises BevatronError."""
     stores = open_stores(config.data, start.spec, own_tokenizer(config, start))
-    make_samplers(config.data, stores, config.train.global_batch, config.train.seed)
+    make_samplers(config.data, stores, Batches.of(config.train.global_batch), config.train.seed)
 
 
 def own_tokenizer(config: RunConfig, start: Start) -> Path | None:
@@ -193,7 +198,7 @@ def _by(store: TokenStore) -> str:
 def make_samplers(
     data: DataConfig,
     stores: Mapping[str, TokenStore],
-    global_batch: int,
+    batches: Batches,
     seed: int,
     *,
     rounded: bool = False,
@@ -204,7 +209,7 @@ def make_samplers(
     def mixture(sources: Sequence[SourceConfig]) -> list[tuple[TokenStore, float]]:
         return [(stores[source.path], source.weight) for source in sources]
 
-    later: list[Any] = [(s.from_step * global_batch, mixture(s.train)) for s in data.stages]
+    later: list[Any] = [(batches.position(s.from_step), mixture(s.train)) for s in data.stages]
     training = Sampler(mixture(data.train), data.seq_len, seed, later=later, rounded=rounded)
     if not data.validation:
         return training, None

@@ -14,9 +14,11 @@ from bevatron.data.answers import Answers
 from bevatron.data.labelled import Arrays, Labelled, Padded, SequenceLabels, TokenLabels
 from bevatron.data.permutation import Permutation, derive
 from bevatron.data.rows import Rows
+from bevatron.data.store import TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.train import feed
+from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig, SourceConfig
 from bevatron.train.config_objective import UNLABELLED
 from bevatron.train.feed import Feed, own_tokenizer
@@ -50,6 +52,13 @@ def check_data(config: RunConfig, start: Start) -> None:
         Rows([Path(source.path) for source in sources], _labelled(config, start).check)
         return
     feed.check_data(config, start)
+
+
+def hash_source(config: RunConfig, path: str) -> str:
+    """Of a data source, whatever its objective reads: the same for the same content anywhere."""
+    if config.objective.name in UNLABELLED:
+        return TokenStore.open(Path(path)).info.hash
+    return hash_file(Path(path))
 
 
 class Examples:
@@ -114,8 +123,11 @@ class LabelledFeed(ReadAhead):
         dp_rank: int,
         dp: int,
         device: torch.device,
+        batches: Batches | None = None,
     ) -> None:
-        super().__init__(global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device)
+        super().__init__(
+            global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device, batches=batches
+        )
         self.seed, self.vocab_size = seed, start.spec.vocab_size
         self._hashes = {s.path: hash_file(Path(s.path)) for s in config.data.train}
         labelled = _labelled(config, start)
@@ -135,7 +147,7 @@ class LabelledFeed(ReadAhead):
 
     def summary(self, steps: int) -> list[str]:
         names = ", ".join(self._hashes)
-        taken = steps * self.global_batch
+        taken = self.batches.position(steps)
         epochs = f"{taken / len(self.training):.2f} epochs of {len(self.training):,}"
         return [f"{names}: {taken:,} examples, {epochs}"]
 

@@ -37,7 +37,7 @@ def train(
     dry_run: bool = False,
     paper_ranks: int | None = None,
     as_json: bool = False,
-    allow_changed: bool = False,
+    allow_changed: bool | frozenset[str] = False,
 ) -> None:
     """Train by a run configuration.
 
@@ -50,6 +50,8 @@ def train(
         dry_run: build every stage on paper and print what it takes (as JSON if `as_json`).
         paper_ranks: of how many processes a dry run is; default: as many as would start, or as a
             recipe has it.
+        allow_changed: what may change since the step that is continued from although it moves the
+            numbers: nothing, everything, or these keys and sections.
     Raises BevatronError with one message, whichever rank failed. A run that a signal ended raises
     SystemExit with 128 + the signal's number.
     """
@@ -71,7 +73,9 @@ def train(
         _check(config, layout)
     if not is_worker and nproc is not None and (nproc > 1 or nodes.count > 1 or max_restarts):
         arguments = ["train", str(config_path), *overrides]
-        arguments += ["--allow-changed"] * allow_changed
+        if allow_changed:
+            names = "" if allow_changed is True else "=" + ",".join(sorted(allow_changed))
+            arguments.append(f"--allow-changed{names}")
         launch(arguments, nproc, nodes=nodes, restarts=max_restarts)
     else:
         work(config, layout, allow_changed)
@@ -214,7 +218,7 @@ def _check_export(config: RunConfig, start: Start) -> None:
         )
 
 
-def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
+def work(config: RunConfig, layout: Layout, allow_changed: bool | frozenset[str] = False) -> None:
     """One rank's whole run. A worker of a launcher leaves its last words and ends."""
     worker = "RANK" in os.environ
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
@@ -249,7 +253,7 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool) -> None:
 def _run(
     config: RunConfig,
     layout: Layout,
-    allow_changed: bool,
+    allow_changed: bool | frozenset[str],
     device: torch.device,
     stopping: Stopping,
 ) -> None:

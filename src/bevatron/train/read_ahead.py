@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bevatron.checkpoint.files import threads_are_free
-from bevatron.errors import BevatronError
+from bevatron.train.batches import Batches
 from bevatron.train.objectives import Samples
 
 Batch = dict[str, NDArray[Any]]
@@ -27,13 +27,23 @@ class ReadAhead(ABC):
     Args:
         global_batch: samples of a step over all ranks.
         dp_rank, dp: which contiguous part of them is this rank's.
+        batches: which samples a step takes, if not always so many.
 
     Attributes:
         wait_s: seconds for which the last `batch` had to wait for its samples.
     """
 
-    def __init__(self, *, global_batch: int, dp_rank: int, dp: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        global_batch: int,
+        dp_rank: int,
+        dp: int,
+        device: torch.device,
+        batches: Batches | None = None,
+    ) -> None:
         self.global_batch, self.dp_rank, self.dp = global_batch, dp_rank, dp
+        self.batches = batches or Batches.of(global_batch)
         self.device = device
         self.wait_s = 0.0
         self._reader: ThreadPoolExecutor | None = None
@@ -66,7 +76,7 @@ class ReadAhead(ABC):
 
     def validation_batch(self, number: int) -> Samples:
         """The same of validation batch `number`: the same samples in every run, in their order."""
-        return self._to_device(self.read_validation(self._mine(number)))
+        return self._to_device(self.read_validation(self._mine(number * self.global_batch)))
 
     def close(self) -> None:
         """Stop reading ahead. Batches can still be had."""
@@ -74,27 +84,24 @@ class ReadAhead(ABC):
             self._reader.shutdown(wait=True, cancel_futures=True)
         self._reader = self._ahead = None
 
-    def check_unchanged(self, recorded: Mapping[str, str]) -> None:
-        """Refuse sources that are no longer those of `fingerprints()` when a checkpoint was saved:
-        samples would be lost and repeated. Raises BevatronError."""
-        for path, found in self.fingerprints().items():
-            expected = recorded.get(path, found)
-            if found != expected:
-                raise BevatronError(
-                    f"{path}: is not the data that this run was trained on so far (its hash is "
-                    f"{found}, was {expected}), so samples would be lost or repeated; put the old "
-                    "one back, start a new run from this checkpoint (model.init), or pass "
-                    "--allow-changed"
-                )
+    def changed_sources(self, recorded: Mapping[str, str]) -> list[str]:
+        """A sentence about each source that is no longer what it was when a checkpoint recorded
+        its `fingerprints()`: samples are lost or repeated."""
+        return [
+            f"{path}: is not the data that this run was trained on so far (its hash is {found}, "
+            f"was {recorded[path]}), so samples are lost or repeated"
+            for path, found in self.fingerprints().items()
+            if recorded.get(path, found) != found
+        ]
 
-    def _mine(self, number: int) -> range:
-        """This rank's positions of global batch `number`."""
+    def _mine(self, begin: int) -> range:
+        """This rank's positions of the global batch whose first is `begin`."""
         n = self.global_batch // self.dp
-        first = number * self.global_batch + self.dp_rank * n
+        first = begin + self.dp_rank * n
         return range(first, first + n)
 
     def _read(self, step: int) -> Batch:
-        return self.read_training(self._mine(step))
+        return self.read_training(self._mine(self.batches.position(step)))
 
     def _take(self, step: int) -> Batch:
         ahead, self._ahead = self._ahead, None

@@ -15,18 +15,27 @@ import torch
 
 import bevatron
 from bevatron.parallel.layout import Layout
-from bevatron.train.config import RunConfig, flat
+from bevatron.train.config import RunConfig
 from bevatron.train.start import Start
-
-# Changes of these move work between ranks, micro-batches or kernels: sums are rounded otherwise.
-ROUNDING = ("parallel.", "train.micro_batch", "train.compile", "train.recompute")
 
 
 def made_with(layout: Layout, device: torch.device) -> dict[str, Any]:
     """What may change between the starts of a run without changing more than rounding."""
-    made = {"bevatron": bevatron.__version__, "torch": torch.__version__}
+    made: dict[str, Any] = {"bevatron": bevatron.__version__, "torch": torch.__version__}
     made |= {"python": platform.python_version(), "device": _device_name(device)}
+    if device.type == "cpu":  # how its sums are cut
+        made["threads"] = torch.get_num_threads()
+        made["vectors"] = torch.backends.cpu.get_cpu_capability()
     return {**made, "layout": str(layout), "ranks": layout.world_size}
+
+
+def differences(before: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
+    """What of `made_with` is another than when the step was saved, as far as that recorded it."""
+    return [
+        f"{key} {before[key]} -> {made[key]}"
+        for key in ("layout", "device", "threads", "vectors", "torch", "bevatron")
+        if key in before and before[key] != made.get(key)
+    ]
 
 
 def start_line(
@@ -41,25 +50,6 @@ def start_line(
     if start.damaged:
         line["damaged"] = list(start.damaged)
     return {**line, **extra, "config": config.model_dump(mode="json", by_alias=True)}
-
-
-def changes(start: Start, config: RunConfig, made: Mapping[str, Any]) -> str:
-    """One line on what differs from how the resumed step was saved, and what that means."""
-    assert start.config is not None and start.state is not None
-    before = start.state.get("made_with", {})
-    found = [
-        f"{key} {before[key]} -> {made[key]}"
-        for key in ("layout", "device", "torch", "bevatron")
-        if key in before and before[key] != made[key]
-    ]
-    old, new = flat(start.config), flat(config)
-    keys = [key for key in new if key.startswith(ROUNDING) and old.get(key) != new[key]]
-    if before.get("layout") != made["layout"]:  # it says what these keys amount to
-        keys = [key for key in keys if not key.startswith("parallel.")]
-    found += [f"{key} {old.get(key)} -> {new[key]}" for key in keys]
-    if found:
-        return f"{', '.join(found)}: the same numbers up to rounding"
-    return "as it was saved: bit for bit the same numbers"
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from bevatron.bridge.opened import Opened, open_weights
+from bevatron.checkpoint.manifest import CheckpointError
 from bevatron.checkpoint.run_folder import STARTS, RunFolder
 from bevatron.checkpoint.sharded import box_reader
 from bevatron.checkpoint.whole import read_state
@@ -24,12 +25,15 @@ from bevatron.parallel.replicas import check_replicas
 from bevatron.parallel.weights import fill_random, stream
 from bevatron.parallel.world import mesh
 from bevatron.progress import Advance
-from bevatron.train.config import RunConfig, changed_keys
+from bevatron.train import restart
+from bevatron.train.batches import Batches
+from bevatron.train.config import RunConfig
 from bevatron.train.guard import Guard, event
-from bevatron.train.labelled_feed import open_feed
+from bevatron.train.labelled_feed import hash_source, open_feed
 from bevatron.train.meter import Meter
 from bevatron.train.objectives import Objective
-from bevatron.train.record import changes, made_with, start_line
+from bevatron.train.record import differences, made_with, start_line
+from bevatron.train.restart import Change
 from bevatron.train.saving import Saver
 from bevatron.train.schedule import learning_rate
 from bevatron.train.start import Start
@@ -41,7 +45,11 @@ Say = Callable[[str], None]
 
 
 class Run:
-    """One rank of a run. Build it inside a process group; `go()` trains to `train.steps`."""
+    """One rank of a run. Build it inside a process group; `go()` trains to `train.steps`.
+
+    Args:
+        allowed: which keys may change although that moves the numbers: all, none, or these.
+    """
 
     def __init__(
         self,
@@ -50,7 +58,7 @@ class Run:
         layout: Layout,
         objective: Objective,
         device: torch.device,
-        allow_changed: bool,
+        allowed: bool | Collection[str],
         stopping: Stopping,
         watch: Watch,
     ) -> None:
@@ -60,8 +68,8 @@ class Run:
         self.folder = RunFolder(Path(config.run.dir))
         self.is_main = dist.get_rank() == 0
         self.step = self.tokens = 0
-        if start.resumed is not None:
-            on_all(lambda: self._check_unchanged(allow_changed))
+        self.allowed, self.changes = allowed, list[Change]()
+        on_all(self._compare)
         self.trainer = Trainer(
             start.spec,
             layout,
@@ -73,11 +81,12 @@ class Run:
             device=device,
         )
         self.device = device
-        self.companions = self._fingerprints(objective, allow_changed)
-        on_all(lambda: self._open_feed(allow_changed))
+        self.companions = self._fingerprints(objective)
+        on_all(self._open_feed)
         self._fill()
         self.made_with = made_with(layout, device)
-        self.saver = Saver(config, start, self.folder, self.trainer, self._state)
+        self.recorded = restart.as_it_began(start, config)
+        self.saver = Saver(self.recorded, start, self.folder, self.trainer, self._state)
         on_all(self._open_meter)
 
     def _open_meter(self) -> None:
@@ -91,8 +100,12 @@ class Run:
             beside=[c.spec for c in self.trainer.objective.companions.values()],
         )
 
-    def _open_feed(self, allow_changed: bool) -> None:
-        config, layout = self.config, self.layout
+    def _open_feed(self) -> None:
+        config, layout, start = self.config, self.layout, self.start
+        batches = Batches.of(config.train.global_batch)
+        if start.state is not None and start.config is not None:
+            saved = Batches.saved(start.state, start.config.train.global_batch)
+            batches = saved.followed_by(start.state["step"], config.train.global_batch)
         trainer, stored = self.trainer, self.trainer.objective.stored
         if stored is not None:
             stored.check(config)
@@ -106,19 +119,35 @@ class Run:
             dp=layout.dp,
             device=self.device,
             rounded=self._mixture == "rounded",
+            batches=batches,
         )
-        if self.start.state is not None and not allow_changed:
-            self.feed.check_unchanged(self.start.state.get("data", {}))
+        self.validation = {s.path: hash_source(config, s.path) for s in config.data.validation}
+        if start.state is not None:
+            recorded = start.state.get("data", {}), start.state.get("validation", {})
+            changed = self.feed.changed_sources(recorded[0])
+            self._note([Change("data.train", "fixed", said) for said in changed])
+            self._note(
+                Change(
+                    "data.validation",
+                    "aside",
+                    f"{path}: is other data than it was: validation losses from here on are of it",
+                )
+                for path, found in self.validation.items()
+                if recorded[1].get(path, found) != found
+            )
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, step: int) -> dict[str, Any]:
         """What a step's train_state.json says besides."""
-        state = {"made_with": self.made_with, "guard": self.guard.state()}
+        batches = self.feed.batches
+        state = {"samples": batches.position(step), "batches": batches.state()}
+        state |= {"made_with": self.made_with, "guard": self.guard.state()}
         if self.companions:
             state["companions"] = self.companions
         taps = self.trainer.taps
         if taps is not None:
             state["objective"] = taps.state()
-        return {**state, "mixture": self._mixture, "data": self.feed.fingerprints()}
+        hashes = {"data": self.feed.fingerprints(), "validation": self.validation}
+        return {**state, "mixture": self._mixture, **hashes}
 
     @property
     def _mixture(self) -> str:
@@ -126,7 +155,7 @@ class Run:
         state = self.start.state
         return "exact" if state is None else str(state.get("mixture", "rounded"))
 
-    def _fingerprints(self, objective: Objective, allow_changed: bool) -> dict[str, str]:
+    def _fingerprints(self, objective: Objective) -> dict[str, str]:
         """Of the objective's frozen models and stored arrays, which no checkpoint holds: they must
         stay the same. Collective."""
         companions, stored = objective.companions, objective.stored
@@ -139,24 +168,35 @@ class Run:
 
         found = on_all(look)[0]
         before = self.start.state.get("companions", {}) if self.start.state is not None else {}
-        for name in found if not allow_changed else ():
-            if before.get(name, found[name]) != found[name]:
-                raise BevatronError(
-                    f"objective.{name}: is another model than the one that {self.folder.path} was "
-                    f"started with (fingerprint {found[name][:12]}, was {before[name][:12]}); put "
-                    "that one back, use another run.dir, or --allow-changed"
-                )
+        self._note(
+            Change(
+                f"objective.{name}",
+                "fixed",
+                f"objective.{name}: is another model than the one that {self.folder.path} was "
+                f"started with (fingerprint {found[name][:12]}, was {before[name][:12]})",
+            )
+            for name in found
+            if before.get(name, found[name]) != found[name]
+        )
         return found
 
-    def _check_unchanged(self, allow_changed: bool) -> None:
+    def _compare(self) -> None:
         """What decides the numbers may not change between starts of one run."""
-        assert self.start.config is not None
-        changed = changed_keys(self.start.config, self.config)
-        if changed and not allow_changed:
-            raise BevatronError(
-                f"{self.folder.path}: this run was started with other values of "
-                f"{', '.join(changed)}; use the old ones, another run.dir, or --allow-changed"
-            )
+        if self.start.resumed is None:
+            return
+        found = restart.compare(self.start, self.config, partial(hash_source, self.config))
+        restart.refuse(str(self.folder.path), found, self.allowed)
+        self.changes += found
+
+    def _note(self, changes: Iterable[Change]) -> None:
+        """Changes behind a key that stayed: refuse them, or say them at the start."""
+        for change in changes:
+            if change.kind == "fixed" and not restart.allows(self.allowed, change.key):
+                raise BevatronError(
+                    f"{change.said}; put the old one back, go on in another run.dir with "
+                    f"run.branch_from, or --allow-changed={change.key}"
+                )
+            self.changes.append(change)
 
     def _fill(self) -> None:
         """Random weights, or the boxes of a checkpoint after checking its hashes."""
@@ -177,6 +217,12 @@ class Run:
         tensors = weights.manifest.tensors
         shapes = {n[len(prefix) :]: t.shape for n, t in tensors.items() if n.startswith(prefix)}
         read = box_reader(weights.folder, weights.manifest, prefix)
+        rounded = {n for n, t in weights.manifest.weights().items() if t.dtype != "F32"}
+        if missing := sorted(n for n in rounded if f"master/{n}" not in shapes):
+            raise CheckpointError(
+                f"{weights.folder}: has no optimizer/master/{missing[0]}, but its model/ is "
+                "rounded; continue from another step"
+            )
         self.guard.load(state.get("guard", {}))
         if self.trainer.taps is not None:
             self.trainer.taps.load(state.get("objective", {}))
@@ -187,14 +233,13 @@ class Run:
         """Train from the current step to `train.steps`, then save if that was not done."""
         from bevatron.progress import progress
 
-        config, steps = self.config, self.config.train.steps
+        steps = self.config.train.steps
         on_all(lambda: self._prepare_folder() if self.is_main else None)
         if self.step >= steps:
             say(f"{self.folder.path}: already at step {self.step} of {steps}; nothing to do")
             self.saver.export(self.is_main)
             return
-        if self.start.resumed is not None:
-            say(f"step {self.step}: {changes(self.start, config, self.made_with)}")
+        self._say_changes(say)
         for line in self.feed.summary(steps):
             say(line)
         shown = progress("training", total=steps, unit="steps", done=self.step)
@@ -214,11 +259,19 @@ class Run:
             self.saver.export(self.is_main)
         say(self.meter.summary())
 
+    def _say_changes(self, say: Say) -> None:
+        start = self.start
+        if start.state is None or start.config is None:
+            return
+        made = differences(start.state.get("made_with", {}), self.made_with)
+        for line in restart.lines(self.changes, made, start.config, self.config):
+            say(f"step {self.step}: {line}")
+
     def _prepare_folder(self) -> None:
         """Drop what was logged after the step that is continued from, and say what starts now."""
         self.folder.drop_metrics_after(self.step)
         if self.step < self.config.train.steps:
-            line = start_line(self.config, self.start, self.made_with, self.feed.fingerprints())
+            line = start_line(self.recorded, self.start, self.made_with, self.feed.fingerprints())
             self.folder.append(STARTS, line)
 
     def _loop(self, steps: int, advance: Advance) -> None:

@@ -68,7 +68,7 @@ class Saver:
     """Writes steps into a run folder. All methods but `leave` are collective.
 
     Args:
-        state: what else train_state.json says of the moment, such as the data's fingerprints.
+        state: what else train_state.json says after so many steps, such as the data's position.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Saver:
         start: Start,
         folder: RunFolder,
         trainer: Trainer,
-        state: Callable[[], Mapping[str, Any]] = dict,
+        state: Callable[[int], Mapping[str, Any]] = lambda step: {"samples": 0},
     ) -> None:
         self.config, self.start, self.folder, self.trainer = config, start, folder, trainer
         self.state = state
@@ -233,8 +233,7 @@ class Saver:
 
     def _train_state(self, step: int, tokens: int) -> dict[str, Any]:
         state: dict[str, Any] = {"step": step, "tokens": tokens}
-        state["samples"] = step * self.config.train.global_batch
-        return {**state, "schedule": self.config.schedule.name, **self.state()}
+        return {**state, "schedule": self.config.schedule.name, **self.state(step)}
 
     def _copy_origin(self, folder: Path) -> None:
         weights = self.kept

@@ -130,16 +130,17 @@ class Trainer:
         load_weights(self.placed, shapes, read)
 
     def load_optimizer(self, shapes: Shapes, read: ReadBox, step: int) -> None:
-        """Fill the optimizer's states, fp32 masters if the checkpoint's weights are rounded, and
-        the parameters that are no part of the model, if it has them."""
+        """Fill the optimizer's states, the parameters from their fp32 masters wherever the
+        checkpoint has these (its weights are rounded then), and the parameters that are no part of
+        the model, if it has them."""
         into = dict(self.optimizer.states())
         into |= {f"master/{n}": (p, p.detach()) for n, p in self.placed.added.items()}
         for name in [n for n in into if n.partition("/")[2] in self.placed.added]:
             if name not in shapes:  # of a run that had none
                 del into[name]
-        if self.dtype != torch.float32:
-            parameters = self.placed.parameters.items()
-            into |= {f"master/{n}": (p, local(p.detach())) for n, p in parameters}
+        for name, parameter in self.placed.parameters.items():
+            if f"master/{name}" in shapes:
+                into[f"master/{name}"] = parameter, local(parameter.detach())
         load(into, shapes, read)
         self.optimizer.set_step(step)
 
