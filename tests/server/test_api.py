@@ -77,33 +77,172 @@ def test_offsets_find_the_tokens_in_the_text(server: Served) -> None:
             assert choice["text"].startswith(token, offset)
 
 
-def test_tool_calls_come_back_parsed(tmp_path: Path) -> None:
-    pieces = ['{"name": "f", ', '"parameters": ', '{"x": 1}', "}"]
-    folder = make_obedient(tmp_path / "tools", pieces, template=SAY)
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-    body = {"messages": [{"role": "user", "content": "x"}], "tools": tools, "temperature": 0}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALL = ['{"name": "f", ', '"parameters": ', '{"x": 1}', "}"]
+F = {"name": "f", "arguments": '{"x": 1}'}
+NEMOTRON = ["<TOOLCALL>", "[", *CALL, ", ", '{"name": "f", "arguments": {}}', "]", "</TOOLCALL>"]
+THOUGHTS = ["<think>", "\n", "hm ", "hm", "\n\n", "</think>", " \n"]  # each token once
 
-    async def ask() -> list[httpx.Response]:
+
+def asked(folder: Path, *changes: dict[str, Any], template: str = SAY) -> list[httpx.Response]:
+    """What a model answers to a chat with a tool, with each of these changes to the request."""
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "temperature": 0}
+
+    async def ask(engine: Engine) -> list[httpx.Response]:
         app = make_app(Serving(engine, Settings("tiny")))[0]
         transport = httpx.ASGITransport(app=app)
-        changes: list[dict[str, Any]] = [{}, {"stream": True}, {"tool_choice": "none"}]
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.post(CHAT, json={**body, **change}) for change in changes]
 
     with Engine.open(folder) as engine:
-        whole, streamed, plain = asyncio.run(ask())
-    choice = whole.json()["choices"][0]
-    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
-    function = choice["message"]["tool_calls"][0]["function"]
-    assert function == {"name": "f", "arguments": '{"x": 1}'}
-    events = [e.removeprefix("data: ") for e in streamed.text.split("\n\n")]
+        return asyncio.run(ask(engine))
+
+
+def put_together(stream: httpx.Response) -> tuple[dict[str, Any], str]:
+    """The message that a client makes of a stream's deltas, and why it ended."""
+    events = [e.removeprefix("data: ") for e in stream.text.split("\n\n")]
     assert events[-2:] == ["[DONE]", ""]
-    deltas = [json.loads(e)["choices"][0] for e in events[:-2]]
-    assert not any(d["delta"].get("content") for d in deltas)
-    calls = [call for d in deltas for call in d["delta"].get("tool_calls", ())]
-    assert [call["function"] for call in calls] == [function] and calls[0]["index"] == 0
-    assert deltas[-1]["finish_reason"] == "tool_calls"
-    assert plain.json()["choices"][0]["message"]["content"] == "".join(pieces)
+    choices = [json.loads(e)["choices"][0] for e in events[:-2]]
+    message: dict[str, Any] = {"content": None, "refusal": None}
+    for delta in (choice["delta"] for choice in choices):
+        for call in delta.pop("tool_calls", ()):
+            assert call.pop("index") == len(message.setdefault("tool_calls", []))
+            message["tool_calls"].append(call)
+        for key, value in delta.items():
+            message[key] = value if key == "role" else (message.get(key) or "") + value
+    return message, choices[-1]["finish_reason"]
+
+
+def without_ids(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return {**message, "tool_calls": calls}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "content", "thoughts", "calls"),
+    [
+        (CALL, None, None, [F]),
+        (["I see. ", "<|python_tag|>", *CALL], "I see.", None, [F]),
+        (["I see. ", *NEMOTRON], "I see.", None, [F, {"name": "f", "arguments": "{}"}]),
+        ([*THOUGHTS, *CALL], None, "hm hm", [F]),
+        ([*THOUGHTS, "Yes", ". "], "Yes. ", "hm hm", []),
+        (THOUGHTS[:4], "", "hm hm", []),
+        (["[1, ", "2]"], "[1, 2]", None, []),
+    ],
+    ids=["json", "python tag", "TOOLCALL", "thoughts, json", "thoughts", "no end", "no call"],
+)
+def test_a_stream_is_the_message_that_comes_whole(
+    pieces: list[str], content: str | None, thoughts: str | None, calls: list[Any], tmp_path: Path
+) -> None:
+    folder = make_obedient(tmp_path / "m", pieces, template=SAY)
+    whole, streamed, one = asked(folder, {}, {"stream": True}, {"parallel_tool_calls": False})
+    choice = whole.json()["choices"][0]
+    message, reason = put_together(streamed)
+    assert without_ids(message) == without_ids(choice["message"])
+    assert reason == choice["finish_reason"] == ("tool_calls" if calls else "stop")
+    said = {"role": "assistant", "content": content, "refusal": None, "tool_calls": calls}
+    assert without_ids(message) == said | ({"reasoning_content": thoughts} if thoughts else {})
+    few = without_ids(one.json()["choices"][0]["message"])
+    assert few == without_ids(message) | {"tool_calls": calls[:1]}, "no two calls at once"
+    # What was answered can be sent back.
+    history = [{"role": "user", "content": "x"}, choice["message"]]
+    history += [{"role": "tool", "content": "1", "tool_call_id": "c"}] * len(calls)
+    (again,) = asked(folder, {"messages": history})
+    assert again.status_code == 200, again.text
+
+
+def test_thoughts_whose_marks_are_special_tokens_are_thoughts(tmp_path: Path) -> None:
+    """In the prompt's end too, where the template begins them."""
+    pieces = ["<think>", "hm", "</think>", "Yes"]
+    folder = make_obedient(tmp_path / "m", pieces, template=SAY)
+    file = folder / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    for token in stored["added_tokens"]:
+        token["special"] |= "think>" in token["content"]
+    file.write_text(json.dumps(stored))
+    changes: list[dict[str, Any]] = [{}, {"stream": True}, {"tools": None}]
+    whole, streamed, plain = asked(folder, *changes)
+    expected = {"role": "assistant", "content": "Yes", "refusal": None, "reasoning_content": "hm"}
+    for message in (whole.json()["choices"][0]["message"], put_together(streamed)[0]):
+        assert message == expected
+    assert plain.json()["choices"][0]["message"] == expected
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "<think>")
+    for answer in asked(folder, {}, {"tools": None}):
+        assert answer.json()["choices"][0]["message"] == expected
+
+
+def test_tools_that_are_not_to_be_called_are_not(tmp_path: Path) -> None:
+    folder = make_obedient(tmp_path / "m", CALL, template=SAY)
+    (plain,) = asked(folder, {"tool_choice": "none"})
+    assert plain.json()["choices"][0]["message"]["content"] == "".join(CALL)
+
+
+def test_what_clients_write_out_is_taken_in_its_plain_meaning(server: Served) -> None:
+    """Messages as they come back from OpenAI's client, nulls of fields that are not here, ..."""
+    function = {"name": "f", "arguments": "{}"}
+    nulls = {"audio": None, "function_call": None, "refusal": None, "something": None}
+    call = {"id": "c", "type": "function", "function": function, "x": None}
+    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+    def text(messages: list[dict[str, Any]], **fields: Any) -> str:
+        asked = {"temperature": 0, "max_tokens": 8, "messages": messages, **fields}
+        answer = server.post(CHAT, asked)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    usual = text(plain)
+    user, said = plain
+    parts = [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "id": 5}]
+    for messages in (
+        [user, {**said, **nulls, "tool_calls": None, "annotations": []}],
+        [user, {**said, "tool_calls": [], "reasoning_content": None}],
+        [{**user, "name": None, "content": parts, "cache_control": {"type": "ephemeral"}}, said],
+        [{**user, "content": [{"type": "input_text", "text": "hi"}]}, said],
+        [user, {"role": "assistant", "content": None, "refusal": "yes"}],
+        [user, {"role": "assistant", "content": [{"type": "refusal", "refusal": "yes"}]}],
+    ):
+        assert text(messages) == usual, messages
+    assert text(plain, functions=None, audio=None, response_format=None, logit_bias=None) == usual
+    assert text(plain, temperature=1, top_p=0, seed=5) == usual, "the likeliest alone"
+    quiet = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    result = {"role": "tool", "tool_call_id": "c", "content": "1"}
+    want = text([*quiet, result])
+    for content in ({"content": None}, {}):
+        assert text([user, {**quiet[1], **content, **nulls}, result]) == want
+    for arguments in ({}, "", None):
+        called = {**call, "function": {**function, "arguments": arguments}}
+        assert text([user, {**quiet[1], "tool_calls": [called]}, result]) == want
+    unlimited = server.post(CHAT, {"messages": plain, "temperature": 0, "ignore_eos": True})
+    for limit in ("max_tokens", "max_completion_tokens"):
+        body = {"messages": plain, "temperature": 0, "ignore_eos": True, limit: -1}
+        assert server.post(CHAT, body).json()["choices"] == unlimited.json()["choices"]
+    assert unlimited.json()["usage"]["total_tokens"] == 256
+    body = {"prompt": "a", "max_tokens": -1, "ignore_eos": True, "n": 2, "best_of": 2}
+    both = server.post(COMPLETIONS, body).json()
+    assert len(both["choices"]) == 2 and both["usage"]["completion_tokens"] > 400
+    for wrong in ({"best_of": 2}, {"n": 2, "best_of": 1}, {"n": 2, "best_of": 3}):
+        answer = server.post(COMPLETIONS, {"prompt": "a", **wrong})
+        assert answer.status_code == 400 and "by n" in answer.json()["error"]["message"]
+
+
+def test_a_slash_at_the_end_and_head_are_the_same_route(server: Served) -> None:
+    for path in ("/v1/models", "/v1/models/tiny", "/health", "/metrics", "/", "/app.js"):
+        found, slashed = server.get(path), server.get(path.rstrip("/") + "/")
+        assert found.status_code == slashed.status_code == 200
+        head = httpx.head(server.url + path)
+        assert head.status_code == 200 and head.content == b""
+        assert head.headers["content-type"] == found.headers["content-type"]
+        if path != "/metrics":
+            assert (
+                head.headers["content-length"]
+                == str(len(found.content))
+                == slashed.headers["content-length"]
+            )
+    answer = server.post(COMPLETIONS + "/", {"prompt": "a", "max_tokens": 1})
+    assert answer.status_code == 200
+    assert httpx.head(server.url + COMPLETIONS).status_code == 405
+    assert httpx.head(server.url + "/v1/nothing").status_code == 404
 
 
 def test_the_page_may_load_and_reach_nothing_else(server: Served) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.errors import BevatronError
+from bevatron.generate.chat.answer import AnswerReader, marker_tokens, opens_thoughts
 from bevatron.generate.chat.template import ChatTemplate
-from bevatron.generate.chat.tools import parse_tool_calls
+from bevatron.generate.chat.tools import tool_names
 from bevatron.generate.console import show
 from bevatron.generate.engine import Engine
 from bevatron.generate.options import chosen, recommended
@@ -86,7 +87,7 @@ def _request(
         stops,
         stop,
         logprobs,
-        skip_special_tokens=not prompt.tools,  # they mark some models' tool calls
+        kept_tokens=marker_tokens(engine.tokenizer) if prompt.is_chat else frozenset(),
     )
 
 
@@ -106,11 +107,15 @@ def _described(
     }
     if answer.logprobs is not None:
         made["logprobs"] = [_logprob(engine, entry) for entry in answer.logprobs]
-    if prompt.tools:
-        text, calls = parse_tool_calls(answer.text)
-        if calls:
-            made["text"] = text
-            made["tool_calls"] = [{"name": c.name, "arguments": c.arguments} for c in calls]
+    if prompt.is_chat:
+        names = tool_names(prompt.tools) if prompt.tools else None
+        thinking = opens_thoughts(engine.tokenizer, request.prompt)
+        said = AnswerReader.whole(answer.text, names, thinking=thinking)
+        made["text"] = said.text
+        if said.thoughts:
+            made["reasoning"] = said.thoughts
+        if said.calls:
+            made["tool_calls"] = [{"name": c.name, "arguments": c.arguments} for c in said.calls]
     return made
 
 

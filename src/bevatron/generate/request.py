@@ -85,7 +85,7 @@ class Request:
             beginning of one is held back.
         logprobs: None for none; n for that of each new token and of the n likeliest beside it.
         prompt_logprobs: the same of the prompt's tokens.
-        skip_special_tokens: leave special tokens out of the text.
+        skip_special_tokens: leave special tokens out of the text, but for `kept_tokens`.
     """
 
     prompt: tuple[int, ...]
@@ -96,6 +96,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    kept_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.prompt:

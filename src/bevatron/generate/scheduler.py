@@ -82,7 +82,11 @@ class Scheduler:
         tokens, text = list(request.prompt), None
         if answers:
             text = TextStream(
-                self.vocabulary, tokens, request.stop_strings, request.skip_special_tokens
+                self.vocabulary,
+                tokens,
+                request.stop_strings,
+                request.skip_special_tokens,
+                request.kept_tokens,
             )
         goal = len(tokens) - (not answers)
         self.waiting.append(Sequence(request, stream, chooser, text, tokens, goal))

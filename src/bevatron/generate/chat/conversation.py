@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bevatron.errors import BevatronError
+from bevatron.generate.chat.answer import Said
 from bevatron.generate.chat.messages import Message, checked_messages
 from bevatron.generate.chat.tools import ToolCall
 from bevatron.generate.request import Sampling
@@ -50,11 +51,14 @@ class Conversation:
     def say(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
 
-    def answer(self, text: str, calls: list[ToolCall] | None = None) -> None:
-        message: Message = {"role": "assistant", "content": text}
+    def answer(self, said: Said, calls: Sequence[ToolCall] = ()) -> None:
+        """`calls`: those of what was said that are made."""
+        message: Message = {"role": "assistant", "content": said.text}
+        if said.thoughts:
+            message["reasoning_content"] = said.thoughts
         if calls:
             named = [{"name": call.name, "arguments": call.arguments} for call in calls]
-            message["content"] = text or None
+            message["content"] = said.text or None
             message["tool_calls"] = [{"type": "function", "function": f} for f in named]
         self.messages.append(message)
 

@@ -6,6 +6,9 @@ one only where the template wrote its first character. To know that, the chat is
 time with the first characters of special tokens exchanged, in everything that users write, for
 private ones. This also holds when a template cuts something out of a message and so joins the
 halves of a special token.
+
+Templates of models that think look for `</think>` in what the assistant said. Where that is a
+special token, what the assistant said keeps it: the model wrote it as a token itself.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
+from bevatron.generate.chat.answer import THINK, THINK_END
 from bevatron.generate.chat.error import ChatError
+from bevatron.generate.chat.messages import REASONING
 
 PRIVATE = 0x10F000  # where the stand-ins begin
 BREAK = "\U0010fffd\U0010fffc\U0010fffd"  # stands for a token of the template
@@ -38,6 +43,7 @@ class Encoder:
             and (token.special or (token.content.strip() and token.content in text))
         )
         self.literals = tuple(text for text in literals if len(text) > 1)
+        self.thoughts = tuple(t for t in (THINK, THINK_END) if t in self.control and t in text)
         longest_first = sorted(self.control, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.starts = {token[0] for token in self.control}
@@ -47,7 +53,7 @@ class Encoder:
         return _cached(tokenizer, literals)
 
     def encode(self, chat: Any, render: Callable[[Any], str]) -> list[int]:
-        """The ids of `render(chat)`, `chat` being messages, tools and other plain data."""
+        """The ids of `render(chat)`, `chat` being a tuple of messages, tools and plain data."""
         text = render(chat)
         written = "".join(_strings(chat))
         if not any(start in written for start in self.starts):
@@ -90,12 +96,16 @@ class Encoder:
             for literal in self.literals
             if literal[0] in marks and not any(t.startswith(literal) for t in self.control)
         ]
-        everywhere = re.compile("|".join(map(re.escape, marks)))
-        elsewhere = re.compile(f"(?!{'|'.join(looked_for) or '(?!)'})(?:{everywhere.pattern})")
+        everywhere = "|".join(map(re.escape, marks))
+        elsewhere = f"(?!{'|'.join(looked_for) or '(?!)'})(?:{everywhere})"
+        thoughts = "|".join(map(re.escape, self.thoughts)) or "(?!)"
         for pattern in (everywhere, elsewhere):
-            mark = partial(pattern.sub, lambda m: marks[m.group()])
+            other = partial(re.compile(pattern).sub, lambda m: marks[m.group()])
+            said = partial(
+                re.compile(f"(?!{thoughts})(?:{pattern})").sub, lambda m: marks[m.group()]
+            )
             try:
-                marked = render(_changed(chat, mark))
+                marked = render(_changed_chat(chat, said, other))
             except ChatError:
                 continue
             if marked.translate(back) == text:
@@ -144,6 +154,18 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [s for pair in value.items() for part in pair for s in _strings(part)]
     return [s for item in value for s in _strings(item)] if isinstance(value, list | tuple) else []
+
+
+def _changed_chat(chat: Any, said: Callable[[str], str], other: Callable[[str], str]) -> Any:
+    """A chat with all texts changed: by `said` what the assistant said, by `other` the rest."""
+    messages, *rest = chat
+    changed = [_changed(message, other) for message in messages]
+    for message, made in zip(messages, changed, strict=True):
+        if message["role"] == "assistant":
+            for key in ("content", *REASONING):
+                if isinstance(message.get(key), str):
+                    made[key] = said(message[key])
+    return (changed, *(_changed(value, other) for value in rest))
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

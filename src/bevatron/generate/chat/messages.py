@@ -85,9 +85,9 @@ def _parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     inner = call.get("function")
     function = inner if isinstance(inner, dict) else call
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
+    if arguments is None or isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments)
+            parsed = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             parsed = None
         if isinstance(parsed, dict):

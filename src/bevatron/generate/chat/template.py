@@ -202,7 +202,27 @@ class ChatTemplate:
             raise ChatError(f"{self.where}: this model's chat template has no place for tools")
         if any(m["role"] == "system" for m in chat) and not self.has_system_role:
             chat = merge_system(chat)
-        return chat, checked, plain(documents, "documents"), plain(variables, "variables")
+        given = (chat, checked, plain(documents, "documents"), plain(variables, "variables"))
+        return self._speechless(*given), *given[1:]
+
+    def _speechless(
+        self, chat: list[Message], tools: Any, documents: Any, variables: dict[str, Any]
+    ) -> list[Message]:
+        """Messages without content, as they stand beside tool calls, for templates that would print
+        None there, or fail: those get an empty text."""
+        if all(message["content"] is not None for message in chat):
+            return chat
+        empty = [{**m, "content": ""} if m["content"] is None else m for m in chat]
+        rest = (tools, documents, variables, True, _now())
+        try:
+            with_null = self._evaluate(chat, *rest)
+        except ChatError:
+            return empty
+        try:
+            printed = with_null.count("None") > self._evaluate(empty, *rest).count("None")
+            return empty if printed else chat
+        except ChatError:
+            return chat
 
     def _render(
         self,

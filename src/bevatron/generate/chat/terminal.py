@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.errors import BevatronError
+from bevatron.generate.chat.answer import AnswerReader, Said, marker_tokens, opens_thoughts
 from bevatron.generate.chat.conversation import SETTINGS, Conversation
 from bevatron.generate.chat.keyboard import History, read
 from bevatron.generate.chat.messages import checked_tools
 from bevatron.generate.chat.template import ChatTemplate
-from bevatron.generate.chat.tools import ToolCall, may_begin_call, parse_tool_calls
+from bevatron.generate.chat.tools import ToolCall, tool_names
 from bevatron.generate.console import show
 from bevatron.generate.engine import Engine
 from bevatron.generate.options import chosen, recommended
@@ -160,29 +161,36 @@ class Terminal:
             limit,
             conversation.sampling,
             stops,
-            skip_special_tokens=not self.tools,  # they mark some models' tool calls
+            kept_tokens=marker_tokens(self.engine.tokenizer),
         )
-        text, held, times, reason = "", "", [time.perf_counter()], "interrupted"
+        names = None if self.tools is None else tool_names(self.tools)
+        reader = AnswerReader(names, thinking=opens_thoughts(self.engine.tokenizer, ids))
+        said, times, reason = Said(), [time.perf_counter()], "interrupted"
+
+        def take(new: Said) -> None:
+            nonlocal said
+            if new.thoughts:
+                aside(new.thoughts)
+            if new.text:
+                show(new.text if said.text or not (said + new).thoughts else f"\n\n{new.text}")
+            said += new
+
         stream = self.engine.submit(request)
         try:
             for piece in stream:
-                text += piece.text
-                held += piece.text
                 times += [time.perf_counter()] * len(piece.tokens)
-                if self.tools is None or not may_begin_call(text):
-                    show(held)
-                    held = ""
+                take(reader.add(piece.text))
                 reason = piece.finish_reason or reason
         except KeyboardInterrupt:
             stream.cancel()
-        content, calls = self._parsed(text) if reason == "stop" else (text, [])
-        left = content if calls else held
-        show(left + "\n" if left or not calls else "")
-        if not text and reason == "interrupted":
+        take(reader.finish())
+        show("\n" if said.text or said.thoughts or not said.calls else "")
+        if reason == "interrupted" and not (said.text or said.thoughts):
             conversation.undo()
             note("interrupted before the first word; the message is taken back")
             return []
-        conversation.answer(content.strip() if calls else text, calls)
+        calls = list(said.calls) if reason in ("stop", "length") else []
+        conversation.answer(said, calls)
         for call in calls:
             given = ", ".join(f"{k}={json.dumps(v)}" for k, v in call.arguments.items())
             note(f"calls {call.name}({given})")
@@ -191,11 +199,6 @@ class Terminal:
 
     def _encode(self, messages: Any) -> list[int]:
         return self.template.encode(messages, tools=self.tools)
-
-    def _parsed(self, text: str) -> tuple[str, list[ToolCall]]:
-        if self.tools is None:
-            return text, []
-        return parse_tool_calls(text, {tool.get("function", tool)["name"] for tool in self.tools})
 
     # commands
 
@@ -252,14 +255,19 @@ REASONS = {
 
 def note(text: str) -> None:
     """Something that the program says, in the background's colour where there are colours."""
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     for line in text.splitlines():
-        if plain:
-            show(line + "\n")
-        else:
-            sys.stdout.write("\x1b[2m")
-            show(line)
-            sys.stdout.write("\x1b[0m\n")
+        aside(line)
+        show("\n")
+
+
+def aside(text: str) -> None:
+    """Show a text in the background's colour where there are colours."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        show(text)
+        return
+    sys.stdout.write("\x1b[2m")
+    show(text)
+    sys.stdout.write("\x1b[0m")
     sys.stdout.flush()
 
 

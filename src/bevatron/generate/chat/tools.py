@@ -1,4 +1,4 @@
-"""Tool calls in what a model said.
+"""Tool calls as models say them; where they stand in an answer is found by `answer.py`.
 
 Llama 3.1 to 3.3 say a JSON object {"name": ..., "parameters": {...}}, several of them apart by `;`
 or in a list, after <|python_tag|> or bare; or, for their built-in tools, Python:
@@ -11,15 +11,14 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 PYTHON_TAG = "<|python_tag|>"
 ENDS = ("<|eom_id|>", "<|eot_id|>")
-NEMOTRON = re.compile(r"<TOOLCALL>(.*?)</TOOLCALL>", re.DOTALL)
+TOOLCALL, TOOLCALL_END = "<TOOLCALL>", "</TOOLCALL>"
 BUILT_IN = re.compile(r"(\w+)\.call\((.*)\)", re.DOTALL)
-LONGEST = 1 << 20  # characters looked at
-OPENINGS = (PYTHON_TAG, "{", "[", "<TOOLCALL>")
 
 
 @dataclass(frozen=True)
@@ -35,43 +34,28 @@ class ToolCall:
         return {"id": id, "type": "function", "function": function}
 
 
-def parse_tool_calls(
-    text: str, names: frozenset[str] | set[str] | None = None
-) -> tuple[str, list[ToolCall]]:
-    """What is left to read, and the calls.
+def tool_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Of tools as `checked_tools` lets them pass."""
+    return frozenset(tool.get("function", tool)["name"] for tool in tools)
+
+
+def parse_calls(text: str, names: Collection[str]) -> list[ToolCall]:
+    """The calls that a text is, if it is nothing else: JSON, or Python after PYTHON_TAG.
 
     Args:
-        text: an answer, with or without its special tokens.
         names: of the tools that were offered; JSON that calls anything else is an answer that
-            happens to be JSON. None: any name will do.
+            happens to be JSON.
     """
-    if len(text) > LONGEST:
-        return text, []
-    if match := NEMOTRON.search(text):
-        calls = _json_calls(match.group(1), names)
-        if calls:
-            return (text[: match.start()] + text[match.end() :]).strip(), calls
-        return text, []
-    before, tag, after = text.partition(PYTHON_TAG)
-    said = (after if tag else before).strip()
+    said = text.strip()
+    tagged = said.startswith(PYTHON_TAG)
+    said = said.removeprefix(PYTHON_TAG).strip()
     for end in ENDS:
         said = said.removesuffix(end).strip()
     calls = _json_calls(said, names)
-    if not calls and tag:
-        calls = _built_in(said, names)
-    return (before.strip() if tag else "", calls) if calls else (text, [])
+    return calls if calls or not tagged else _built_in(said, names)
 
 
-def may_begin_call(text: str) -> bool:
-    """Whether an answer that begins so may turn out to be a tool call: a stream of it is held
-    back until that is known."""
-    start = text.lstrip()
-    return not start or any(
-        start.startswith(opening) or opening.startswith(start) for opening in OPENINGS
-    )
-
-
-def _json_calls(text: str, names: Any) -> list[ToolCall]:
+def _json_calls(text: str, names: Collection[str]) -> list[ToolCall]:
     """One object, a list of objects, or several apart by semicolons; else none."""
     decoder = json.JSONDecoder()
     calls: list[ToolCall] = []
@@ -93,7 +77,7 @@ def _json_calls(text: str, names: Any) -> list[ToolCall]:
     return calls
 
 
-def _call(value: Any, names: Any) -> ToolCall | None:
+def _call(value: Any, names: Collection[str]) -> ToolCall | None:
     if not isinstance(value, dict):
         return None
     if value.get("type") == "function" and isinstance(value.get("function"), dict):
@@ -107,14 +91,14 @@ def _call(value: Any, names: Any) -> ToolCall | None:
             return None
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
-    return ToolCall(name, arguments) if names is None or name in names else None
+    return ToolCall(name, arguments) if name in names else None
 
 
-def _built_in(text: str, names: Any) -> list[ToolCall]:
+def _built_in(text: str, names: Collection[str]) -> list[ToolCall]:
     """`tool.call(query="...")`; anything else after the tag is Python for the code interpreter,
     which stays text."""
     match = BUILT_IN.fullmatch(text)
-    if match is None or (names is not None and match.group(1) not in names):
+    if match is None or match.group(1) not in names:
         return []
     try:
         call = ast.parse(text, mode="eval").body

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bevatron.generate.chat.answer import AnswerReader, Said, marker_tokens, opens_thoughts
 from bevatron.generate.chat.error import ChatError
-from bevatron.generate.chat.tools import may_begin_call, parse_tool_calls
+from bevatron.generate.chat.tools import ToolCall
 from bevatron.generate.request import Piece, Request
 from bevatron.generate.server.answering import Answers
 from bevatron.generate.server.fields import ChatRequest
@@ -37,15 +38,16 @@ class ChatCompletion:
         self.tools = [] if asked.tool_choice == "none" else list(asked.tools or ())
         self.prompt = self._prompt()
         given = (asked.max_completion_tokens, asked.max_tokens)
-        limit = next((value for value in given if value is not None), None)
+        limit = next((value for value in given if value is not None), -1)
         self.requests: list[Request] = serving.requests(
             asked,
             [self.prompt],
-            limit,
+            None if limit == -1 else limit,
             logprobs=logprobs,
             stop_tokens=serving.stop_tokens,
-            skip_special_tokens=not self.tools,
+            kept_tokens=marker_tokens(serving.engine.tokenizer),
         )
+        self.thinking = opens_thoughts(serving.engine.tokenizer, self.prompt)
         self.head = serving.head("chatcmpl", "chat.completion")
 
     def _prompt(self) -> list[int]:
@@ -67,27 +69,26 @@ class ChatCompletion:
         except ChatError as error:
             raise bad(str(error), "messages", "invalid_chat") from error
 
-    def _parsed(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
-        """Content and tool calls of a whole answer."""
-        if not self.tools:
-            return text, []
-        content, calls = parse_tool_calls(text, {tool.function.name for tool in self.tools})
-        named = [call.to_openai(f"call_{uuid.uuid4().hex[:24]}") for call in calls]
-        return content, [{"index": i, **call} for i, call in enumerate(named)]
+    def reader(self) -> AnswerReader:
+        """Of one answer; streams and whole answers are read by the same."""
+        names = {tool.function.name for tool in self.tools} if self.tools else None
+        parallel = self.asked.parallel_tool_calls is not False
+        return AnswerReader(names, thinking=self.thinking, parallel=parallel)
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        content, calls = self._parsed("".join(piece.text for piece in pieces))
+        reader = self.reader()
+        said = sum((reader.add(piece.text) for piece in pieces), Said()) + reader.finish()
+        content = None if said.calls and not said.text else said.text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        reason = pieces[-1].finish_reason
-        if calls:
-            message["content"] = content or None
-            message["tool_calls"] = [{k: call[k] for k in call if k != "index"} for call in calls]
-            reason = "tool_calls"
+        if said.thoughts:
+            message["reasoning_content"] = said.thoughts
+        if said.calls:
+            message["tool_calls"] = [called(call) for call in said.calls]
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(pieces),
-            "finish_reason": reason,
+            "finish_reason": "tool_calls" if said.calls else pieces[-1].finish_reason,
         }
 
     def whole(self, answers: Answers, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
@@ -95,8 +96,7 @@ class ChatCompletion:
         return {**self.head, "choices": choices, "usage": usage([self.prompt], count(pieces))}
 
     async def events(self, answers: Answers) -> AsyncIterator[Any]:
-        """The role, then text as it becomes certain, then why it ended. With tools, text that may
-        be a call is held back until it is known whether it is one."""
+        """The role, then what was said as it becomes certain, then why it ended."""
         options = self.asked.stream_options
         ending: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
         head = {**self.head, "object": "chat.completion.chunk"}
@@ -107,31 +107,34 @@ class ChatCompletion:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
             return {**head, "choices": [choice], **ending}
 
-        for index in range(len(answers.streams)):
-            yield event(index, {"role": "assistant", "content": ""})
-        held = dict.fromkeys(range(len(answers.streams)), "")
-        free = set() if self.tools else set(held)  # choices whose text is known not to be a call
-        new = 0
+        # With tools it is not known yet whether there will be a content.
+        begin = {"role": "assistant"} if self.tools else {"role": "assistant", "content": ""}
+        readers = [self.reader() for _ in answers.streams]
+        for index in range(len(readers)):
+            yield event(index, begin)
+        calls, spoken, new = [0] * len(readers), [not self.tools] * len(readers), 0
         async with aclosing(answers.merged()) as merged:  # type: ignore[type-var]
             async for index, piece in merged:
                 new += len(piece.tokens)
                 logprobs, reason = self._logprobs([piece]), piece.finish_reason
-                text = held[index] = held[index] + piece.text
-                if index in free or not may_begin_call(text):
-                    free.add(index)
-                    held[index] = ""
-                elif reason is None:
-                    text = ""
-                else:
-                    content, calls = self._parsed(text)
-                    text = content or ""
-                    if calls:
-                        reason = "tool_calls"
-                        yield event(index, {"tool_calls": calls})
-                if text or logprobs:
-                    yield event(index, {"content": text}, logprobs)
+                said = readers[index].add(piece.text)
                 if reason is not None:
-                    yield event(index, {}, reason=reason)
+                    said += readers[index].finish()
+                delta: dict[str, Any] = {}
+                if said.thoughts:
+                    delta["reasoning_content"] = said.thoughts
+                if said.calls:
+                    made = enumerate(said.calls, calls[index])
+                    delta["tool_calls"] = [{"index": i, **called(call)} for i, call in made]
+                    calls[index] += len(said.calls)
+                last = reason is not None and not spoken[index] and not calls[index]
+                if said.text or last or (logprobs and spoken[index]):
+                    delta["content"] = said.text
+                    spoken[index] = True
+                if delta or logprobs:
+                    yield event(index, delta, logprobs)
+                if reason is not None:
+                    yield event(index, {}, reason="tool_calls" if calls[index] else reason)
         if ending:
             yield {**head, "choices": [], "usage": usage([self.prompt], new)}
 
@@ -140,6 +143,10 @@ class ChatCompletion:
             return None
         found = [one for piece in pieces for one in piece.logprobs]
         return {"content": for_chat(found, self.serving.texts), "refusal": None}
+
+
+def called(call: ToolCall) -> dict[str, Any]:
+    return call.to_openai(f"call_{uuid.uuid4().hex[:24]}")
 
 
 def with_config(asked: ChatRequest) -> ChatRequest:

@@ -31,10 +31,18 @@ class Completion:
             raise bad(
                 "max_tokens: is 0, which only `echo` allows; ask for at least 1", "max_tokens"
             )
-        limit = DEFAULT_TOKENS if asked.max_tokens is None else max(1, asked.max_tokens)
-        if asked.max_tokens is None:
+        if asked.best_of not in (None, self.n):
+            raise bad(
+                f"best_of: is {asked.best_of} and n is {self.n}; all answers are returned, so ask "
+                "for as many as you want by n",
+                "best_of",
+            )
+        limit: int | None = max(1, asked.max_tokens or 0)
+        if asked.max_tokens == -1:
+            limit = None
+        elif asked.max_tokens is None:
             room = serving.context - max(map(len, self.prompts))
-            limit = max(1, min(limit, room))
+            limit = max(1, min(DEFAULT_TOKENS, room))
         self.requests: list[Request] = serving.requests(
             asked,
             self.prompts,

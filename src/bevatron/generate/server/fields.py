@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 MAX_PROMPTS = 128
 MAX_TOKEN = 2**31 - 1
@@ -64,8 +64,30 @@ Prompt = Annotated[
 Stop = Annotated[str | list[Text] | None, BeforeValidator(_check_stop)]
 
 
+def _check_limit(value: object) -> object:
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError("expected at least 1, or -1 for no limit")
+    return value
+
+
+NO_LIMIT = "-1: as many as the context has room for"
+Limit = Annotated[
+    int, BeforeValidator(_check_limit), Field(ge=-1, le=MAX_TOKEN, description=NO_LIMIT)
+]
+
+
 class Strict(BaseModel):
+    """Nothing that it does not know, but null, which asks for nothing: clients write out all the
+    fields that they know."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
 
 
 class StreamOptions(Strict):
@@ -81,7 +103,7 @@ class Common(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -107,42 +129,71 @@ class Common(Strict):
 
 class CompletionRequest(Common):
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN)] | None = None
+    max_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKEN, description=NO_LIMIT)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128, description="The same as n")] | None = None
     suffix: Annotated[str, Field(max_length=0, description="Not supported")] | None = None
 
 
-class TextPart(Strict):
-    type: Literal["text"]
+class TextPart(BaseModel):
+    """What clients write beside the text (cache_control, annotations, ...) does not change it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: Literal["text", "input_text", "output_text"] = "text"
     text: str
+
+
+class RefusalPart(BaseModel):
+    """Of an assistant's message: what it said."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    type: Literal["refusal"]
+    refusal: str
 
 
 class CalledFunction(Strict):
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    arguments: str = "{}"
+    arguments: str | dict[str, JsonValue] | None = None
 
 
 class ToolCall(Strict):
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
     index: int | None = Field(None, exclude=True)
 
 
+WITHOUT_EFFECT = {"refusal", "annotations", "cache_control"}
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | RefusalPart] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     refusal: str | None = None
+
+    # Accepted, and without effect here.
+    annotations: list[JsonValue] | None = None
+    cache_control: dict[str, JsonValue] | None = None
 
     def plain(self) -> dict[str, Any]:
         """For the chat template."""
-        return {"content": None, **self.model_dump(exclude_none=True, exclude={"refusal"})}
+        found = self.model_dump(exclude_none=True, exclude=WITHOUT_EFFECT)
+        if not self.tool_calls:
+            found.pop("tool_calls", None)
+        if isinstance(self.content, list):
+            texts = [p.text if isinstance(p, TextPart) else p.refusal for p in self.content]
+            found["content"] = [{"type": "text", "text": text} for text in texts]
+        elif self.content is None and not self.tool_calls and self.refusal is not None:
+            found["content"] = self.refusal
+        return {"content": None, **found}
 
 
 class Function(Strict):
@@ -155,6 +206,7 @@ class Function(Strict):
 class Tool(Strict):
     type: Literal["function"]
     function: Function
+    cache_control: dict[str, JsonValue] | None = Field(None, exclude=True)
 
 
 class ResponseFormat(Strict):
@@ -163,8 +215,8 @@ class ResponseFormat(Strict):
 
 class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN)] | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None

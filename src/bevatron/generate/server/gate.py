@@ -40,6 +40,10 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # A slash at the end names the same route, and HEAD asks for what GET gives but its body.
+        headed = scope["method"] == "HEAD"
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        scope |= {"method": "GET"} if headed else {}
         status = 0
 
         async def watched(message: Message) -> None:
@@ -47,6 +51,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *SECURITY]
+            elif headed and message["type"] == "http.response.body":
+                message["body"] = b""
             await send(message)
 
         counts = scope["method"] == "POST"

@@ -130,10 +130,11 @@ class Serving:
             vocabulary = self.engine.spec.vocab_size
             message = f"logit_bias: names token {max(bias)}, the model has {vocabulary} tokens"
             raise bad(message, "logit_bias")
+        greedy = asked.top_p == 0  # no share at all: the likeliest token alone
         return Sampling(
-            temperature=take("temperature"),
+            temperature=0.0 if greedy else take("temperature"),
             top_k=max(0, take("top_k")),
-            top_p=take("top_p"),
+            top_p=1.0 if greedy else take("top_p"),
             min_p=take("min_p"),
             repetition_penalty=take("repetition_penalty"),
             frequency_penalty=asked.frequency_penalty or 0.0,
