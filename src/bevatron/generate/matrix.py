@@ -19,6 +19,7 @@ in torch's products.
 
 from __future__ import annotations
 
+import math
 import platform
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,9 @@ from torch import Tensor
 # Vectors up to which packed fp32 matrices are used. More are as fast without, and oneDNN keeps
 # what it prepared for every number that it has seen.
 BATCH = 16
+
+LOST = 2.0**-16  # while a bf16 result is rounded by up to 2^-9
+LARGEST = 15  # packed halves stay below 2^15
 
 Matrix = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 ops: Any = torch.ops
@@ -63,15 +67,24 @@ class Streamed:
 
 
 class Halves:
-    """Weights of 16 bits as fp16, packed by FBGEMM; vectors and sums are fp32 in between."""
+    """Weights of 16 bits as fp16, packed by FBGEMM; vectors and sums are fp32 in between.
 
-    def __init__(self, weight: Tensor) -> None:
+    Where fp16 would lose small weights, all are kept times a power of two, and vectors times its
+    inverse, both of which are exact.
+
+    Args:
+        weight: [out, in] fp32; `factor`: that power of two, as of `halves_factor`.
+    """
+
+    def __init__(self, weight: Tensor, factor: float) -> None:
+        self.undo = None if factor == 1 else torch.tensor([1 / factor])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.packed = ops.quantized.linear_prepack_fp16(weight.float().contiguous(), None)
+            self.packed = ops.quantized.linear_prepack_fp16((weight * factor).contiguous(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
+        wide = x.float() if self.undo is None else torch.mul(x, self.undo)
+        y: Tensor = ops.quantized.linear_dynamic_fp16(wide, self.packed)
         return y.to(x.dtype)
 
 
@@ -129,12 +142,26 @@ def matrix(weight: Tensor, *, batches: bool, int8: bool = False) -> Matrix:
         return Plain(weight)
     if weight.dtype == torch.float32:
         return Streamed(weight, batches and packs_fp32())
-    if packs_halves() and not multiplies_bf16() and _fits_halves(weight):
-        return Halves(weight)
+    if packs_halves() and not multiplies_bf16() and weight.numel():
+        wide = weight.float()
+        factor = halves_factor(wide)
+        if factor is not None:
+            return Halves(wide, factor)
     return Plain(weight)
 
 
-def _fits_halves(weight: Tensor) -> bool:
-    """Whether fp16 holds these values: none too large, and the smallest ones, which it rounds, too
-    small to matter."""
-    return weight.numel() > 0 and float(weight.abs().amax()) < 32768
+def halves_factor(weight: Tensor) -> float | None:
+    """A power of two, 1 if that will do, times which fp16 holds weights [out, in] fp32 of 16 bits:
+    every row but for at most LOST of its norm. None if there is none."""
+    most = float(weight.abs().amax())
+    if not math.isfinite(most):
+        return None
+    full = 2.0 ** min(120, LARGEST - math.frexp(most)[1])  # the largest comes to 2^14 or more
+    wide = weight * full
+    norms = torch.linalg.vector_norm(wide, dim=1)
+    for factor in (1.0, full):
+        if most * factor < 2.0**LARGEST:
+            lost = (weight * factor).half().float().mul_(full / factor).sub_(wide)
+            if bool((torch.linalg.vector_norm(lost, dim=1) <= LOST * norms).all()):
+                return factor
+    return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 2**24
+SCALED = 2**22  # elements that are widened at once
 
 # (x [n, h] of some tokens, weight, which tokens, whether a gradient is wanted) -> their sums, and
 # the gradient of the first sum with respect to x @ weight.T, [n, V] in x's dtype, if it is wanted
@@ -53,5 +54,15 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dx, dweight = ctx.saved_tensors
-        first = grad[0]
-        return dx * first.to(dx.dtype), dweight * first.to(dweight.dtype), *[None] * 4
+        return scaled(dx, grad[0]), scaled(dweight, grad[0]), *[None] * 4
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x [n, m] * factor (an fp32 scalar) in x's dtype. The factor itself is never rounded to that:
+    1/count as bf16 is off by up to 0.2%, and so would the whole gradient be."""
+    if x.dtype == factor.dtype:
+        return x * factor
+    out, rows = torch.empty_like(x), max(1, SCALED // max(1, x.shape[1]))
+    for piece, into in zip(x.split(rows), out.split(rows), strict=True):
+        into.copy_(piece.float() * factor)
+    return out
