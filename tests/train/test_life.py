@@ -244,6 +244,21 @@ def test_a_launcher_killed_as_its_workers_start_leaves_none(
     assert workers and gone(workers, 60)
 
 
+def test_ctrl_c_before_the_first_step_says_so_at_once(config: Path, start: Start) -> None:
+    run = start("bevatron", "train", str(config), "--nproc", "2", "train.steps=100000")
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(run.workers()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(run.process.pid, signal.SIGINT)
+    while "saving after this step" not in run.output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    said = run.end()
+    assert run.process.returncode == 130
+    assert "nothing to save yet" in said  # of the launcher, or of a run that had just begun
+    assert not (config.parent / "run").exists() or not list((config.parent / "run").glob("step-*"))
+
+
 @pytest.mark.slow
 def test_a_killed_launcher_leaves_no_workers(config: Path, start: Start) -> None:
     """They save, as at any other SIGTERM."""

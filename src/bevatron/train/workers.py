@@ -84,13 +84,14 @@ def launch(
         try:
             elastic_launch(config, sys.executable)("-m", "bevatron", *arguments)
         except ChildFailedError as error:
-            heard.leave_if_asked()
             rank, first = error.get_first_failure()
+            if isinstance(first.message, str):  # torch's: it left no words of its own
+                heard.leave_if_asked("; nothing to save yet" if saves else "")
             said = first.message if isinstance(first.message, str) else first.message["message"]
             raise failed(f"rank {rank}: {said}", first.exitcode) from None
         finally:
             del os.environ[LAUNCHER], os.environ[PARENT]
-        heard.leave_if_asked()
+        heard.leave_if_asked(None if saves else "")
         if (Path(folder) / STOPPED).exists():
             raise SystemExit(128 + signal.SIGTERM)
 
@@ -128,8 +129,14 @@ class _PassOn:
         # A worker that is still importing would answer SIGINT with a traceback.
         _send(signal.SIGTERM if got is signal.SIGINT else got)
 
-    def leave_if_asked(self) -> None:
+    def leave_if_asked(self, how: str | None) -> None:
+        """End if a signal asked for it. `how` is said if the workers have said nothing of it."""
         if self.asked is not None:
+            if how is not None:
+                what = (
+                    "interrupted" if self.asked is signal.SIGINT else f"ended by {self.asked.name}"
+                )
+                print(f"error: {what}{how}", file=sys.stderr, flush=True)
             raise SystemExit(128 + self.asked)
 
 
