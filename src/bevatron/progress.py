@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,20 +23,32 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(
-    description: str, total: int | None = None, unit: str = "it", done: int = 0
+    description: str,
+    total: int | None = None,
+    unit: str = "it",
+    done: int = 0,
+    *,
+    show: bool = True,
 ) -> Iterator[Advance]:
     """Yields a function that counts. Everything goes to stderr; nothing at all under two seconds.
+    One may lie within another, or run beside it in another thread.
 
     Args:
         unit: `B` shows the count in MB.
         done: before the start, at no time.
+        show: whether anything is shown; of several ranks, the first alone shows what all do.
     """
-    with (
-        _bar(description, total, unit, done)
-        if sys.stderr.isatty()
-        else _lines(description, total, unit, done) as advance
-    ):
+    shown = _silent if not show else _bar if sys.stderr.isatty() else _lines
+    with shown(description, total, unit, done) as advance:
         yield advance
+
+
+@contextmanager
+def _silent(description: str, total: int | None, unit: str, done: int) -> Iterator[Advance]:
+    def advance(n: int = 1, **fields: object) -> None:
+        pass
+
+    yield advance
 
 
 def _amount(n: int, unit: str) -> str:
@@ -62,7 +75,7 @@ def duration(seconds: float) -> str:
 @contextmanager
 def _lines(description: str, total: int | None, unit: str, done: int) -> Iterator[Advance]:
     began = last = time.monotonic()
-    said, shown = False, ""
+    said, shown = -1, ""  # what the last line counted
     marks = deque([(began, done)], maxlen=LINES_KEPT)
 
     def line(now: float) -> str:
@@ -78,50 +91,81 @@ def _lines(description: str, total: int | None, unit: str, done: int) -> Iterato
         done += n
         shown = _fields(fields) or shown
         now = time.monotonic()
-        pause = min(60.0, max(LINE_EVERY_S, (now - began) / 20)) if said else QUIET_S
+        pause = min(60.0, max(LINE_EVERY_S, (now - began) / 20)) if said >= 0 else QUIET_S
         if now - began >= QUIET_S and now - last >= pause:
-            last, said = now, True
+            last, said = now, done
             print(line(now), file=sys.stderr, flush=True)
             marks.append((now, done))
 
     yield advance
-    if said:
+    if 0 <= said < done:
         print(line(time.monotonic()), file=sys.stderr, flush=True)
+
+
+class _Screen:
+    """The bars on the terminal, one below the other, and below them what else is known."""
+
+    def __init__(self) -> None:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}"),
+            TimeRemainingColumn(),
+        )
+        self.users = 0
+        self.below = Text(no_wrap=True, overflow="ellipsis", style="dim")
+        console = Console(stderr=True)
+        self.live = Live(Group(self.bars, self.below), console=console, transient=True)
+
+
+_screens: list[_Screen] = []  # one while there are bars
+_changing = threading.Lock()
 
 
 @contextmanager
 def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[Advance]:
-    """One line with the bar, and below it what else is known."""
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        TimeRemainingColumn(),
-    )
-    below = Text(no_wrap=True, overflow="ellipsis", style="dim")
-    live = Live(Group(bar, below), console=Console(stderr=True), transient=True)
+    """A bar of the screen, which appears with the first one and goes with the last."""
     began = time.monotonic()
-    task: TaskID | None = None
+    screen: _Screen | None = None
+    task: Any = None
 
-    def advance(n: int = 1, **fields: Any) -> None:
-        nonlocal done, task
+    def advance(n: int = 1, **fields: object) -> None:
+        nonlocal done, screen, task
         done += n
-        if fields:
-            below.plain = _fields(fields)
-        if task is None and time.monotonic() - began >= QUIET_S:
-            task = bar.add_task(description, total=total, completed=done, amount="")
-            live.start()
-        if task is not None:
+        if screen is None and time.monotonic() - began >= QUIET_S:
+            screen = _appear()
+            task = screen.bars.add_task(description, total=total, completed=done, amount="")
+        if screen is not None:
             of = f" / {_amount(total, unit)}" if total else ""
-            bar.update(task, completed=done, amount=_amount(done, unit) + of)
+            screen.bars.update(task, completed=done, amount=_amount(done, unit) + of)
+            if fields:
+                screen.below.plain = _fields(fields)
 
     try:
         yield advance
     finally:
-        if task is not None:
-            live.stop()
+        if screen is not None:
+            _disappear(screen, task)
+
+
+def _appear() -> _Screen:
+    with _changing:
+        if not _screens:
+            _screens.append(_Screen())
+            _screens[0].live.start()
+        _screens[0].users += 1
+        return _screens[0]
+
+
+def _disappear(screen: _Screen, task: Any) -> None:
+    with _changing:
+        screen.bars.remove_task(task)
+        screen.users -= 1
+        if not screen.users:
+            screen.live.stop()
+            _screens.remove(screen)

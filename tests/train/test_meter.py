@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -179,27 +177,3 @@ def test_numbers_and_durations_as_people_read_them() -> None:
         "0.5", "950", "12.3k", "1.00M", "4.57M", "2.00B",
     ]  # fmt: skip
     assert [duration(x) for x in (3, 61, 3_725, 90_000)] == ["3 s", "1:01", "1:02:05", "1 d 1:00"]
-
-
-SCRIPT = """
-import sys, time
-from bevatron import progress as p
-p.QUIET_S, p.LINE_EVERY_S = float(sys.argv[1]), 0.05
-with p.progress("training", total=100, unit="steps", done=90) as advance:
-    for i in range(10):
-        time.sleep(0.03)
-        advance(1, loss=f"{3 - i / 10:.2f}")
-"""
-
-
-def _progress(quiet: float) -> str:
-    command = [sys.executable, "-c", SCRIPT, str(quiet)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def test_progress_lines_say_how_far_how_long_and_what_and_nothing_of_short_work() -> None:
-    lines = _progress(0.1).splitlines()
-    assert 2 <= len(lines) <= 7
-    assert lines[0].startswith("training: 9") and " to go  loss " in lines[0]
-    assert lines[-1].startswith("training: 100 of 100 (100%)") and lines[-1].endswith("loss 2.10")
-    assert _progress(2.0) == ""

@@ -70,8 +70,5 @@ def shown_progress(title: str, total: int, show: bool = True) -> Iterator[Callab
     """The program's progress bar over `total` bytes, if it is to be shown."""
     from bevatron.progress import progress
 
-    if not show:
-        yield lambda nbytes: None
-        return
-    with progress(title, total=total, unit="B") as advance:
+    with progress(title, total=total, unit="B", show=show) as advance:
         yield advance

@@ -26,6 +26,7 @@ from bevatron.checkpoint.manifest import (
     TensorEntry,
 )
 from bevatron.checkpoint.shard import box, shares
+from bevatron.progress import Advance, progress
 
 DTYPES = {
     "F64": torch.float64,
@@ -77,8 +78,17 @@ def without_chunks(tensors: Iterable[Saved]) -> Boxes:
     return {t.name: TensorEntry(SPELLED[t.dtype], tuple(t.placed.shape), ()) for t in tensors}
 
 
-def write_share(folder: Path, tensors: Iterable[Saved], rank: int) -> Boxes:
-    """Write all of these boxes, each as one chunk, below `folder`."""
+def write_share(
+    folder: Path, tensors: Iterable[Saved], rank: int, shown: str | None = None
+) -> Boxes:
+    """Write all of these boxes, each as one chunk, below `folder`; `shown`: the progress's name."""
+    tensors = list(tensors)
+    total = sum(t.values.numel() * t.dtype.itemsize for t in tensors)
+    with progress(shown or "", total, "B", show=shown is not None) as advance:
+        return _write_files(folder, tensors, rank, advance)
+
+
+def _write_files(folder: Path, tensors: Iterable[Saved], rank: int, advance: Advance) -> Boxes:
     by_file: dict[str, list[Saved]] = {}
     entries: Boxes = {}
     for saved in tensors:
@@ -87,13 +97,15 @@ def write_share(folder: Path, tensors: Iterable[Saved], rank: int) -> Boxes:
     for file, items in by_file.items():
         (folder / file).parent.mkdir(exist_ok=True)
         try:
-            _write_file(folder, file, items, entries)
+            _write_file(folder, file, items, entries, advance)
         except OSError as error:  # of a write, which does not say to what
             raise OSError(error.errno, error.strerror, str(folder / file)) from error
     return entries
 
 
-def _write_file(folder: Path, file: str, items: list[Saved], entries: Boxes) -> None:
+def _write_file(
+    folder: Path, file: str, items: list[Saved], entries: Boxes, advance: Advance
+) -> None:
     """A safetensors file of boxes; keys are `name@offset` so that it can be read on its own."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -113,7 +125,7 @@ def _write_file(folder: Path, file: str, items: list[Saved], entries: Boxes) -> 
             hasher = new_hasher()
             for i in range(0, len(data), PIECE):
                 hasher.update(data[i : i + PIECE])
-                out.write(data[i : i + PIECE])
+                advance(out.write(data[i : i + PIECE]))
             offset, shape = box(item.placed)
             chunk = Chunk(offset, shape, file, start, spell(hasher))
             dtype, whole = SPELLED[item.dtype], tuple(item.placed.shape)
@@ -134,8 +146,12 @@ def verify_share(folder: Path, manifest: Manifest, rank: int, world: int) -> Non
     Raises CheckpointError naming the file and the tensor of a chunk that changed."""
     chunks = [(name, t, c) for name, t in manifest.tensors.items() for c in t.chunks]
     chunks.sort(key=lambda item: -math.prod(item[2].shape))
-    for name, tensor, chunk in chunks[rank::world]:
-        verify_chunk(folder, chunk, ITEMSIZE[tensor.dtype], name)
+    own = chunks[rank::world]
+    total = sum(math.prod(chunk.shape) * ITEMSIZE[tensor.dtype] for _, tensor, chunk in own)
+    with progress(f"checking {folder.name}", total, "B", show=rank == 0) as advance:
+        for name, tensor, chunk in own:
+            verify_chunk(folder, chunk, ITEMSIZE[tensor.dtype], name)
+            advance(math.prod(chunk.shape) * ITEMSIZE[tensor.dtype])
 
 
 def merge(ranks: Iterable[Boxes]) -> Boxes:
@@ -162,22 +178,30 @@ def box_reader(folder: Path, manifest: Manifest, prefix: str) -> ReadBox:
 
 
 def load(
-    into: Mapping[str, tuple[Tensor, Tensor]], shapes: Mapping[str, tuple[int, ...]], read: ReadBox
+    into: Mapping[str, tuple[Tensor, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: ReadBox,
+    shown: str | None = None,
 ) -> None:
-    """Fill local values from a checkpoint, cast to their dtype.
+    """Fill local values from a checkpoint, cast to their dtype; shows the progress as `shown`.
 
     Args:
         into: name -> (the tensor whose placement says which box, the local values to fill).
         shapes: name -> global shape in the checkpoint.
     """
-    for name, (placed, values) in into.items():
-        if name not in shapes:
-            raise CheckpointError(f"{name} is not in the checkpoint; it belongs to another model")
-        if tuple(placed.shape) != tuple(shapes[name]):
-            raise CheckpointError(
-                f"{name} has shape {tuple(shapes[name])} in the checkpoint, the model expects "
-                f"{tuple(placed.shape)}"
-            )
-        if values.numel():
-            offset, shape = box(placed)
-            values.copy_(read(name, offset, shape))
+    total = sum(values.numel() for _, values in into.values())
+    with progress(shown or "", total, "elements", show=shown is not None) as advance:
+        for name, (placed, values) in into.items():
+            if name not in shapes:
+                raise CheckpointError(
+                    f"{name} is not in the checkpoint; it belongs to another model"
+                )
+            if tuple(placed.shape) != tuple(shapes[name]):
+                raise CheckpointError(
+                    f"{name} has shape {tuple(shapes[name])} in the checkpoint, the model expects "
+                    f"{tuple(placed.shape)}"
+                )
+            if values.numel():
+                offset, shape = box(placed)
+                values.copy_(read(name, offset, shape))
+                advance(values.numel())

@@ -7,8 +7,8 @@ get the same scores.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -318,7 +318,4 @@ class Pass:
 
     def _shown(self, what: str, total: int) -> AbstractContextManager[Any]:
         """The progress, on the first rank."""
-        if dist.get_rank() == 0:
-            return progress(what, total, "samples")
-        quiet: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
-        return nullcontext(quiet)
+        return progress(what, total, "samples", show=dist.get_rank() == 0)

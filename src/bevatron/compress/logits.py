@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,7 @@ def make(teacher: str, config: RunConfig, layout: Layout, dtype: str, device: to
         missing = on_all(lambda: _missing(folder, info) if main else [])[0]
         maker = Maker(companion, info, folder, samplers, config.data.document_mask, device)
         total = sum(block.end - block.begin for block in missing)
-        quiet: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
-        with progress("storing logits", total, "samples") if main else nullcontext(quiet) as shown:
+        with progress("storing logits", total, "samples", show=main) as shown:
             maker.run(missing, shown)
         return on_all(lambda: _finish(folder, info) if main else info)[0]
 

@@ -32,5 +32,6 @@ def load_opened(
     decoder = decoder.to(dtype or DTYPES[opened.dtype]).to_empty(device=device)
     decoder.tie()
     into = {name: (p.data, p.data) for name, p in decoder.named_parameters()}
-    load(into, opened.shapes, box_reader(opened.folder, opened.manifest, "model/"))
+    read = box_reader(opened.folder, opened.manifest, "model/")
+    load(into, opened.shapes, read, "loading weights")
     return decoder.eval(), opened.spec

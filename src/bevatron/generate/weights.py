@@ -20,6 +20,7 @@ from bevatron.checkpoint.sharded import DTYPES, box_reader
 from bevatron.generate.matrix import Matrix, matrix
 from bevatron.nn.norm import rms
 from bevatron.parallel.tensor import placement
+from bevatron.progress import Advance, progress
 from bevatron.spec import MLP, Attention, Linear
 from bevatron.spec import Norm as NormSpec
 
@@ -85,6 +86,12 @@ class Share:
     tp: int = 1
     tp_rank: int = 0
 
+    def holds(self, name: str) -> bool:
+        """Whether a parameter is in this part, whole or cut."""
+        if name.startswith("layers."):
+            return int(name.split(".")[1]) in self.layers
+        return self.last if name.startswith(("head.", "final_norm.")) else self.first
+
     def bounds(self, n: int) -> tuple[int, int]:
         """This rank's range of a dimension of size n, cut as training cuts it."""
         step = -(-n // self.tp)
@@ -96,6 +103,7 @@ class Reader:
 
     Args:
         batches: whether several sequences will run at once.
+        advance: gets the elements that have been read.
     """
 
     def __init__(
@@ -106,14 +114,18 @@ class Reader:
         device: torch.device,
         batches: bool,
         int8: bool,
+        advance: Advance,
     ) -> None:
+        self.advance = advance
         self.spec, self.share, self.dtype, self.device = opened.spec, share, dtype, device
         self.batches, self.int8 = batches, int8
         self.parameters = {p.name: p for p in opened.spec.parameters()}
         self.read = box_reader(opened.folder, opened.manifest, "model/")
 
     def box(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        return self.read(name, offset, shape).to(self.device, self.dtype)
+        values = self.read(name, offset, shape).to(self.device, self.dtype)
+        self.advance(values.numel())
+        return values
 
     def part(self, name: str) -> Tensor:
         """This rank's part of a parameter."""
@@ -228,9 +240,13 @@ def read_weights(
     *,
     batches: bool,
     int8: bool = False,
+    show: bool = False,
 ) -> ModelWeights:
-    """A rank's weights, in `dtype` or in that of most of the stored ones."""
-    return Reader(opened, share, dtype or DTYPES[opened.dtype], device, batches, int8).model()
+    """A rank's weights, in `dtype` or in that of most of the stored ones; shows its progress."""
+    total = sum(p.numel for p in opened.spec.parameters() if share.holds(p.name)) // share.tp
+    with progress("loading weights", total, "elements", show=show) as advance:
+        chosen = dtype or DTYPES[opened.dtype]
+        return Reader(opened, share, chosen, device, batches, int8, advance).model()
 
 
 def make_norm(

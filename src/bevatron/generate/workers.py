@@ -71,7 +71,13 @@ class Plan:
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         share = self.share(opened.spec, rank)
         return read_weights(
-            opened, share, dtype, self.where(rank), batches=self.batches, int8=self.int8
+            opened,
+            share,
+            dtype,
+            self.where(rank),
+            batches=self.batches,
+            int8=self.int8,
+            show=rank == 0,
         )
 
 

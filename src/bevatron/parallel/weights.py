@@ -40,7 +40,8 @@ def load_weights(
 ) -> None:
     """Fill this rank's parameters, but those to `leave`, from boxes of tensors of these shapes."""
     parameters = placed.parameters.items()
-    load({n: (p, local(p.detach())) for n, p in parameters if n not in leave}, shapes, read)
+    into = {n: (p, local(p.detach())) for n, p in parameters if n not in leave}
+    load(into, shapes, read, "loading weights" if dist.get_rank() == 0 else None)
 
 
 def stream(

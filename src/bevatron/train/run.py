@@ -24,7 +24,7 @@ from bevatron.parallel.layout import Layout
 from bevatron.parallel.replicas import check_replicas
 from bevatron.parallel.weights import fill_random, stream
 from bevatron.parallel.world import mesh
-from bevatron.progress import Advance
+from bevatron.progress import Advance, progress
 from bevatron.train import restart
 from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
@@ -231,8 +231,6 @@ class Run:
 
     def go(self, say: Say) -> None:
         """Train from the current step to `train.steps`, then save if that was not done."""
-        from bevatron.progress import progress
-
         steps = self.config.train.steps
         on_all(lambda: self._prepare_folder() if self.is_main else None)
         if self.step >= steps:
@@ -242,9 +240,9 @@ class Run:
         self._say_changes(say)
         for line in self.feed.summary(steps):
             say(line)
-        shown = progress("training", total=steps, unit="steps", done=self.step)
+        shown = progress("training", steps, "steps", self.step, show=self.is_main)
         try:
-            with shown if self.is_main else _Quiet() as advance:
+            with shown as advance:
                 self._loop(steps, advance)
         except BaseException:
             self.saver.leave()
@@ -376,14 +374,16 @@ class Run:
 
     def _validate(self) -> bool:
         """Write a validation line; False if some rank was asked to stop meanwhile."""
-        parts = []
-        for i in range(self.config.train.val_batches):
-            self.watch.at("validating", self.step)
-            batch = self.stopping.unless_asked(partial(self.feed.validation_batch, i))
-            part = self.trainer.evaluate(batch)
-            if part is None:
-                return False
-            parts.append(part)
+        parts, batches = [], self.config.train.val_batches
+        with progress("validating", batches, "batches", show=self.is_main) as advance:
+            for i in range(batches):
+                self.watch.at("validating", self.step)
+                batch = self.stopping.unless_asked(partial(self.feed.validation_batch, i))
+                part = self.trainer.evaluate(batch)
+                if part is None:
+                    return False
+                parts.append(part)
+                advance(1)
         sums, counts = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
         found = self.trainer.objective.report(sums, counts)
         self.meter.validation(self.step, {f"val_{k}": v for k, v in found.items()})
@@ -392,13 +392,3 @@ class Run:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class _Quiet:
-    """What ranks other than the first show."""
-
-    def __enter__(self) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-    def __exit__(self, *exc: object) -> None:
-        return None

@@ -174,7 +174,8 @@ class Saver:
         if copy:
             copies = iter(self.snapshot.take([saved for part in parts for saved in part.own]))
             parts = [replace(part, own=[next(copies) for _ in part.own]) for part in parts]
-        save = InFlight(step, parts, Background(lambda: self._write(step, parts)))
+        shown = self.is_main and not copy  # steps go on beside a copy, and show their own
+        save = InFlight(step, parts, Background(lambda: self._write(step, parts, shown)))
         if self.is_main:
             state = self._train_state(step, tokens)
             save.committing = Background(lambda: self._commit_all(save, state))
@@ -192,11 +193,12 @@ class Saver:
         folder = self.folder.partial(step, kind, self.token)
         return Part(kind, folder, everything, own_share(everything))
 
-    def _write(self, step: int, parts: Sequence[Part]) -> None:
+    def _write(self, step: int, parts: Sequence[Part], shown: bool) -> None:
         """In a thread of every rank."""
         try:
             for part in parts:
-                written = write_share(part.folder, part.own, self.rank)
+                title = f"saving step {step}" if shown else None
+                written = write_share(part.folder, part.own, self.rank, title)
                 entries = without_chunks(part.tensors) | written
                 tables.leave_table(part.folder, self.rank, entries)
         except Exception as error:

@@ -141,7 +141,7 @@ class Trainer:
         for name, parameter in self.placed.parameters.items():
             if f"master/{name}" in shapes:
                 into[f"master/{name}"] = parameter, local(parameter.detach())
-        load(into, shapes, read)
+        load(into, shapes, read, "loading the optimizer" if dist.get_rank() == 0 else None)
         self.optimizer.set_step(step)
 
     def to_save(self) -> list[Saved]:
