@@ -156,10 +156,21 @@ def test_the_operator_is_what_compilers_and_checkpoints_expect() -> None:
     torch.library.opcheck(tiled, (*of, mask.starts, mask.blocks), test_utils=tests)
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "tiled"])
-def test_compiled_without_a_break(dense: bool) -> None:
+@pytest.mark.parametrize("way", ["dense", "tiled", "by runs"])
+def test_compiled_without_a_break(way: str) -> None:
+    """And once: a mask is made anew for every forward."""
     context = CONTEXTS["outer"]
-    of, mask = inputs(context), mask_of(context, DOCUMENTS, dense=dense)
+
+    def mask() -> Mask | None:
+        if way == "by runs":
+            return make_mask(context, torch.zeros(1, device="meta"), S // 2)
+        return mask_of(context, DOCUMENTS, dense=way == "dense")
+
+    of = inputs(context)
+    torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend="aot_eager")
-    for a, b in zip(both(compiled(*of, mask), of), both(attend(*of, mask), of), strict=True):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            got = both(compiled(*of, mask()), of)
+    for a, b in zip(got, both(attend(*of, mask()), of), strict=True):
         torch.testing.assert_close(a, b)

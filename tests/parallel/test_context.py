@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from bevatron.checkpoint.manifest import Manifest, read_manifest
 from bevatron.checkpoint.run_folder import RunFolder
 from bevatron.checkpoint.sharded import box_reader, merge, write_rank
 from bevatron.nn import attend, tiles
+from bevatron.parallel import blocks
 from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
 from tests.processes import Pool
@@ -147,22 +148,31 @@ def test_with_recomputing_and_other_micro_batches(pool: Pool, changes: dict[str,
             assert got == pytest.approx(want, rel=1e-5)
 
 
-def train_traced(case: Case, in_tiles: bool) -> list[tuple[float, float]]:
+def train_by_runs(case: Case) -> list[tuple[float, float]]:
+    """As accelerators do without documents: a fused call for each run of positions."""
+    with patch.object(attend, "NO_RUNS", set()):
+        return train(case)
+
+
+def train_traced(case: Case, way: Callable[[Case], list[Any]]) -> list[tuple[float, float]]:
     """With layers compiled as far as the gradient's graph; the C++ after it takes minutes."""
-    before = torch.compile
-    torch.compile = partial(before, backend="aot_eager")  # type: ignore[assignment]
-    try:
-        return train_in_tiles(case) if in_tiles else train(case)
-    finally:
-        torch.compile = before
+    with patch.object(blocks, "BACKEND", "aot_eager"):
+        return way(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_tiles", [False, True], ids=["dense", "tiled"])
-def test_with_compiled_layers(pool: Pool, in_tiles: bool) -> None:
+@pytest.mark.parametrize("way", [train, train_in_tiles], ids=["dense", "tiled"])
+def test_with_compiled_layers(pool: Pool, way: Callable[[Case], list[Any]]) -> None:
     expected = reference(pool, Case("heterogeneous", documents=True))
     case = Case("heterogeneous", Layout(cp=2, tp=2), documents=True, compile=True)
-    for got, want in zip(pool.run(4, train_traced, case, in_tiles)[0], expected, strict=True):
+    for got, want in zip(pool.run(4, train_traced, case, way)[0], expected, strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_with_compiled_layers_as_accelerators_run_them(pool: Pool) -> None:
+    case = Case("homogeneous", Layout(cp=2), compile=True)
+    expected = reference(pool, Case("homogeneous"))
+    for got, want in zip(pool.run(2, train_traced, case, train_by_runs)[0], expected, strict=True):
         assert got == pytest.approx(want, rel=1e-5)
 
 

@@ -26,6 +26,8 @@ PRODUCTS, BLOCK = 1024, 128
 # Largest mask [B, T, S], in elements, that is made as a whole.
 DENSE = {"cpu": 2**16}
 DENSE_ON_ACCELERATORS = 2**27
+# Where a fused call for a run of positions would make a mask of all its queries and keys.
+NO_RUNS = {"cpu"}
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,16 @@ class Mask:
         runs: the queries' positions in the sequence.
         starts: [B, T] where the document of each query begins; None for one that is all.
         dense: [B or 1, 1, T, S], 0 and -inf, if it is to be used.
-        blocks: if tiles are, see `tiles.blocks_of`; with neither, one call per run.
+        blocks: if tiles are, see `tiles.blocks_of`.
+        biases: if one call per run is: what tells it that its last query sees all of its keys. (A
+            compiled layer takes such an object, but cannot make one.)
     """
 
     runs: tuple[Run, ...]
     starts: Tensor | None
     dense: Tensor | None = None
     blocks: Tensor | None = None
+    biases: tuple[Tensor, ...] = ()
 
 
 def make_mask(
@@ -58,8 +63,9 @@ def make_mask(
         return None
     runs = context.runs(length)
     starts = None if documents is None else context.starts(documents)
-    if starts is None and x.device.type != "cpu":
-        return Mask(runs, starts)
+    if starts is None and x.device.type not in NO_RUNS:
+        biases = tuple(causal_lower_right(end - begin, end) for begin, end in runs)
+        return Mask(runs, starts, biases=biases)
     elements = length * length * context.size * (1 if starts is None else len(starts))
     if elements > DENSE.get(x.device.type, DENSE_ON_ACCELERATORS):
         return Mask(runs, starts, blocks=blocks_of(runs, starts))
@@ -79,10 +85,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         return _causal(q, k, v)
     if mask.dense is not None:
         return F.scaled_dot_product_attention(q, k, v, mask.dense, enable_gqa=_grouped(q, k))
-    if mask.blocks is None:
-        return by_runs(q, k, v, mask.runs)
-    y: Tensor = tiled(q, k, v, mask.starts, mask.blocks)[0]
-    return y
+    if mask.blocks is not None:
+        y: Tensor = tiled(q, k, v, mask.starts, mask.blocks)[0]
+        return y
+    return by_runs(q, k, v, mask)
 
 
 def _grouped(q: Tensor, k: Tensor) -> bool:
@@ -112,13 +118,11 @@ def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-def by_runs(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...]) -> Tensor:
-    """Causal attention of queries at `runs`, one fused call each. On a CPU such a call makes a mask
-    of all its queries and keys."""
+def by_runs(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Causal attention of queries at `mask.runs`, one fused call each."""
     parts, at = [], 0
-    for begin, end in runs:
+    for (begin, end), bias in zip(mask.runs, mask.biases, strict=True):
         new = end - begin
-        bias = causal_lower_right(new, end)
         part = q[:, :, at : at + new], k[:, :, :end], v[:, :, :end]
         parts.append(F.scaled_dot_product_attention(*part, bias, enable_gqa=_grouped(q, k)))
         at += new
