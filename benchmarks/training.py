@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -248,19 +247,29 @@ def serve(step: Step) -> None:
 # --- the limit ------------------------------------------------------------------------------------
 
 
-def rate(dtype: str, rounds: int) -> float:
-    """FLOP/s of one core in a product of a training step's size: forward, both gradients."""
+def rates(dtype: str, rounds: int = 5) -> list[float]:
+    """FLOP/s of one core in products of a training step's size, forward and both gradients, once
+    per round. What the first use of a dtype costs (seconds for bf16, whose kernels are chosen and
+    made then) is not among them."""
     import torch
 
     torch.set_num_threads(1)
     kind = getattr(torch, dtype)
     x, w, g = (torch.randn(*s).to(kind) for s in ((1024, 512), (1408, 512), (1024, 1408)))
-    best = math.inf
-    for _ in range(rounds):
+    seconds = []
+    for _ in range(1 + rounds):
         began = time.process_time()
         _ = x @ w.T, g @ w, g.T @ x
-        best = min(best, time.process_time() - began)
-    return 3 * 2 * 1024 * 512 * 1408 / best
+        seconds.append(time.process_time() - began)
+    return [3 * 2 * 1024 * 512 * 1408 / s for s in seconds[1:]]
+
+
+def bf16_is_faster() -> bool:
+    """On this machine, by the median of several rounds; says both."""
+    fp32, bf16 = (statistics.median(rates(dtype)) for dtype in ("float32", "bfloat16"))
+    said = f"products of fp32 {fp32 / 1e9:.0f} GFLOP/s a core, of bf16 {bf16 / 1e9:.0f}"
+    print(f"{said}: {'bf16' if bf16 > fp32 else 'fp32'} for all", file=sys.stderr)
+    return bf16 > fp32
 
 
 # --- the parent -----------------------------------------------------------------------------------
@@ -308,7 +317,7 @@ def measure(shape_name: str, options: argparse.Namespace, bf16: bool) -> dict[st
         for _ in range(options.rounds):
             for name, process in running.items():
                 times[name].append(take(process, options.steps))
-    limit = shape.flops / rate("bfloat16" if bf16 else "float32", 5)
+    limit = shape.flops / max(rates("bfloat16" if bf16 else "float32"))
     rows = {}
     for name, rounds in times.items():
         cpu = statistics.median(r[1] for r in rounds)
@@ -352,9 +361,7 @@ def main() -> None:
     if options.child:
         child(options.child, SHAPES[options.shapes], options.bf16, options.threads)
         return
-    bf16 = options.precision == "bf16"
-    if options.precision == "auto":
-        bf16 = rate("bfloat16", 1) > rate("float32", 3)
+    bf16 = bf16_is_faster() if options.precision == "auto" else options.precision == "bf16"
     for shape in options.shapes.split(","):
         found = measure(shape, options, bf16)
         print(json.dumps(found)) if options.json else show(found)
