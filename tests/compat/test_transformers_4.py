@@ -20,6 +20,8 @@ import transformers
 from torch import Tensor
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
+from bevatron.compress.prune import prune
+from bevatron.compress.sizes import Targets
 from bevatron.generate.load import load_decoder
 from tests.hf.test_hf import CASES as BLOCKS
 from tests.hf.test_hf import save as save_llama_nemotron
@@ -108,21 +110,28 @@ def read(home: Path, folders: list[tuple[Path, str]], *extra: str) -> dict[Path,
     return {Path(f): m for f, m in map(json.loads, done.stdout.splitlines())}
 
 
-def written_anew(source: Path, home: Path) -> Path:
-    """There and back with a config.json made from the spec alone."""
+def written_anew(source: Path, home: Path, way: str = "spec") -> Path:
+    """There and back with a config.json made from the spec alone, or from the source's, which has
+    the new spelling of rope only."""
     import_checkpoint(source, home / "native")
-    (home / "native" / "source" / "config.json").unlink()
-    export_checkpoint(home / "native", home / "out")
+    native = home / "native"
+    if way == "spec":
+        (native / "source" / "config.json").unlink()
+    elif way == "pruned":
+        prune(native, home / "pruned", Targets(drop_layers=(0,)), show_progress=False)
+        native = home / "pruned"
+    export_checkpoint(native, home / "out", dtype="fp16" if way == "dtype" else None)
     return home / "out"
 
 
 def expected(folder: Path) -> Tensor:
-    decoder, _ = load_decoder(folder)
+    decoder, _ = load_decoder(folder, dtype=torch.float32)
     with torch.no_grad():
         return decoder.logits(torch.arange(4, 88).view(2, 42))
 
 
-def test_stock_classes_compute_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["spec", "dtype", "pruned"])
+def test_stock_classes_compute_the_same(way: str, tmp_path: Path) -> None:
     folders = []
     for case, (name, changes) in STOCK.items():
         stem = name.partition("For")[0].removesuffix("Model")
@@ -132,7 +141,7 @@ def test_stock_classes_compute_the_same(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.data += torch.randn_like(parameter) * 0.1
         model.save_pretrained(tmp_path / case / "hf")
-        folders.append((written_anew(tmp_path / case / "hf", tmp_path / case), name))
+        folders.append((written_anew(tmp_path / case / "hf", tmp_path / case, way), name))
     read(tmp_path, folders)
     for folder, _ in folders:
         found = torch.load(folder / "read.pt", weights_only=True)

@@ -15,6 +15,7 @@ from bevatron.errors import BevatronError
 from bevatron.families import FamilyError, by_name, for_config, for_spec
 from bevatron.families.llama_nemotron import width
 from bevatron.families.published import PRESETS, preset, read_blocks
+from bevatron.families.rope_fields import ROPE_FIELDS
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, Norm, Rope
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS, NANOCHAT, NEMOTRON
 
@@ -129,8 +130,10 @@ def test_configs_round_trip_through_transformers(case: str, full: bool) -> None:
         assert again.dtype == torch.bfloat16
         assert again.bos_token_id is None
     else:
-        written = family.config(spec, "bfloat16", source | {"dtype": "bfloat16"})
-        assert written == source | {"dtype": "bfloat16"}
+        source["dtype"] = "bfloat16"
+        written = family.config(spec, "bfloat16", source)
+        assert {name: written[name] for name in source} == source
+        assert set(written) - set(source) <= OLD_ROPE, "what transformers 4 needs"
         again = CONFIGS[family.name](**written)
     assert family.spec(as_json(again)) == spec
 
@@ -142,6 +145,8 @@ def test_silence_means_transformers_defaults() -> None:
         assert family.spec(also) == family.spec(as_json(config(**also)))
 
 
+OLD_ROPE = {"rope_theta", "rope_scaling", "original_max_position_embeddings"}
+OLD_ROPE |= {"partial_rotary_factor"}
 SPELLINGS = [
     {"rope_theta": 5e5},
     {"rope_parameters": {"rope_theta": 5e5}},
@@ -170,6 +175,26 @@ def test_rope_spellings_have_transformers_precedence(family: str, spelling: dict
     assert rope.partial == theirs.get("partial_rotary_factor", 1.0)
     for name in ("factor", "low_freq_factor", "original_max_position_embeddings"):
         assert getattr(rope, name) == theirs.get(name)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_config_that_is_rewritten_means_the_same_in_either_spelling(
+    family: str, spelling: dict
+) -> None:
+    """transformers 4 knows the old one alone, and computes with theta 10000 without it."""
+    base = SMALL | ALSO.get(family, {}) | spelling | {"dtype": "bfloat16"}
+    found = by_name(family)
+    spec = found.spec(base)
+    shorter = replace(spec, layers=spec.layers[:2])
+    written = found.config(shorter, "float32", base)
+    old = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
+    assert found.spec(written) == found.spec(old) == shorter
+    assert written["dtype"] == old["torch_dtype"] == "float32"
+    given = written.get("rope_parameters")
+    if given is not None:
+        new = {k: v for k, v in written.items() if k not in ROPE_FIELDS}
+        assert found.spec(new | {"rope_parameters": given}) == shorter
 
 
 REFUSED = [

@@ -294,14 +294,16 @@ def _write_own_files(
     if plan.index is not None:
         _write_json(folder / INDEX, plan.index)
     dtype = _dtype(plan)
-    if not _config_holds(native, plan, dtype):
+    coded = native.family.name == "llama_nemotron" and not _identical(native, plan)
+    mapped = not coded or bool((native.config or {}).get("auto_map"))  # else that is added to it
+    if not _config_holds(native, plan, dtype) or not mapped:
         config = native.family.config(native.spec, dtype, native.config)
         _write_json(folder / CONFIG, config)
         if not (folder / GENERATION_CONFIG).exists():
             _write_generation_config(folder, config)
     if _identical(native, plan):
         return
-    if native.family.name == "llama_nemotron":
+    if coded:
         write_remote_code(folder)
     facts = _facts(native, plan, hashes, verified)
     if not (folder / "bevatron.json").exists():
@@ -312,8 +314,8 @@ def _write_own_files(
 
 def _config_holds(native: Native, plan: ExportPlan, dtype: str) -> bool:
     """Whether source/config.json still describes the model, so that it keeps its bytes."""
-    if native.config is None or native.moved_from:
-        return False
+    if native.config is None or native.provenance is None or native.moved_from:
+        return False  # without a provenance there is no file whose bytes could be kept
     named = native.config.get("dtype") or native.config.get("torch_dtype")
     if not plan.source_files and named is not None and named != dtype:
         return False

@@ -282,13 +282,14 @@ def start(family: Named, dtype: str, base: Config | None) -> tuple[Values, bool]
     """The config to write into, and whether every field is still to be written.
 
     A base of the same family is copied, another family's only lends its token ids. Without any the
-    ids are null: transformers' defaults would name tokens of some other vocabulary.
+    ids are null: transformers' defaults would name tokens of some other vocabulary. The dtype has
+    its old name, which all read, and the new one where the base has it.
     """
     if base is not None and base.get("model_type", family.model_type) == family.model_type:
         config = dict(base)
-        named = [name for name in ("dtype", "torch_dtype") if config.get(name) is not None]
-        for name in named or ["torch_dtype"]:
-            config[name] = dtype
+        if config.get("dtype") is not None:
+            config["dtype"] = dtype
+        config["torch_dtype"] = dtype
         return config, False
     config = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= {name: (base or {}).get(name) for name in TOKEN_IDS}

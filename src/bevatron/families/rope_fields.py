@@ -122,16 +122,17 @@ def _mscale(factor: float, scale: float) -> float:
 def write_rope(
     config: Values, rope: Rope, max_positions: int, full: bool, partial: float | None = None
 ) -> None:
-    """Write both spellings, equal, unless `config` already means `rope`; always if `full`.
+    """Write both spellings, equal, unless `config` already means `rope` to readers of either one;
+    always if `full`. The old spelling alone does: all read it.
 
     `partial` as in `read_rope`. Raises FamilyError if the context of `dynamic` is another one than
     the model's, for which there is no spelling.
     """
-    try:
-        if not full and read_rope(config, max_positions, partial) == rope:
-            return
-    except FamilyError:
-        pass  # the base's rope cannot be read, so it is replaced
+    given = config.get("rope_parameters")
+    new = bool(given) and _means({"rope_parameters": given}, rope, max_positions, partial)
+    old = {name: value for name, value in config.items() if name != "rope_parameters"}
+    if not full and (new or not given) and _means(old, rope, max_positions, partial):
+        return
     if rope.kind == "dynamic" and rope.original_max_position_embeddings != max_positions:
         raise FamilyError(
             f"rope: kind dynamic was made for {rope.original_max_position_embeddings} positions, "
@@ -152,4 +153,11 @@ def write_rope(
         config["partial_rotary_factor"] = rope.partial
     config["rope_theta"] = rope.theta
     config["rope_scaling"] = None if rope.kind == "default" else scaling
-    config["rope_parameters"] = parameters
+    config["rope_parameters"] = given if new and not full else parameters
+
+
+def _means(config: Config, rope: Rope, max_positions: int, partial: float | None) -> bool:
+    try:
+        return read_rope(config, max_positions, partial) == rope
+    except FamilyError:
+        return False  # it cannot be read, so it is replaced
