@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bevatron.generate.options import model_name
+from bevatron.generate.request import Request
+from bevatron.parallel.world import choose_device, default_device
 from tests.faults.refusal import command
 from tests.generate.chat_templates import reference, tokenizer
 from tests.generate.talkers import answer_of_transformers, make_talker
@@ -100,20 +104,112 @@ def test_logprobs_are_of_each_token_and_sum_to_what_they_should(run: Any) -> Non
         assert entry["token"] == tokenizer().id_to_token(entry["id"])
 
 
-def test_generation_config_is_for_chats_and_flags_go_before_it(run: Any, tmp_path: Path) -> None:
+def test_generation_config_is_for_all_and_flags_go_before_it(run: Any, tmp_path: Path) -> None:
     hot = {"do_sample": True, "temperature": 5.0, "top_k": 20}
     sampled = make_talker(tmp_path / "hf", "llama3", **hot)
 
+    def answer(*flags: str, ckpt: Path) -> tuple[list[int], str]:
+        status, out, err = run("--json", *flags, stdin=json.dumps(HI), ckpt=ckpt)
+        assert status == 0
+        return list(json.loads(out)["tokens"]), err
+
     def tokens(*flags: str, ckpt: Path) -> list[int]:
-        return list(json.loads(run("--json", *flags, stdin=json.dumps(HI), ckpt=ckpt)[1])["tokens"])
+        return answer(*flags, ckpt=ckpt)[0]
 
     flags = ["--temperature", "5.0", "--top-k", "20", "--seed", "3"]
     greedy = make_talker(tmp_path / "greedy", "llama3")
     assert tokens("--seed", "3", ckpt=sampled) == tokens(*flags, ckpt=greedy)
     assert tokens("--seed", "3", ckpt=sampled) != tokens(ckpt=greedy)
     assert tokens("--temperature", "0", ckpt=sampled) == tokens(ckpt=greedy)
-    text = [json.loads(run("--prompt", "Hi", "--json", ckpt=c)[1]) for c in (sampled, greedy)]
-    assert text[0] == text[1], "a plain completion is greedy"
+    said = "sampled as generation_config.json says: temperature 5, top_k 20; --temperature 0 is"
+    assert answer(ckpt=sampled)[1].startswith(said)
+    assert answer("--temperature", "0", ckpt=sampled)[1] == answer(ckpt=greedy)[1] == ""
+    ways = [([], sampled), (flags[:4], greedy), ([], greedy), (flags[:2], sampled)]
+    made = [json.loads(run("--prompt", "Hi", "--json", *f, ckpt=c)[1]) for f, c in ways]
+    text = [answer["tokens"] for answer in made]
+    assert text[0] == text[1] == text[3] != text[2], "a plain completion is no exception"
+
+
+def test_every_verb_reads_generation_config_alike(tmp_path: Path) -> None:
+    """As transformers does: without `do_sample` it is greedy, with a repetition penalty if any."""
+    import transformers
+
+    from bevatron.generate.engine import Engine
+    from bevatron.generate.options import in_words
+    from bevatron.generate.request import Sampling
+    from bevatron.generate.server.serving import Serving
+    from bevatron.generate.server.settings import Settings
+
+    folder = make_talker(tmp_path / "hf", "llama3")
+    file = folder / "generation_config.json"
+    for config, expected, words in (
+        ({}, Sampling(), "greedy"),
+        ({"temperature": 0.6, "top_p": 0.9}, Sampling(0.0, top_p=0.9), "greedy"),
+        ({"do_sample": False, "repetition_penalty": 1.5}, Sampling(repetition_penalty=1.5),
+         "greedy, repetition_penalty 1.5"),
+        ({"do_sample": True}, Sampling(1.0, top_k=50), "temperature 1, top_k 50"),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.95},
+         Sampling(0.6, top_p=0.95), "temperature 0.6, top_p 0.95"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(config))
+        with Engine.open(folder) as engine:
+            assert engine.sampling == expected
+            assert in_words(engine.sampling) == words
+            serving = Serving(engine, Settings("m"))
+            assert serving.defaults["temperature"] == expected.temperature
+            assert Sampling(**serving.defaults) == expected
+            if config.get("repetition_penalty"):
+                ids = chat_ids([HI])
+                model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+                out = model.generate(torch.tensor([ids]), max_new_tokens=8)
+                request = Request(tuple(ids), 8, engine.sampling)
+                assert engine.complete([request])[0].tokens == out[0, len(ids) :].tolist()
+    file.write_text('{"do_sample": true, "top_p": 7}')
+    status, _, err = command("generate", folder, "--prompt", "x")
+    assert status == 2 and "generation_config.json: top_p is 7" in err
+
+
+def test_device_and_dtype_are_what_was_asked_for(
+    talker: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bevatron.generate.engine import Engine
+
+    plain = json.loads(run("--prompt", "Hello", "--json")[1])
+    same = run("--prompt", "Hello", "--json", "--device", "cpu", "--dtype", "fp32")[1]
+    assert json.loads(same) == plain
+    with Engine.open(talker, device="cpu", dtype="bf16") as engine:
+        assert engine.group.model.dtype == torch.bfloat16
+    for flags, says in (
+        (["--dtype", "int4"], "int4"),
+        (["--device", "gpu"], "device gpu: there is no such kind; use cpu"),
+        (["--device", "xpu"], "device xpu: not on this machine; use cpu"),
+    ):
+        status, out, err = run("--prompt", "a", *flags)
+        assert (status, out) == (2, "") and says in err and err.count("\n") == 1, err
+    # Apple's accelerator has no collectives and no FSDP: it is taken by name alone.
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kwargs: mps)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert default_device() == choose_device(None) == torch.device("cpu")
+    assert choose_device("mps") == mps
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/mine", "mine"),
+        ("runs/mine/step-00000006", "mine-step-6"),
+        ("a/native", "native"),
+        ("org/hub-id", "org/hub-id"),
+    ],
+)
+def test_models_are_called_by_their_run(
+    path: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not path.startswith("org"):
+        Path(path).mkdir(parents=True)
+    assert model_name(path) == name
 
 
 @pytest.mark.parametrize(

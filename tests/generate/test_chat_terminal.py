@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bevatron.errors import BevatronError
+from bevatron.generate.chat.answer import Said
 from bevatron.generate.chat.conversation import Conversation
 from bevatron.generate.console import harmless, show
 from tests.generate.chat_templates import reference
@@ -231,7 +232,7 @@ def test_the_oldest_turns_leave_first_and_the_system_prompt_stays() -> None:
     chat.system = "s"
     for word in ("a", "b", "c"):
         chat.say(word * 20)
-        chat.answer(word * 20)
+        chat.answer(Said(word * 20))
     chat.say("d" * 20)
 
     def encode(messages: list[dict[str, str]]) -> list[int]:

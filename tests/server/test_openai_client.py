@@ -46,7 +46,7 @@ def test_a_chat_is_answered_and_its_stream_adds_up_to_the_same(client: openai.Op
 
 def test_a_completion_is_answered_and_its_stream_adds_up_to_the_same(client: openai.OpenAI) -> None:
     asked = {"prompt": ["The quick", "naïve"], "n": 2, "logprobs": 3, "seed": 7, "max_tokens": 9}
-    asked |= {"model": "tiny", "echo": True}
+    asked |= {"temperature": 1, "model": "tiny", "echo": True}
     whole = client.completions.create(**asked)
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
     assert whole.choices[0].text != whole.choices[1].text

@@ -13,6 +13,7 @@ from bevatron.cli.app import (
     OTHER,
     ChatTemplateFile,
     Checkpoint,
+    Device,
     Dtype,
     Int8,
     Json,
@@ -63,11 +64,13 @@ def generate(
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     int8: Int8 = False,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Complete a prompt, or answer a chat: messages as JSON on standard input.
 
-    Sampling is greedy; in a chat it is what the model's generation_config.json says.
+    Sampled as the model's generation_config.json says, unless flags say otherwise.
     """
     from bevatron.generate.prompts import read_prompts
 
@@ -94,6 +97,8 @@ def generate(
         tp=tp,
         pp=pp,
         int8=int8,
+        device=device,
+        dtype=dtype,
         as_json=as_json or file is not None,
     )
 
@@ -117,8 +122,13 @@ def chat(
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     int8: Int8 = False,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Talk to a model in the terminal. /help in it lists its commands."""
+    """Talk to a model in the terminal. /help in it lists its commands.
+
+    Sampled as the model's generation_config.json says, unless flags say otherwise.
+    """
     from bevatron.generate.chat.terminal import chat as talk
 
     talk(
@@ -139,6 +149,8 @@ def chat(
         tp=tp,
         pp=pp,
         int8=int8,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -156,6 +168,8 @@ def serve(
     tp: Annotated[int, typer.Option(min=1)] = 1,
     pp: Annotated[int, typer.Option(min=1)] = 1,
     int8: Annotated[bool, typer.Option("--int8", help="8-bit weights, on CPUs.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that run at once.")] = 32,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the KV cache holds in all.")
@@ -177,6 +191,7 @@ def serve(
 ) -> None:
     """Serve a model on this machine: OpenAI's API at /v1, a chat page at /.
 
+    What a request does not say of sampling, the model's generation_config.json says.
     SIGTERM or Ctrl-C: refuse new requests, let running ones end, then end; twice: at once.
     """
     from bevatron.generate.server.command import serve as start
@@ -195,6 +210,8 @@ def serve(
         tp=tp,
         pp=pp,
         int8=int8,
+        device=device,
+        dtype=dtype,
         max_batch=max_batch,
         max_tokens=max_tokens,
         queue=queue,
@@ -221,9 +238,7 @@ def eval_(
     pp: PipelineParallel = 1,
     dtype: Dtype = None,
     int8: Int8 = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: what is here.")
-    ] = None,
+    device: Device = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens seen at once; default: 2048 or the model's context.")
     ] = None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bevatron.bridge.dtypes import parse_dtype
-from bevatron.checkpoint.sharded import DTYPES
 from bevatron.generate.engine import Engine
 
 MAX_BATCH = 32
@@ -24,7 +22,7 @@ def open_engine(
         ckpt,
         tp=tp,
         pp=pp,
-        dtype=None if dtype is None else DTYPES[parse_dtype(dtype)],
+        dtype=dtype,
         int8=int8,
         device=device,
         max_batch=max_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bevatron.generate.chat.template import ChatTemplate
 from bevatron.generate.chat.tools import tool_names
 from bevatron.generate.console import show
 from bevatron.generate.engine import Engine
-from bevatron.generate.options import chosen, recommended
+from bevatron.generate.options import chosen, in_words
 from bevatron.generate.prompts import Prompt
 from bevatron.generate.request import Generation, Request, Sampling, TokenLogprob
 
@@ -30,6 +31,8 @@ def generate(
     tp: int,
     pp: int,
     int8: bool,
+    device: str | None,
+    dtype: str | None,
     as_json: bool,
 ) -> None:
     """Print the completion of a prompt while it is made; `as_json`: one JSON object for each.
@@ -38,7 +41,12 @@ def generate(
         asked: fields of Sampling, None where the user said nothing.
     """
     chosen(Sampling(), asked)  # a mistake in it is said before a model is loaded
-    with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, max_batch=min(len(prompts), 32)) as engine:
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "max_batch": min(len(prompts), 32)}
+    with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, **where) as engine:
+        if engine.sampling.temperature and asked.get("temperature") is None:
+            said = in_words(chosen(engine.sampling, asked))
+            note = f"sampled as generation_config.json says: {said}; --temperature 0 is greedy"
+            print(note, file=sys.stderr, flush=True)
         template = None
         if any(p.is_chat for p in prompts):
             template = ChatTemplate.needed(engine.opened, engine.tokenizer, chat_template)
@@ -72,18 +80,16 @@ def _request(
     stops = engine.stop_tokens
     if prompt.text is not None:
         ids = engine.tokenizer.encode(prompt.text).ids
-        sampling = Sampling()
     else:
         assert template is not None
         ids = template.encode(prompt.messages, tools=prompt.tools)
         stops |= template.stop_tokens
-        sampling = recommended(engine.opened)
     if not ids:
         raise BevatronError("the prompt has no tokens; give at least one character")
     return Request(
         tuple(ids),
         max_new_tokens,
-        chosen(sampling, asked),
+        chosen(engine.sampling, asked),
         stops,
         stop,
         logprobs,

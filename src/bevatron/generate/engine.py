@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from bevatron.bridge.dtypes import parse_dtype
 from bevatron.bridge.opened import Opened, open_weights
+from bevatron.checkpoint.sharded import DTYPES
 from bevatron.errors import BevatronError, UnexpectedError, failure
 from bevatron.generate.model import Model
+from bevatron.generate.options import recommended
 from bevatron.generate.request import (
     Generation,
     Loglikelihood,
@@ -25,7 +28,7 @@ from bevatron.generate.scheduler import Scheduler
 from bevatron.generate.stream import Stream
 from bevatron.generate.text import Vocabulary
 from bevatron.generate.workers import Group, open_group
-from bevatron.parallel.world import default_device
+from bevatron.parallel.world import choose_device
 from bevatron.train.hardware import free_bytes
 
 __all__ = ["Engine", "Generation", "generate"]
@@ -41,6 +44,7 @@ class Engine:
         context: positions that the model was made for. The engine computes beyond it, as
             transformers does; what that is worth depends on the model's rope.
         stop_tokens: end-of-sequence tokens that the checkpoint names.
+        sampling: what its generation_config.json says, the default of every verb.
         max_tokens: positions that the cache may have, over all sequences.
     """
 
@@ -50,7 +54,7 @@ class Engine:
         self.opened, self.spec, self.group = opened, opened.spec, group
         self._tokenizer = load_tokenizer(opened) if tokenizer_file(opened) else None
         self.context = self.spec.max_position_embeddings
-        self.stop_tokens = stop_tokens(opened)
+        self.stop_tokens, self.sampling = stop_tokens(opened), recommended(opened)
         self.max_tokens = max_tokens or _default_tokens(group.model, self.context)
         self._queue = queue
         vocabulary = Vocabulary(self._tokenizer)
@@ -71,7 +75,7 @@ class Engine:
         tp: int = 1,
         pp: int = 1,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         int8: bool = False,
         max_batch: int = 32,
         max_tokens: int | None = None,
@@ -82,8 +86,8 @@ class Engine:
         Args:
             tp, pp: processes that share the model; they are started here, on this machine. Under
                 torchrun its processes are used, and this returns on rank 0 alone.
-            device: this process's accelerator if there is one, else the CPU.
-            dtype: of the weights; that of the stored ones if absent.
+            device: such as cpu, cuda, cuda:1 or mps; as `default_device` if absent.
+            dtype: of the weights, such as bf16; that of the stored ones if absent.
             int8: on a CPU, matrices rounded to 8 bits, row by row.
             max_batch: sequences that run at once.
             max_tokens: positions that the cache may have; from the free memory if absent.
@@ -93,14 +97,19 @@ class Engine:
         for name, value in (("tp", tp), ("pp", pp), ("max_batch", max_batch)):
             if value < 1:
                 raise BevatronError(f"{name} is {value}, expected at least 1")
+        if isinstance(dtype, str):
+            parse_dtype(dtype)  # a mistake in it is said at once
         opened = open_weights(ckpt)
         if opened.spec.head.kind != "causal_lm":
             raise BevatronError(
                 f"{opened.folder}: has the head {opened.spec.head.kind}; only a model with a "
                 "causal_lm head can generate text"
             )
-        where = torch.device(device) if device is not None else default_device()
-        group = open_group(opened, str(ckpt), tp, pp, where, dtype, int8, batches=max_batch > 1)
+        where = choose_device(None if device is None else str(device))
+        if tp * pp > 1 and ":" in str(device):
+            raise BevatronError(f"device {device} is one, tp {tp} x pp {pp} need {tp * pp}")
+        kind = DTYPES[parse_dtype(dtype)] if isinstance(dtype, str) else dtype
+        group = open_group(opened, str(ckpt), tp, pp, where, kind, int8, batches=max_batch > 1)
         try:
             return cls(opened, group, max_batch=max_batch, max_tokens=max_tokens, queue=queue)
         except BaseException:

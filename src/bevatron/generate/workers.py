@@ -63,7 +63,7 @@ class Plan:
 
     def where(self, rank: int) -> torch.device:
         device = torch.device(self.device)
-        if device.type == "cpu":
+        if device.type == "cpu" or self.tp * self.pp == 1:
             return device
         return torch.device(device.type, rank % torch.accelerator.device_count())
 

@@ -13,17 +13,48 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError
 
 MESH_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 def default_device() -> torch.device:
-    """This process's accelerator if there is one, else the CPU."""
+    """This process's accelerator if there is one that can do all of it, else the CPU. Apple's (mps)
+    has neither collectives nor FSDP and is taken by name alone."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
+    if accelerator is None or accelerator.type == "mps":
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that a user names, such as cpu, cuda, cuda:1 or mps; default: `default_device`.
+
+    Raises BevatronError for one that is not here."""
+    if name is None:
+        return default_device()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BevatronError(f"device {name}: there is no such kind; use {_or(here)}") from error
+    if device.type not in here:
+        raise BevatronError(f"device {name}: not on this machine; use {_or(here)}")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if ":" not in name:
+        usual = default_device()
+        return usual if usual.type == device.type else device
+    if device.index >= (count := torch.accelerator.device_count()):
+        last = f"{device.type}:{count - 1}"
+        raise BevatronError(f"device {name}: there are {count} here, up to {last}")
+    return device
+
+
+def _or(names: list[str]) -> str:
+    return " or ".join(names)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from bevatron.generate.chat.template import ChatTemplate
 from bevatron.generate.chat.tools import ToolCall, tool_names
 from bevatron.generate.console import show
 from bevatron.generate.engine import Engine
-from bevatron.generate.options import chosen, recommended
+from bevatron.generate.options import chosen, in_words, model_name
 from bevatron.generate.request import Request, Sampling
 
 HELP = """\
@@ -48,6 +48,8 @@ def chat(
     tp: int,
     pp: int,
     int8: bool,
+    device: str | None,
+    dtype: str | None,
 ) -> None:
     """Open a model and talk to it until the user ends it.
 
@@ -56,15 +58,16 @@ def chat(
     """
     chosen(Sampling(), asked)  # a mistake in it is said before a model is loaded
     known = _tools(tools)
-    with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, max_batch=1) as engine:
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "max_batch": 1}
+    with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, **where) as engine:
         template = ChatTemplate.needed(engine.opened, engine.tokenizer, chat_template)
-        random = replace(recommended(engine.opened), seed=None)
+        random = replace(engine.sampling, seed=None)
         conversation = Conversation(chosen(random, asked), max_new_tokens)
         if load is not None:
             conversation.load(load)
         if system is not None:
             conversation.system = system
-        Terminal(engine, template, conversation, known).run()
+        Terminal(engine, template, conversation, known, model_name(ckpt)).run()
 
 
 class Terminal:
@@ -76,7 +79,9 @@ class Terminal:
         template: ChatTemplate,
         conversation: Conversation,
         tools: list[dict[str, Any]] | None,
+        name: str,
     ) -> None:
+        self.name = name
         self.engine, self.template, self.conversation = engine, template, conversation
         self.tools = tools
         self.positions = min(engine.context, engine.max_tokens)
@@ -96,8 +101,8 @@ class Terminal:
 
     def run(self) -> None:
         with History(list(self.commands)):
-            source = self.engine.opened
-            note(f"{source.source or source.folder}, {self.positions:,} tokens; /help, Ctrl-D ends")
+            how = in_words(self.conversation.sampling)
+            note(f"{self.name}, {self.positions:,} tokens, {how}; /help, Ctrl-D ends")
             while True:
                 try:
                     text = read()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from bevatron.errors import BevatronError
+from bevatron.generate.options import model_name
 from bevatron.generate.server.settings import LOOPBACK, Settings
 
 
@@ -57,11 +57,3 @@ def serve(
     from bevatron.generate.server.process import serve as start
 
     start(ckpt, settings, max_batch=max_batch, queue=queue, **engine_options)
-
-
-def model_name(ckpt: str) -> str:
-    """What clients call the model: the last part of where it lies; a Hub id as it is."""
-    path = Path(ckpt)
-    if not path.exists() and ckpt.count("/") == 1 and not ckpt.startswith(("/", ".", "~")):
-        return ckpt
-    return path.resolve().name or "model"

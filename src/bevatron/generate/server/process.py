@@ -18,6 +18,7 @@ import uvicorn
 from bevatron.bridge.opened import open_weights
 from bevatron.errors import BevatronError, UnexpectedError
 from bevatron.generate.engine import Engine
+from bevatron.generate.options import in_words
 from bevatron.generate.server.app import make_app
 from bevatron.generate.server.connection import MAX_CONNECTIONS, limited
 from bevatron.generate.server.gate import App, Gate
@@ -47,6 +48,7 @@ def serve(ckpt: str, settings: Settings, say: Say = _say, **engine_options: Any)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             sock.listen(MAX_CONNECTIONS)  # who reads the line below may connect at once
             say(f"serving {settings.name} at http://{host}:{port} (API at /v1, Ctrl-C ends)")
+            say(f"requests that do not say how are sampled so: {in_words(engine.sampling)}")
             asyncio.run(server.serve(sockets=[sock]))
             if engine.failure is not None:
                 raise UnexpectedError(f"the engine failed: {engine.failure}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from bevatron.errors import BevatronError
 from bevatron.generate.chat.error import ChatError
 from bevatron.generate.chat.template import ChatTemplate
 from bevatron.generate.engine import Engine
+from bevatron.generate.options import RECOMMENDED
 from bevatron.generate.request import LARGEST_SEED, Piece, Request, Sampling
 from bevatron.generate.server.fields import Common
 from bevatron.generate.server.metrics import Metrics
@@ -21,22 +21,13 @@ from bevatron.generate.server.refusal import Refusal, bad
 from bevatron.generate.server.settings import Settings
 from bevatron.generate.server.tokens import TokenTexts
 
-DEFAULTS = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
-
 
 @dataclass
 class Serving:
     """
     Attributes:
         context: tokens of a prompt and its answer.
-        defaults: sampling settings for requests that name none: those of the model's
-            generation_config.json, and OpenAI's where that has none.
+        defaults: sampling settings for requests that name none.
     """
 
     engine: Engine
@@ -53,7 +44,7 @@ class Serving:
             self.template.where = "chat template"  # what messages say, and clients need no paths
             with suppress(ChatError):  # every chat will be told; completions need no template
                 self.stop_tokens |= self.template.stop_tokens
-        self.defaults = published_defaults(self.engine)
+        self.defaults = {name: getattr(self.engine.sampling, name) for name in RECOMMENDED}
 
     def check_model(self, name: str | None) -> None:
         """Raises Refusal unless `name` means the model that is served."""
@@ -151,22 +142,6 @@ class Serving:
             "created": int(time.time()),
             "model": self.settings.name,
         }
-
-
-def published_defaults(engine: Engine) -> dict[str, float]:
-    """The sampling settings that a model's authors recommend, where they are usable numbers."""
-    text = engine.opened.source_text("generation_config.json")
-    found: dict[str, Any] = json.loads(text) if text else {}
-    kept: dict[str, float] = dict(DEFAULTS)
-    for name in DEFAULTS:
-        value = found.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            try:
-                Sampling(**{name: value})  # type: ignore[arg-type]
-            except BevatronError:
-                continue
-            kept[name] = value
-    return kept
 
 
 def usage(prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, int]:

@@ -69,7 +69,11 @@ class Offsets:
             hidden = self._skip or before < len(self._echoed)
             if hidden and not self._echoed.startswith(text, before):
                 return before
-        self._at += len(self._decoder.decode(self._texts.raw(token)))
+        raw = self._texts.raw(token)
+        if self._decoder.getstate()[0] and raw and raw[0] & 0xC0 != 0x80:
+            # The rest of a character never came.
+            self._at = before = before + len(self._decoder.decode(b"", final=True))
+        self._at += len(self._decoder.decode(raw))
         return before
 
 
