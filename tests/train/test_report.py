@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from bevatron.data.tokenize import tokenize
 from bevatron.errors import BevatronError
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import to_json
+from bevatron.train.guard import event
 from bevatron.train.launch import train
 from bevatron.train.report import report
 from bevatron.train.report.curves import downsample, log_ticks, short, smooth, ticks
@@ -141,13 +144,13 @@ def test_text_from_a_run_is_never_markup(run: Path, tmp_path: Path) -> None:
 def test_events_and_restarts_are_marked_and_damage_is_named(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run, tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as out:
-        out.write(json.dumps({"step": 4, "event": "skip", "reason": "loss nan", "loss": 99.0}))
+        out.write(json.dumps(event(4, "skipped", "the loss is too high", 99.0, math.nan)))
     (folder / "starts.jsonl").write_text('{"step": 0}\n{"step": 3, "ranks": 2}\n')
     weights = next((folder / "step-00000003" / "model").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-8])
     (folder / "step-00000006" / "manifest.json").unlink()
     record = read_run(folder)
-    assert [(e.step, e.kind) for e in record.events] == [(3, "restart"), (4, "skip")]
+    assert [(e.step, e.kind) for e in record.events] == [(3, "restart"), (4, "skipped")]
     assert 99.0 not in record.series["loss"].values, "the loss of a skipped step is no loss"
     states = [c.state for c in record.checkpoints]
     assert "bytes, expected" in states[0] and weights.name in states[0]
@@ -155,6 +158,53 @@ def test_events_and_restarts_are_marked_and_damage_is_named(run: Path, tmp_path:
     page = Page(Path(str(report([folder]))).read_text())
     marks = [a for t, a in page.tags if t == "g" and "mark" in (a.get("class") or "")]
     assert len(marks) == 4, "two on the loss, two on the gradient norm"
+    assert ["bad" in str(a["class"]) for a in marks] == [False, True] * 2, "the skipped step is red"
+
+
+def long_run(folder: Path, losses: Sequence[float], *events: dict[str, object]) -> Path:
+    folder.mkdir()
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, *events])
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def test_a_falling_curve_is_there_from_its_first_step_on(tmp_path: Path) -> None:
+    losses = [2 + 9 * math.exp(-step / 4) for step in range(1000)]
+    page = Page(Path(str(report([long_run(tmp_path / "run", losses)]))).read_text())
+    figure = next(a for t, a in page.tags if t == "figure")
+    *_, top, bottom, first, last, low, high, _ = json.loads(str(figure["data-frame"]))
+    assert (low, first) < (2, 2) and high >= losses[0] and last == 1000
+    paths = [str(a["d"]) for t, a in page.tags if t == "path" and a.get("data-run")]
+    (behind, mean) = [[float(n) for n in re.split("[ML ]", d)[1:]] for d in paths]
+    for drawn in (behind, mean):
+        assert all(top <= y <= bottom for y in drawn[1::2]), "nothing is cut off"
+
+
+def test_under_the_pointer_are_the_run_s_own_values_and_the_smoothed_beside_them(
+    tmp_path: Path,
+) -> None:
+    losses = [2.0 + step % 2 for step in range(100)]
+    page = Page(Path(str(report([long_run(tmp_path / "run", losses)]))).read_text())
+    (loss,) = next(json.loads(s) for s in page.scripts if s.startswith("["))
+    assert loss["y"] == losses and loss["x"] == list(range(1, 101))
+    assert loss["mean"][50] == pytest.approx(2.5, abs=0.2)
+    assert "3" in page.text.split("Loss")[2].splitlines()[1], "the last value, not its mean"
+
+
+def test_events_of_several_runs_say_whose_they_are(tmp_path: Path) -> None:
+    skipped = event(5, "skipped", "the loss is nan", math.nan, 1.0)
+    runs = [long_run(tmp_path / name, [3.0] * 9, skipped) for name in ("left", "right")]
+    page = Page(Path(str(report(runs, tmp_path / "both.html"))).read_text())
+    for run, name in enumerate(("left", "right")):
+        said = f"{name}, step 5: skipped. the loss is nan"
+        assert said in page.text
+        figure = next(a for t, a in page.tags if t == "figure")
+        assert [run, 5] in [e[:2] for e in json.loads(str(figure["data-events"]))]
+        classes = [
+            str(a["class"]) for t, a in page.tags if t == "g" and a.get("data-run") == str(run)
+        ]
+        assert f"mark bad own c{run}" in classes, "in its run's colour"
 
 
 def test_several_runs_are_overlaid_and_their_differences_named(run: Path, tmp_path: Path) -> None:

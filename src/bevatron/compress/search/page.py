@@ -166,13 +166,13 @@ def _curves(state: State, order: list[Found], stage: str) -> list[Chart]:
         if validation is not None:
             held_out.append(Curve(c["name"], run, validation, "dots", rest))
         if "loss" in series:
-            mean = smooth(series["loss"]) or series["loss"]
-            objective.append(Curve(c["name"], run, mean, "line", rest))
+            mean = smooth(series["loss"])
+            objective.append(Curve(c["name"], run, series["loss"], "line", rest, mean=mean))
     what = "short" if stage == SHORT else "long"
     charts = [
         Chart(f"Held-out loss above the leader's, {what}", _above(held_out), wide=True),
         Chart(f"Held-out loss, {what} distillation", held_out[::-1]),
-        Chart(f"Objective, {what} distillation", objective[::-1], settles=True),
+        Chart(f"Objective, {what} distillation", objective[::-1]),
     ]
     return [chart for chart in charts if chart.curves]
 

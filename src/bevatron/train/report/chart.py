@@ -13,23 +13,26 @@ from typing import Literal
 
 import numpy as np
 
-from bevatron.train.report.curves import downsample, extent, log_ticks, short, ticks
+from bevatron.train.report.curves import downsample, extent, kept, log_ticks, short, ticks
 from bevatron.train.report.record import Event, Floats, Series
 
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 26
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 42
 
 
 @dataclass(frozen=True)
 class Curve:
-    """`style`: line, faint (behind a smoothed one; not under the pointer), dots, or points, which
-    nothing connects. `rest`: in no colour of its own. `names`: of the points."""
+    """`style`: line, dots on a dotted line, points, which nothing connects, or bars. `mean`: the
+    same smoothed, which is drawn before the values. `rest`: in no colour of its own. `names`: of
+    the points or bars. `marked`: bars that stand out, by their place."""
 
     label: str
     run: int
     series: Series
-    style: Literal["line", "faint", "dots", "points"] = "line"
+    style: Literal["line", "dots", "points", "bars"] = "line"
     rest: bool = False
     names: tuple[str, ...] = ()
+    mean: Series | None = None
+    marked: frozenset[int] = frozenset()
 
     @property
     def colour(self) -> str:
@@ -38,10 +41,24 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """An event. `name`: of its run, if there are several."""
+
+    run: int
+    event: Event
+    name: str = ""
+
+    @property
+    def text(self) -> str:
+        whose = f"{self.name}, " if self.name else ""
+        return f"{whose}step {self.event.step:,}: {self.event.kind}. {self.event.text}"
+
+
+@dataclass(frozen=True)
 class Chart:
-    """`from_zero`: the vertical axis begins at 0. `settles`: what lies above everything after the
-    first fiftieth of the steps leaves the picture. `spikes`: the highest half percent of the values
-    may. A wide range of positive values gets a logarithmic axis if `log`."""
+    """`axis` and `value`: what is counted from left to right and from below, with its unit.
+    `from_zero`: the vertical axis begins at 0. `spikes`: the highest half percent of the values may
+    leave the picture. A wide range of positive values gets a logarithmic axis if `log`."""
 
     title: str
     curves: list[Curve]
@@ -50,9 +67,9 @@ class Chart:
     from_zero: bool = False
     log: bool = False
     spikes: bool = False
-    settles: bool = False
-    marks: list[tuple[int, Event]] = field(default_factory=list)  # run, event
-    axis: str = "step"  # what is counted from left to right
+    marks: list[Mark] = field(default_factory=list)
+    axis: str = "step"
+    value: str = ""
 
 
 def draw(chart: Chart) -> str:
@@ -61,12 +78,14 @@ def draw(chart: Chart) -> str:
     ys = extent([c.series.values for c in chart.curves])
     if xs is None or ys is None:
         return ""
-    width, height = (1096, 320) if chart.wide else (536, 216)
+    width, height = (1096, 350) if chart.wide else (536, 246)
     x_low, x_high = xs if xs[1] > xs[0] else (xs[0] - 0.5, xs[0] + 0.5)
     x_low = 0.0 if 0 < x_low < 0.02 * x_high else x_low
-    if all(c.style == "points" for c in chart.curves):  # none on the edge
+    if any(c.style == "bars" for c in chart.curves):
+        x_low, x_high = xs[0] - 0.5, xs[1] + 0.5
+    elif all(c.style == "points" for c in chart.curves):  # none on the edge
         x_low, x_high = x_low - 0.04 * (x_high - x_low), x_high + 0.04 * (x_high - x_low)
-    y_low, y_high, logarithmic = _range(chart, *ys, x_low + 0.02 * (x_high - x_low))
+    y_low, y_high, logarithmic = _range(chart, *ys)
     y_ticks = log_ticks(y_low, y_high) if logarithmic else ticks(y_low, y_high, 5)
 
     def px(step: float) -> float:
@@ -88,32 +107,37 @@ def draw(chart: Chart) -> str:
         )
         parts.append(f'<text class="y" x="{LEFT - 8}" y="{y + 3.5:.1f}">{short(tick)}</text>')
     for tick in ticks(x_low, x_high, 8 if chart.wide else 5):
-        parts.append(f'<text class="x" x="{px(tick):.1f}" y="{height - 8}">{short(tick)}</text>')
+        if tick == round(tick):  # steps, layers and parameters are counted
+            at = f'x="{px(tick):.1f}" y="{height - BOTTOM + 17}"'
+            parts.append(f'<text class="x" {at}>{short(tick)}</text>')
+    middle = (LEFT + width - RIGHT) / 2
+    parts.append(f'<text class="x name" x="{middle}" y="{height - 6}">{escape(chart.axis)}</text>')
+    parts.append(f'<text class="name" x="2" y="11">{escape(chart.value)}</text>')
     name = f"clip{zlib.crc32(chart.title.encode())}"
     parts.append(
         f'<clipPath id="{name}"><rect x="{LEFT}" y="{TOP - 4}" width="{width - LEFT - RIGHT + 4}" '
         f'height="{height - TOP - BOTTOM + 5}"/></clipPath><g clip-path="url(#{name})">'
     )
-    parts += [_curve(curve, px, py) for curve in chart.curves]
+    base = min(height - BOTTOM, py(0.0)) if not logarithmic else height - BOTTOM
+    parts += [_behind(curve, px, py) for curve in chart.curves if curve.mean is not None]
+    parts += [_curve(curve, px, py, base) for curve in chart.curves]
     parts.append("</g>")
-    parts += [_mark(run, event, px, height) for run, event in chart.marks]
+    parts += [_mark(mark, px, height) for mark in chart.marks]
     parts.append("</svg>")
     frame = [LEFT, width - RIGHT, TOP, height - BOTTOM, x_low, x_high, y_low, y_high]
-    last = sorted((c for c in chart.curves if c.style != "faint"), key=lambda c: c.run)
+    last = sorted(chart.curves, key=lambda c: c.run)
+    events = json.dumps([[m.run, m.event.step, m.text] for m in chart.marks])
     return (
         f'<figure class="{"chart wide" if chart.wide else "chart"}" '
-        f'data-axis="{escape(chart.axis)}" '
+        f'data-axis="{escape(chart.axis)}" data-events="{escape(events)}" '
         f"data-frame='{json.dumps([*map(_plain, frame), int(logarithmic)])}'>"
         f"<figcaption><b>{escape(chart.title)}</b>{_legend(chart, last)}</figcaption>"
         f'<div class="plot">{"".join(parts)}</div>{_data(last)}</figure>'
     )
 
 
-def _range(chart: Chart, low: float, high: float, settled: float) -> tuple[float, float, bool]:
+def _range(chart: Chart, low: float, high: float) -> tuple[float, float, bool]:
     """Both ends of the vertical axis, and whether it is logarithmic."""
-    if chart.settles:
-        later = extent([c.series.values[c.series.steps >= settled] for c in chart.curves])
-        high = later[1] if later is not None else high
     values = np.concatenate([c.series.values for c in chart.curves])
     if chart.spikes and len(values) >= 200:
         high = min(high, 1.1 * float(np.quantile(values, 0.995)))
@@ -125,8 +149,20 @@ def _range(chart: Chart, low: float, high: float, settled: float) -> tuple[float
     return low - pad, high + pad, False
 
 
-def _curve(curve: Curve, px: Callable[[float], float], py: Callable[[float], float]) -> str:
-    thin = downsample(curve.series)
+Place = Callable[[float], float]
+
+
+def _behind(curve: Curve, px: Place, py: Place) -> str:
+    """The values behind their mean."""
+    points = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in _pairs(downsample(curve.series)))
+    return f'<path class="{curve.colour} faint" data-run="{curve.run}" d="M{points}"/>'
+
+
+def _curve(curve: Curve, px: Place, py: Place, base: float) -> str:
+    """`base`: where bars stand."""
+    if curve.style == "bars":
+        return _bars(curve, px, py, base)
+    thin = downsample(curve.mean or curve.series)
     points = [(px(x), py(y)) for x, y in _pairs(thin)]
     tag = f'class="{curve.colour} {curve.style}" data-run="{curve.run}"'
     if curve.style == "points":
@@ -145,12 +181,26 @@ def _curve(curve: Curve, px: Callable[[float], float], py: Callable[[float], flo
     return out
 
 
-def _mark(run: int, event: Event, px: Callable[[float], float], height: int) -> str:
-    x = px(event.step)
-    said = escape(f"step {event.step:,}: {event.kind}. {event.text}")
+def _bars(curve: Curve, px: Place, py: Place, base: float) -> str:
+    """Half a bar's width of room on either side."""
+    wide = 0.76 * (px(1.0) - px(0.0))
+    out = []
+    for i, (x, y) in enumerate(_pairs(curve.series)):
+        top, low = sorted((py(y), base))
+        kind = ' class="marked"' if i in curve.marked else ""
+        named = f"<title>{escape(curve.names[i])}</title>" if curve.names else ""
+        out.append(
+            f'<rect{kind} x="{px(x) - wide / 2:.1f}" y="{top:.1f}" width="{wide:.1f}" '
+            f'height="{max(low - top, 0.8):.1f}">{named}</rect>'
+        )
+    return f'<g class="{curve.colour} bars" data-run="{curve.run}">{"".join(out)}</g>'
+
+
+def _mark(mark: Mark, px: Place, height: int) -> str:
+    x, own = px(mark.event.step), f" own c{mark.run % 6}" if mark.name else ""
     return (
-        f'<g class="mark {"bad" if event.kind in ("skip", "rewind") else ""}" data-run="{run}">'
-        f"<title>{said}</title>"
+        f'<g class="mark{" bad" if mark.event.bad else ""}{own}" data-run="{mark.run}">'
+        f"<title>{escape(mark.text)}</title>"
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
         f'<path d="M{x - 4:.1f} {TOP - 5}h8l-4 6z"/></g>'
     )
@@ -172,10 +222,13 @@ def _data(curves: list[Curve]) -> str:
     """What the script shows under the pointer."""
     out = []
     for curve in curves:
-        thin = downsample(curve.series)
-        xs, ys = ([_plain(v) for v in values.tolist()] for values in (thin.steps, thin.values))
-        own = {"label": curve.label, "run": curve.run, "colour": curve.colour}
-        out.append({**own, "x": xs, "y": ys})
+        own: dict[str, object] = {"label": curve.label, "run": curve.run, "colour": curve.colour}
+        chosen = kept(curve.series)
+        found = {"x": curve.series.steps, "y": curve.series.values}
+        if curve.mean is not None:
+            found["mean"] = curve.mean.values
+        shown = {name: [_plain(v) for v in values[chosen]] for name, values in found.items()}
+        out.append({**own, **shown})
     text = json.dumps(out, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json">{text}</script>'
 

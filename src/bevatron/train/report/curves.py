@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bevatron.train.report.record import Floats, Series
 
@@ -13,18 +14,23 @@ POINTS = 1500
 
 
 def downsample(series: Series, points: int = POINTS) -> Series:
-    """At most `points` of the points. Of each run of neighbours the least and the greatest stay, so
-    that no spike is lost; the first and the last point stay too."""
+    """At most `points` of the points; see `kept`."""
+    chosen = kept(series, points)
+    return Series(series.steps[chosen], series.values[chosen])
+
+
+def kept(series: Series, points: int = POINTS) -> NDArray[np.intp]:
+    """Which points stay if there may be so many. Of each run of neighbours the least and the
+    greatest do, so that no spike is lost; the first and the last point do too."""
     n = len(series.values)
     if n <= points:
-        return series
+        return np.arange(n)
     edges = np.linspace(0, n, (points - 2) // 2 + 1).astype(int)
     keep = {0, n - 1}
     for a, b in pairwise(edges):
         part = series.values[a:b]
         keep |= {a + int(part.argmin()), a + int(part.argmax())}
-    chosen = np.array(sorted(keep))
-    return Series(series.steps[chosen], series.values[chosen])
+    return np.array(sorted(keep))
 
 
 def smooth(series: Series) -> Series | None:

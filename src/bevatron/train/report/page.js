@@ -11,7 +11,8 @@ const charts = [...document.querySelectorAll(".chart[data-frame]")].map((figure)
   cursor.style.display = "none";
   svg.append(cursor);
   const curves = JSON.parse(figure.querySelector("script").textContent);
-  return { figure, svg, cursor, curves, left, right, x0, x1 };
+  const events = JSON.parse(figure.dataset.events);
+  return { figure, svg, cursor, curves, events, left, right, x0, x1 };
 });
 const tip = document.createElement("div");
 tip.className = "tip";
@@ -54,10 +55,19 @@ for (const c of charts) {
       const value = document.createElement("b");
       value.textContent = shown(curve.y[i]);
       row.append(name, value);
+      if (curve.mean) row.append("  smoothed " + shown(curve.mean[i]));
       if (curve.x[i] !== first) row.append("  at " + curve.x[i].toLocaleString("en"));
       tip.append(row);
     }
     if (first === null) return;
+    const near = 6 / (c.right - c.left) * (c.x1 - c.x0);
+    for (const [run, at, text] of c.events) {
+      if (off.has(String(run)) || Math.abs(at - step) > near) continue;
+      const row = document.createElement("div");
+      row.className = "event";
+      row.textContent = text;
+      tip.append(row);
+    }
     const head = document.createElement("div");
     head.textContent = c.figure.dataset.axis + " " + first.toLocaleString("en");
     tip.prepend(head);

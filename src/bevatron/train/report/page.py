@@ -12,7 +12,7 @@ from pathlib import Path
 import bevatron
 from bevatron.progress import duration
 from bevatron.spec import ModelSpec
-from bevatron.train.report.chart import Chart, Curve, draw
+from bevatron.train.report.chart import Chart, Curve, Mark, draw
 from bevatron.train.report.curves import smooth
 from bevatron.train.report.record import Record
 from bevatron.train.report.tables import (
@@ -63,43 +63,42 @@ def document(title: str, body: str) -> str:
 def charts(records: Sequence[Record]) -> list[Chart]:
     """What is drawn, in its order. One run has its validation among the losses, several have it on
     a chart of its own."""
-    marks = [(i, e) for i, r in enumerate(records) for e in r.events]
     one = len(records) == 1
+    marks = [Mark(i, e, "" if one else r.name) for i, r in enumerate(records) for e in r.events]
+    nats = "nats per token"
     loss = _curves(records, "loss", smoothed=True)
     if one and (held_out := records[0].series.get("val_loss")) is not None:
         loss.append(Curve("validation", 1, held_out, "dots"))
-    out = [Chart("Loss", loss, wide=True, settles=True, marks=marks)]
+    out = [Chart("Loss", loss, wide=True, marks=marks, value=nats)]
     if not one:
         known = all("val_bpb" in r.series for r in records)
         title = "Validation, bits per byte" if known else "Validation loss"
         val = _curves(records, "val_bpb" if known else "val_loss", dots=True)
-        out.append(Chart(title, val, wide=True, settles=True))
+        out.append(Chart(title, val, wide=True, value="bits per byte" if known else nats))
     norm, lr = _curves(records, "grad_norm", smoothed=True), _curves(records, "lr")
     speed = _curves(records, "tokens_per_s", smoothed=True)
     memory = _curves(records, "memory_gib")
     return [
         *out,
-        Chart("Gradient norm", norm, log=True, marks=marks),
-        Chart("Learning rate", lr, from_zero=True),
-        Chart("Tokens per second", speed, from_zero=True, spikes=True),
-        Chart("Peak memory of the first rank", memory, unit=" GiB", from_zero=True),
+        Chart("Gradient norm", norm, log=True, marks=marks, value="norm, before clipping"),
+        Chart("Learning rate", lr, from_zero=True, value="learning rate"),
+        Chart("Speed", speed, from_zero=True, spikes=True, value="tokens per second"),
+        Chart("Peak memory of the first rank", memory, unit=" GiB", from_zero=True, value="GiB"),
     ]
 
 
 def _curves(
     records: Sequence[Record], key: str, *, smoothed: bool = False, dots: bool = False
 ) -> list[Curve]:
-    behind, front = [], []
+    out = []
     for i, record in enumerate(records):
         series = record.series.get(key)
         if series is None:
             continue
         label = record.name if len(records) > 1 else key.replace("_", " ")
         mean = smooth(series) if smoothed else None
-        if mean is not None:
-            behind.append(Curve(label, i, series, "faint"))
-        front.append(Curve(label, i, mean or series, "dots" if dots else "line"))
-    return behind + front
+        out.append(Curve(label, i, series, "dots" if dots else "line", mean=mean))
+    return out
 
 
 def _header(record: Record) -> str:

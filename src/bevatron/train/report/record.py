@@ -52,8 +52,9 @@ class Series:
 @dataclass(frozen=True)
 class Event:
     step: int
-    kind: str  # skip, rewind, stopped, restart, ...
+    kind: str  # skipped, rewound, stopped, restart, ...
     text: str
+    bad: bool = False  # the guard's, of a step whose update was not applied
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ class _Metrics:
                 continue
             if "event" in line:
                 kind, text = str(line["event"]), _say(line, "step", "event")
-                self.events.append(Event(int(line["step"]), kind, text))
+                bad = "loss" in line or "grad_norm" in line
+                self.events.append(Event(int(line["step"]), kind, text, bad))
             else:
                 self._take(line)
 
