@@ -104,6 +104,7 @@ OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train.precision": ("bf16", ()),
     "train.recompute": ("full", ()),
     "train.compile": ("true", ()),
+    "train.device": ("cpu", ()),
     "train.seed": ("1", ()),
     "train.val_every": ("2", (VALIDATED,)),
     "train.val_batches": ("2", (VALIDATED,)),

@@ -90,7 +90,7 @@ def logits(
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     began = time.monotonic()
-    with one_rank(worker) as device:
+    with one_rank(worker, config.train.device) as device:
         info = make(teacher, config, layout, dtype, device)
         if dist.get_rank() == 0:
             found: dict[str, Any] = {"path": config.objective.logits, "layout": str(layout)}

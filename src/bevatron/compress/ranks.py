@@ -10,24 +10,27 @@ from contextlib import contextmanager
 import torch
 
 from bevatron.parallel.agree import on_all
-from bevatron.parallel.world import default_device, world
-from bevatron.train.hardware import tune_allocator
+from bevatron.parallel.world import world
+from bevatron.train.hardware import training_device, tune_allocator
 from bevatron.train.stopping import Stopping
 from bevatron.train.workers import reporting
 
 
 @contextmanager
-def one_rank(worker: bool) -> Iterator[torch.device]:
-    """The process group for the duration; yields this rank's device. A `worker` of a launcher
-    leaves its last words if it fails, and ends here if it does not."""
-    device, stopping = default_device(), Stopping()
-    if device.type == "cpu":
-        tune_allocator()
+def one_rank(worker: bool, device_kind: str | None = None) -> Iterator[torch.device]:
+    """The process group for the duration; yields this rank's device, of the kind given, as
+    `train.device`. A `worker` of a launcher leaves its last words if it fails, and ends here if it
+    does not."""
+    stopping = Stopping()
     # Reports twice: of what fails inside the group before an end of the group that might hang.
-    with reporting(worker, stopping), world(device), reporting(worker, stopping):
-        yield device
-        if worker:
-            # Leave together and without destructors, as `train` does.
-            on_all(lambda: None)
-            sys.stdout.flush()
-            os._exit(0)
+    with reporting(worker, stopping):
+        device = training_device(device_kind)
+        if device.type == "cpu":
+            tune_allocator()
+        with world(device), reporting(worker, stopping):
+            yield device
+            if worker:
+                # Leave together and without destructors, as `train` does.
+                on_all(lambda: None)
+                sys.stdout.flush()
+                os._exit(0)

@@ -132,6 +132,9 @@ class TrainConfig(Section):
     keeps the input of each layer."""
     compile: bool = False
     """Compile each distinct layer once."""
+    device: str | None = None
+    """cpu, or the kind of this machine's accelerators, such as cuda; if absent, those, and the CPU
+    where there are none that can train."""
     seed: int = Field(0, ge=0)
     """Of random weights and the order of samples."""
     val_every: int = Field(0, ge=0)

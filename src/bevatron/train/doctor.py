@@ -166,7 +166,9 @@ def _said(file: Path) -> str:
 
 
 def _warnings(machine: dict[str, Any]) -> list[str]:
-    out = []
+    from bevatron.train.hardware import why_on_cpu
+
+    out = [] if (why := why_on_cpu()) is None else [f"{why}; training runs on the CPU"]
     if machine["shm_bytes"] is not None and machine["shm_bytes"] < LOW_SHM:
         size = machine["shm_bytes"] / 2**20
         out.append(f"/dev/shm holds {size:.0f} MiB; NCCL and data workers want 1 GiB or more")

@@ -9,6 +9,9 @@ import sys
 
 import torch
 
+from bevatron.errors import BevatronError
+from bevatron.parallel.world import choose_device
+
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, by words of the device's name. From the makers'
 # data sheets; NVIDIA's print the double, which needs 2:4 sparsity, for everything since the A100.
 PEAK_BF16 = {
@@ -25,6 +28,38 @@ PEAK_BF16 = {
     # AMD CDNA 2 (one of two dies is a device), 3 and 4
     "MI250X": 191, "MI300X": 1307, "MI325X": 1307, "MI355X": 2516,
 }  # fmt: skip
+
+
+# Accelerators of one process alone.
+NO_TRAINING = {"mps": "Apple's mps has no collectives, without which FSDP cannot train"}
+
+
+def training_device(name: str | None) -> torch.device:
+    """Where this process of a run computes.
+
+    Args:
+        name: a kind, as `train.device` says it; which of them is this process's own affair.
+    Raises BevatronError for what is not here, or cannot train."""
+    if name is not None and ":" in name:
+        raise BevatronError(
+            f"train.device: {name} is one of several, and every process takes its own; say "
+            f"{name.partition(':')[0]}, and leave others out by its variable (CUDA_VISIBLE_DEVICES)"
+        )
+    if name == "mps":
+        raise BevatronError(
+            f"train.device: {NO_TRAINING['mps']}; leave it out or say cpu (generate, chat and "
+            "serve take --device mps)"
+        )
+    try:
+        return choose_device(name)
+    except BevatronError as error:
+        raise BevatronError(f"train.device: {error}") from None
+
+
+def why_on_cpu() -> str | None:
+    """Why a run is not on the accelerator that this machine has; None where it has none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return None if accelerator is None else NO_TRAINING.get(accelerator.type)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -224,28 +224,24 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool | frozenset[str]
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     from bevatron.parallel.agree import on_all
-    from bevatron.parallel.world import default_device, world
-    from bevatron.train.hardware import tune_allocator
+    from bevatron.parallel.world import world
+    from bevatron.train.hardware import training_device, tune_allocator
 
-    device = default_device()
-    if device.type == "cpu":
-        tune_allocator()
     # Whoever hangs is named before its collectives give up.
     timeout_s = 2 * config.safety.hang_timeout_s + 600
     # Reports twice: of what fails inside the group before an end of the group that might hang.
-    with (
-        Stopping() as stopping,
-        reporting(worker, stopping),
-        world(device, timeout_s),
-        reporting(worker, stopping),
-    ):
-        _run(config, layout, allow_changed, device, stopping)
-        if worker:
-            # Leave together and without destructors: gloo's threads may outlive the interpreter's
-            # teardown and abort a process whose work is done and saved.
-            on_all(lambda: None)
-            sys.stdout.flush()
-            os._exit(0)
+    with Stopping() as stopping, reporting(worker, stopping):
+        device = training_device(config.train.device)
+        if device.type == "cpu":
+            tune_allocator()
+        with world(device, timeout_s), reporting(worker, stopping):
+            _run(config, layout, allow_changed, device, stopping)
+            if worker:
+                # Leave together and without destructors: gloo's threads may outlive the
+                # interpreter's teardown and abort a process whose work is done and saved.
+                on_all(lambda: None)
+                sys.stdout.flush()
+                os._exit(0)
     if stopping.asked is not None:
         raise SystemExit(128 + stopping.asked)
 
@@ -262,6 +258,7 @@ def _run(
 
     from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import job_store
+    from bevatron.train.hardware import why_on_cpu
     from bevatron.train.objectives import Objective, objective_of
     from bevatron.train.run import Run
     from bevatron.train.start import opened_run
@@ -288,6 +285,8 @@ def _run(
             say(f"restart {restarts}: a process had failed")
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
         say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
+        if config.train.device is None and (why := why_on_cpu()) is not None:
+            say(f"on the CPU: {why}")
         run.go(say)
         if run.stopped:
             say_stopped()

@@ -61,6 +61,7 @@ EFFECTS: Mapping[str, Effect] = {
     "train.precision": Effect("fixed", "computes so from here on"),
     "train.recompute": _ROUNDING,
     "train.compile": _ROUNDING,
+    "train.device": _ROUNDING,
     "train.seed": Effect(
         "fixed", "samples come in another order, so some come again and some are passed over"
     ),
