@@ -25,7 +25,8 @@ CONFIG = """\
 model: {{spec: {folder}/spec.json}}
 objective: {{name: distill, teacher: {folder}/teacher, temperature: 2.0, ce: 0.25}}
 data: {{train: [{{path: {folder}/tokens}}], validation: [{{path: {folder}/tokens}}], seq_len: 16}}
-train: {{steps: 4, global_batch: 8, micro_batch: 2, precision: fp32, val_every: 2}}
+train: {{steps: 4, global_batch: 8, micro_batch: 2, precision: fp32, val_every: 2,
+        val_batches: 1}}
 optimizer: {{lr: 1.0e-3}}
 schedule: {{name: constant}}
 checkpoint: {{every: 2, keep: 9}}

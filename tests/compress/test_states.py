@@ -267,7 +267,7 @@ def test_a_run_resumes_with_its_projection_and_weight_at_any_layout(
     pool.run(1, run, folder, "same", "train.steps=2")
     pool.run(1, run, folder, "same")
     whole = measured(folder / "whole")
-    assert len(whole) == 6 and measured(folder / "same") == whole
+    assert len(whole) == 7 and measured(folder / "same") == whole
     pool.run(2, run, folder, "other", "train.steps=2", "parallel.pp=2")
     pool.run(2, run, folder, "other", "parallel.tp=2")
     for ours, wanted in zip(measured(folder / "other"), whole, strict=True):
@@ -331,3 +331,17 @@ def test_a_dry_run_has_room_for_the_projection(
         launch(folder / "run.yaml", said, dry_run=True, paper_ranks=4, as_json=True)
         sizes.append([s["optimizer"] for s in json.loads(capsys.readouterr().out)["stages"]])
     assert [b - a for a, b in zip(*sizes, strict=True)] == [2 * 4 * 32 * 16] * 2
+
+
+def test_a_validation_counts_every_state_once_whatever_the_batch(pool: Pool, folder: Path) -> None:
+    """10 windows in batches of 8 (6 of 16 samples count for nothing) and of 2."""
+    source = random.Random(1)
+    write_store(folder / "ten", [[source.randrange(101) for _ in range(163)]], 101)
+    held_out = [f"data.validation=[{{path: {folder}/ten}}]", "train.val_batches=null"]
+    for batch in (8, 2):
+        more = [*held_out, f"train.global_batch={batch}", "train.steps=1"]
+        pool.run(1, run, folder, f"batch-{batch}", *more)
+    eight, two = (lines(folder / f"batch-{batch}")[0] for batch in (8, 2))
+    assert eight["step"] == two["step"] == 0 and eight["val_states"] > 0.1
+    for name in ("val_loss", "val_kl", "val_states"):
+        assert eight[name] == pytest.approx(two[name], rel=1e-5), name

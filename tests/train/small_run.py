@@ -31,7 +31,7 @@ from tests.specs import HOMOGENEOUS
 CONFIG = """\
 model: {{spec: {folder}/spec.json}}
 data: {{train: [{{path: {folder}/tokens}}], validation: [{{path: {folder}/tokens}}], seq_len: 16}}
-train: {{steps: 8, global_batch: 8, micro_batch: 2, precision: fp32}}
+train: {{steps: 8, global_batch: 8, micro_batch: 2, precision: fp32, val_every: 0}}
 optimizer: {{lr: 1.0e-3}}
 schedule: {{name: constant}}
 checkpoint: {{every: 2, keep: 9}}

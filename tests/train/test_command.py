@@ -23,7 +23,7 @@ from bevatron.spec.json import to_json
 CONFIG = """\
 model: {init: native}
 data: {train: [{path: tokens}], validation: [{path: tokens}], seq_len: 16}
-train: {steps: 4, global_batch: 8, micro_batch: 2, precision: fp32, val_every: 2}
+train: {steps: 4, global_batch: 8, micro_batch: 2, precision: fp32, val_every: 2, val_batches: 1}
 optimizer: {lr: 1.0e-3}
 schedule: {name: constant}
 checkpoint: {every: 2, keep: 1}
@@ -91,7 +91,7 @@ def test_launch_resume_torchrun_and_export(work: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     for key in ("loss", "grad_norm", "val_loss"):
         expected = lines(work / "whole", key)
-        assert [s for s, _ in expected] == ([1, 2, 3, 4] if key != "val_loss" else [2, 4])
+        assert [s for s, _ in expected] == ([1, 2, 3, 4] if key != "val_loss" else [0, 2, 4])
         for got, want in zip(lines(work / "run", key), expected, strict=True):
             assert got == (want[0], pytest.approx(want[1], rel=1e-5)), key
     assert (work / "run" / "latest").read_text().strip() == "step-00000004"

@@ -119,7 +119,7 @@ def test_a_store_shorter_than_a_batch_works_by_epochs_and_is_announced(staged: D
     tiny = DataConfig(train=[staged.train[1]], validation=[staged.train[1]], seq_len=SEQ)
     lines = feed(tiny).summary(steps=3)
     assert lines[0].endswith("5.14 epochs of 7; fewer than its share of a step of 12")
-    assert lines[1] == f"validation: {path}, 7 samples, 12 a batch"
+    assert len(lines) == 1
     batch = feed(tiny).batch(0)["tokens"][:, 0]
     assert sorted(set(batch.tolist())) == [10_000 + SEQ * i for i in range(7)]
     with pytest.raises(

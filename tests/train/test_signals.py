@@ -26,7 +26,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     assert (run / "latest").read_text() == f"step-{last:08d}\n"
     validated = [line["step"] for line in small_run.lines(run) if "val_loss" in line]
     cut_short = moment in ("step", "evaluation")
-    assert validated == list(range(1, last + 1 - cut_short))
+    assert validated == list(range(last + 1 - cut_short))
     assert small_run.events(run) == [(last, "stopped")]
 
 

@@ -171,19 +171,23 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget lines of steps that a resumed run will do again, and a line cut by a crash."""
+    def drop_metrics_after(self, step: int) -> list[dict[str, Any]]:
+        """Forget lines of steps that a resumed run will do again, and a line cut by a crash.
+        Returns those of this step itself."""
         path = self.path / METRICS
         if not path.is_file():
-            return
-        kept = []
+            return []
+        kept, last = [], []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                found = json.loads(line)
+                if found["step"] <= step:
                     kept.append(line)
+                    last += [found] if found["step"] == step else []
             except (ValueError, KeyError, TypeError):
                 continue
         replace_text(path, "".join(f"{line}\n" for line in kept))
+        return last
 
 
 def step_of(folder: Path) -> int:

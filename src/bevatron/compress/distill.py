@@ -18,7 +18,7 @@ from bevatron.nn.heads import Compute
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config_objective import ObjectiveConfig
-from bevatron.train.objectives import Pretrain, Samples, Vector, mean_over
+from bevatron.train.objectives import BLANK, Pretrain, Samples, Vector, mean_over
 from bevatron.train.start import open_teacher
 
 TOP = (VALUES, IDS, TAIL)
@@ -52,12 +52,17 @@ class Distill(Pretrain):
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         ids, batch = super().batch(samples)
-        return ids, batch | {name: samples[name] for name in TOP if name in samples}
+        names = TOP if self.states is None else (*TOP, BLANK)
+        return ids, batch | {name: samples[name] for name in names if name in samples}
 
     def count(self, batch: dict[str, Tensor]) -> Sequence[int]:
         """Tokens with a next one to predict; of states, all of them."""
         counts = super().count(batch)
-        return counts if self.states is None else (*counts, batch["labels"].numel())
+        if self.states is None:
+            return counts
+        rows, tokens = batch["labels"].shape
+        blank = int(batch[BLANK].sum()) if BLANK in batch else 0
+        return (*counts, (rows - blank) * tokens)
 
     def compute(self, comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
         def loss(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from bevatron.nn.norm import rms
 from bevatron.parallel.init import fill_normal
 from bevatron.spec import ModelSpec, Norm
 from bevatron.train.config_objective import StatesConfig
+from bevatron.train.objectives import BLANK
 
 Kind = Literal["cosine", "mse"]
 PROJECTION = "states.projection"
@@ -114,7 +115,7 @@ class States:
         def tap(layer: int, x: Tensor) -> Tensor:
             if layer not in self.loss.pairs:
                 return x
-            total, gradient = self._look(x, batch[f"teacher.{layer}"])
+            total, gradient = self._look(x, batch[f"teacher.{layer}"], batch.get(BLANK))
             if counts:
                 self._sum += total
             if gradient is None:
@@ -124,11 +125,16 @@ class States:
 
         return tap
 
-    def _look(self, x: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The sum over the tokens of x, and the gradient of what is minimised of it, if gradients
-        are wanted; that of the projection is added to what there is."""
+    def _look(
+        self, x: Tensor, theirs: Tensor, blank: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sum over the tokens of x, but for `blank` samples [B] of a validation, and the
+        gradient of what is minimised of it, if gradients are wanted; that of the projection is
+        added to what there is."""
         kind, projection = self.loss.kind, self.parameters.get(PROJECTION)
         if not torch.is_grad_enabled():
+            if blank is not None:
+                x, theirs = x[~blank], theirs[~blank]
             return states_sum(x, theirs, projection, kind, self.norms), None
         ours = x.detach().requires_grad_()
         total = states_sum(ours, theirs, projection, kind, self.norms)

@@ -30,6 +30,7 @@ from bevatron.checkpoint.manifest import CheckpointError
 from bevatron.checkpoint.new_folder import sync
 from bevatron.checkpoint.safetensors_file import write_header
 from bevatron.checkpoint.strict_json import parse_object
+from bevatron.data.sampler import Sampler
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig, SourceConfig
@@ -140,16 +141,19 @@ def order_of(config: RunConfig) -> dict[str, Any]:
         "data.document_mask": data.document_mask,
         "data.train": mixture(data.train),
         "data.stages": [[s.from_step * batch, mixture(s.train)] for s in data.stages],
-        "data.validation": mixture(data.validation) if config.train.val_every else [],
+        "data.validation": mixture(data.validation) if config.validates_every else [],
     }
 
 
 def needed(config: RunConfig) -> dict[str, int]:
     """How many samples of each kind a run takes."""
-    train, batch = config.train, config.train.global_batch
+    validation = [(TokenStore.open(Path(s.path)), s.weight) for s in config.data.validation]
+    whole = 0
+    if validation:
+        whole = Sampler(validation, config.data.seq_len, 0, shuffled=False).pass_length
     return {
-        "train": train.steps * batch,
-        "validation": train.val_batches * batch if train.val_every else 0,
+        "train": config.train.steps * config.train.global_batch,
+        "validation": config.validation_samples(whole),
     }
 
 
@@ -179,12 +183,12 @@ class StoredLogits:
     def check(self, config: RunConfig) -> None:
         """Refuse to be used for other samples than those that they were made for."""
         own, wanted = dict(self.info.order), order_of(config)
-        if not config.train.val_every:
+        if not config.validates_every:
             own["data.validation"] = []
         elif not self.info.validation:
             raise LogitsError(
-                f"{self.path}: has none for a validation, but train.val_every is set; make them "
-                "anew with it, or set it to 0"
+                f"{self.path}: has none for a validation, but data.validation is given; make them "
+                "anew with it, or set train.val_every to 0"
             )
         differ = [key for key in wanted if own.get(key) != wanted[key]]
         if differ:

@@ -15,6 +15,7 @@ Nothing is stored, so a run resumes at any position, at any number of ranks, by 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -201,6 +202,19 @@ class Sampler:
         """Windows of all stores together. With one store, position epoch_length begins its second
         epoch; in a mixture each store has epochs of its own, as its weight has it."""
         return sum(self.windows)
+
+    @property
+    def pass_length(self) -> int:
+        """Positions from the beginning on within which every window of every store comes, and those
+        of the last store to end once."""
+        whole = 1
+        while any(n < of for n, of in zip(self.counts(whole), self.windows, strict=True)):
+            whole *= 2
+
+        def is_whole(position: int) -> bool:
+            return all(n >= of for n, of in zip(self.counts(position), self.windows, strict=True))
+
+        return bisect_left(range(whole + 1), True, key=is_whole)
 
     def counts(self, position: int) -> list[int]:
         """How many of the samples before `position` come from each source."""

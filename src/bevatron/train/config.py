@@ -10,6 +10,7 @@ from bevatron.spec.model import Role
 from bevatron.train.config_objective import ObjectiveConfig, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+EVERY = 500  # steps between two saves, and between two validations, unless a run says otherwise
 
 
 class ModelConfig(Section):
@@ -137,10 +138,12 @@ class TrainConfig(Section):
     where there are none that can train."""
     seed: int = Field(0, ge=0)
     """Of random weights and the order of samples."""
-    val_every: int = Field(0, ge=0)
-    """Validate every so many steps; 0: never."""
-    val_batches: int = Field(1, ge=1)
-    """Batches of `global_batch` samples of one validation."""
+    val_every: int | None = Field(None, ge=0)
+    """Validate every so many steps, and at the start and the end; 0: never. If absent, 500 where
+    there is `data.validation`."""
+    val_batches: int | None = Field(None, ge=1)
+    """At most so many batches of `global_batch` samples of each validation; if absent, all of
+    `data.validation`, once."""
 
 
 class MuonConfig(Section):
@@ -206,8 +209,8 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     """Which steps are saved, and which stay."""
 
-    every: int = Field(0, ge=0)
-    """Save every so many steps; 0: only at the end."""
+    every: int = Field(EVERY, ge=0)
+    """Save every so many steps, and at the end; 0: only at the end."""
     keep: int = Field(3, ge=1)
     """So many of the newest steps stay."""
     keep_every: int = Field(0, ge=0)
@@ -341,6 +344,20 @@ class RunConfig(Section):
     """Where the numbers go."""
     run: FolderConfig
     """The run's own place."""
+
+    @property
+    def validates_every(self) -> int:
+        """Steps between validations; 0 for none."""
+        if not self.data.validation:
+            return 0
+        return EVERY if self.train.val_every is None else self.train.val_every
+
+    def validation_samples(self, whole: int) -> int:
+        """How many samples a validation takes, of `whole` in one pass over its data."""
+        if not self.validates_every:
+            return 0
+        bound = self.train.val_batches
+        return whole if bound is None else min(whole, bound * self.train.global_batch)
 
     @model_validator(mode="after")
     def _rewinds_have_a_target(self) -> RunConfig:

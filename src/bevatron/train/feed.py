@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from bevatron.data.tokenizer import TOKENIZER, fingerprint, open_tokenizer
 from bevatron.spec import ModelSpec
 from bevatron.train.batches import Batches
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig
-from bevatron.train.objectives import Stored
+from bevatron.train.objectives import BLANK, Stored
 from bevatron.train.read_ahead import Batch, ReadAhead
 
 if TYPE_CHECKING:
@@ -61,7 +62,18 @@ class Feed(ReadAhead):
 
     def read_validation(self, positions: range) -> Batch:
         assert self.validation is not None
-        return self._windows("validation", self.validation, positions)
+        end = self.validation_samples
+        real = range(min(positions.start, end - 1), min(positions.stop, end))
+        rows = self._windows("validation", self.validation, real)
+        blank = np.array(positions) >= end
+        if not blank.any():
+            return rows
+        at = np.minimum(np.array(positions), end - 1) - real.start
+        return {name: array[at] for name, array in rows.items()} | {BLANK: blank}
+
+    @cached_property
+    def validation_samples(self) -> int:
+        return self.validation.pass_length if self.validation is not None else 0
 
     def _windows(self, kind: str, sampler: Sampler, positions: range) -> Batch:
         at = np.array(positions, dtype=np.int64)
@@ -105,10 +117,6 @@ class Feed(ReadAhead):
                     f"weights stay rounded to 1/{BLOCK}, as this run was begun: {shown}; a new run "
                     "has them exact"
                 )
-        if self.validation is not None:
-            sets = ", ".join(str(store.path) for store in self.validation.stores)
-            count = self.validation.epoch_length
-            lines.append(f"validation: {sets}, {count:,} samples, {self.global_batch:,} a batch")
         return lines
 
 

@@ -142,6 +142,10 @@ class LabelledFeed(ReadAhead):
         assert self.validation is not None
         return self._samples(self.validation, list(positions))
 
+    @property
+    def validation_samples(self) -> int:
+        return len(self.validation) if self.validation is not None else 0
+
     def fingerprints(self) -> dict[str, str]:
         return self._hashes
 

@@ -27,8 +27,10 @@ from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z
 
 # What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if
 # `data.document_mask` is set, `documents` [n, T + 1] int64, the number of each token's document
-# within its sample, from 0. Of labelled examples `tokens` [n, T] and what `head_objectives` names.
+# within its sample, from 0. In a validation's last batch perhaps BLANK [n] bool: samples that count
+# for nothing. Of labelled examples `tokens` [n, T] and what `head_objectives` names.
 Samples = dict[str, Tensor]
+BLANK = "blank"
 Vector = NDArray[np.float64]
 NONE: Mapping[str, Companion] = MappingProxyType({})
 
@@ -146,6 +148,8 @@ class Pretrain:
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, documents = samples["tokens"], samples.get("documents")
         ids, labels = tokens[:, :-1], tokens[:, 1:]
+        if (blank := samples.get(BLANK)) is not None:
+            labels = labels.masked_fill(blank[:, None], IGNORE)
         if documents is None:
             return ids, {"labels": labels}
         # The first token of a document is not for the one before it to predict.

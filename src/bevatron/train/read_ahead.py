@@ -57,7 +57,13 @@ class ReadAhead(ABC):
 
     @abstractmethod
     def read_validation(self, positions: range) -> Batch:
-        """The same of the validation order, which is the same in every run."""
+        """The same of the validation order, which is the same in every run. Samples that count for
+        nothing from position `validation_samples` on."""
+
+    @property
+    @abstractmethod
+    def validation_samples(self) -> int:
+        """How many make one pass over the validation's data."""
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -39,6 +38,7 @@ from bevatron.train.schedule import learning_rate
 from bevatron.train.start import Start
 from bevatron.train.stopping import Stopping
 from bevatron.train.trainer import Trainer
+from bevatron.train.validation import Validation
 from bevatron.train.watch import Watch
 
 Say = Callable[[str], None]
@@ -88,6 +88,8 @@ class Run:
         self.recorded = restart.as_it_began(start, config)
         self.saver = Saver(self.recorded, start, self.folder, self.trainer, self._state)
         on_all(self._open_meter)
+        parts = self.feed, self.trainer, self.meter, stopping, watch
+        self.validation = Validation(config, *parts)
 
     def _open_meter(self) -> None:
         self.meter = Meter(
@@ -121,7 +123,7 @@ class Run:
             rounded=self._mixture == "rounded",
             batches=batches,
         )
-        self.validation = {s.path: hash_source(config, s.path) for s in config.data.validation}
+        self.held_out = {s.path: hash_source(config, s.path) for s in config.data.validation}
         if start.state is not None:
             recorded = start.state.get("data", {}), start.state.get("validation", {})
             changed = self.feed.changed_sources(recorded[0])
@@ -132,7 +134,7 @@ class Run:
                     "aside",
                     f"{path}: is other data than it was: validation losses from here on are of it",
                 )
-                for path, found in self.validation.items()
+                for path, found in self.held_out.items()
                 if recorded[1].get(path, found) != found
             )
 
@@ -146,7 +148,7 @@ class Run:
         taps = self.trainer.taps
         if taps is not None:
             state["objective"] = taps.state()
-        hashes = {"data": self.feed.fingerprints(), "validation": self.validation}
+        hashes = {"data": self.feed.fingerprints(), "validation": self.held_out}
         return {**state, "mixture": self._mixture, **hashes}
 
     @property
@@ -232,18 +234,19 @@ class Run:
     def go(self, say: Say) -> None:
         """Train from the current step to `train.steps`, then save if that was not done."""
         steps = self.config.train.steps
-        on_all(lambda: self._prepare_folder() if self.is_main else None)
+        validated = on_all(lambda: self._prepare_folder() if self.is_main else False)[0]
         if self.step >= steps:
             say(f"{self.folder.path}: already at step {self.step} of {steps}; nothing to do")
             self.saver.export(self.is_main)
             return
         self._say_changes(say)
-        for line in self.feed.summary(steps):
-            say(line)
+        for line in (*self.feed.summary(steps), self.validation.line(), self.saver.line()):
+            if line is not None:
+                say(line)
         shown = progress("training", steps, "steps", self.step, show=self.is_main)
         try:
             with shown as advance:
-                self._loop(steps, advance)
+                self._loop(steps, advance, validated)
         except BaseException:
             self.saver.leave()
             raise
@@ -265,21 +268,26 @@ class Run:
         for line in restart.lines(self.changes, made, start.config, self.config):
             say(f"step {self.step}: {line}")
 
-    def _prepare_folder(self) -> None:
-        """Drop what was logged after the step that is continued from, and say what starts now."""
-        self.folder.drop_metrics_after(self.step)
+    def _prepare_folder(self) -> bool:
+        """Drop what was logged after the step that is continued from, and say what starts now.
+        Whether a validation of that step is logged, or none is due."""
+        lines = self.folder.drop_metrics_after(self.step if self.start.state is not None else -1)
         if self.step < self.config.train.steps:
             line = start_line(self.recorded, self.start, self.made_with, self.feed.fingerprints())
             self.folder.append(STARTS, line)
+        begins = self.start.state is None
+        due = self.validation.every > 0 and (begins or self.validation.due(self.step))
+        return not due or any(x["step"] == self.step and "val_loss" in x for x in lines)
 
-    def _loop(self, steps: int, advance: Advance) -> None:
+    def _loop(self, steps: int, advance: Advance, validated: bool) -> None:
+        self.stopped = not validated and not self.validation.run(self.step)
         while self.step < steps and not self.stopped:
             rewound = self._one_step(advance)
             if rewound is None:
                 self.stopped = True
                 break
-            if _due(self.step, self.config.train.val_every):
-                self.stopped = not self._validate()
+            if self.validation.due(self.step):
+                self.stopped = not self.validation.run(self.step)
             self.watch.at("saving", self.step)
             if rewound:  # what it passed over must not come back by a restart
                 self.saver.save(self.step, self.tokens)
@@ -371,23 +379,6 @@ class Run:
         if self.is_main:
             self.folder.drop_metrics_after(first - 1)
         self._record("rewound", loss, norm)
-
-    def _validate(self) -> bool:
-        """Write a validation line; False if some rank was asked to stop meanwhile."""
-        parts, batches = [], self.config.train.val_batches
-        with progress("validating", batches, "batches", show=self.is_main) as advance:
-            for i in range(batches):
-                self.watch.at("validating", self.step)
-                batch = self.stopping.unless_asked(partial(self.feed.validation_batch, i))
-                part = self.trainer.evaluate(batch)
-                if part is None:
-                    return False
-                parts.append(part)
-                advance(1)
-        sums, counts = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
-        found = self.trainer.objective.report(sums, counts)
-        self.meter.validation(self.step, {f"val_{k}": v for k, v in found.items()})
-        return True
 
 
 def _due(step: int, every: int) -> bool:

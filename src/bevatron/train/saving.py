@@ -98,6 +98,15 @@ class Saver:
         if self.is_main and self.kept is not None:
             self.carried = carried(self.kept)
 
+    def line(self) -> str:
+        """What the start says of it."""
+        options = self.config.checkpoint
+        often = f"every {options.every:,} steps and at the end" if options.every else "at the end"
+        kept = f"the newest {options.keep:,} stay"
+        if options.keep_every:
+            kept += f", and each {options.keep_every:,}th"
+        return f"saving: {often}; {kept}"
+
     def save_if_due(self, step: int, tokens: int) -> None:
         """Save what the configuration asks for at this step."""
         options, kinds = self.config.checkpoint, []
