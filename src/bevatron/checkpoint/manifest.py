@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ FILE_NAME = "manifest.json"
 # Bytes per element of every dtype that a native checkpoint may hold, in safetensors' spelling.
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 ITEMSIZE |= {"BOOL": 1}
+SIZE_LIMIT = 1 << 62  # of any number of elements or bytes
 
 
 class CheckpointError(BevatronError):
@@ -135,58 +138,138 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read_manifest(folder: Path) -> Manifest:
+    from bevatron.checkpoint.strict_json import parse_object  # it needs this module's errors
+
     path = folder / FILE_NAME
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {FILE_NAME}; this is not a complete native checkpoint")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["version"]
-        if version != FORMAT_VERSION:
-            newer = isinstance(version, int) and version > FORMAT_VERSION
-            raise (NewerFormatError if newer else CheckpointError)(
-                f"{path}: format version {version}, this Bevatron reads {FORMAT_VERSION}; "
-                "install the version that wrote it"
-            )
-        tensors = {name: _tensor(t) for name, t in raw["tensors"].items()}
-        known = {"format", "version", "family", "step", "tensors"}
-        extra = {k: v for k, v in raw.items() if k not in known}
-        manifest = Manifest(raw["family"], raw["step"], tensors, version, extra)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    inside: set[str] = set()
-    try:
-        for name, tensor in manifest.tensors.items():
-            _check_tensor(path, name, tensor, inside)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    return manifest
-
-
-def _tensor(raw: Any) -> TensorEntry:
-    chunks = tuple(
-        Chunk(tuple(c["offset"]), tuple(c["shape"]), c["file"], c["at"], c["hash"])
-        for c in raw["chunks"]
-    )
-    return TensorEntry(raw["dtype"], tuple(raw["shape"]), chunks)
-
-
-def _check_tensor(path: Path, name: str, tensor: TensorEntry, inside: set[str]) -> None:
-    """`inside`: files that are known to lie in the folder, to which this adds."""
-    if tensor.dtype not in ITEMSIZE:
-        raise CheckpointError(f"{path}: {name} has unknown dtype {tensor.dtype!r}")
-    covered, rank = 0, len(tensor.shape)
-    for offset, shape, file, _, _ in tensor.chunks:
-        fits = len(offset) == len(shape) == rank
-        for o, n, size in zip(offset, shape, tensor.shape, strict=False):
-            fits = fits and o >= 0 and n >= 0 and o + n <= size
-        if not fits:
-            raise CheckpointError(f"{path}: a chunk of {name} lies outside of its tensor")
-        if file not in inside:
-            if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
-                raise CheckpointError(f"{path}: {name} points outside of the folder: {file!r}")
-            inside.add(file)
-        covered += math.prod(shape)
-    if covered * ITEMSIZE[tensor.dtype] != tensor.nbytes:
-        raise CheckpointError(
-            f"{path}: the chunks of {name} hold {covered} elements, expected shape {tensor.shape}"
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    raw = parse_object(data, str(path))
+    version = raw.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
+        raise (NewerFormatError if newer else CheckpointError)(
+            f"{path}: format version {version!r:.80}, this Bevatron reads {FORMAT_VERSION}; "
+            "install the version that wrote it"
         )
+    family, step, tensors = raw.get("family"), raw.get("step"), raw.get("tensors")
+    files = raw.get("files", {})  # of a run's step: hashes of those that hold no tensors
+    for name, good in (
+        ("family", isinstance(family, str)),
+        ("step", _is_size(step)),
+        ("tensors", isinstance(tensors, dict)),
+        ("files", isinstance(files, dict) and all(_lies_inside(file) for file in files)),
+    ):
+        if not good:
+            raise CheckpointError(f"{path}: damaged: {name} is {raw.get(name)!r:.80}")
+    assert isinstance(family, str) and isinstance(step, int) and isinstance(tensors, dict)
+    inside: set[str] = set()
+    found = {name: _tensor(path, name, value, inside) for name, value in tensors.items()}
+    known = {"format", "version", "family", "step", "tensors"}
+    extra = {k: v for k, v in raw.items() if k not in known}
+    return Manifest(family, step, found, version, extra)
+
+
+def _tensor(path: Path, name: str, raw: Any, inside: set[str]) -> TensorEntry:
+    """One tensor, checked. `inside`: files that are known to lie in the folder, to which this adds.
+
+    Column by column, for a large run's manifest has millions of chunks."""
+    if type(raw) is not dict or raw.keys() != {"dtype", "shape", "chunks"}:
+        raise CheckpointError(f"{path}: {name!r:.200} must have exactly dtype, shape and chunks")
+    dtype, shape, listed = raw["dtype"], raw["shape"], raw["chunks"]
+    if type(dtype) is not str or dtype not in ITEMSIZE:
+        raise CheckpointError(f"{path}: {name!r:.200} has unknown dtype {dtype!r:.80}")
+    if type(shape) is not list or not _are_sizes(shape) or len(shape) > 64:
+        raise CheckpointError(f"{path}: {name!r:.200} has the shape {shape!r:.80}; it is damaged")
+    if type(listed) is not list or not all(type(c) is dict and c.keys() == _KEYS for c in listed):
+        keys = ", ".join(_CHUNK)
+        raise CheckpointError(f"{path}: {name!r:.200} must have a list of chunks, each with {keys}")
+    if not listed:
+        entry = TensorEntry(dtype, tuple(shape), ())
+    else:
+        offsets, shapes, files, at, hashes = zip(*map(itemgetter(*_CHUNK), listed), strict=True)
+        boxes = (*offsets, *shapes)
+        if set(map(type, boxes)) != {list} or {*map(type, hashes), *map(type, files)} != {str}:
+            raise CheckpointError(f"{path}: a chunk of {name!r:.200} has values of wrong types")
+        if not _are_sizes([*chain.from_iterable(boxes), *at]):
+            raise CheckpointError(f"{path}: a chunk of {name!r:.200} has sizes that are none")
+        for file in set(files) - inside:
+            if not _lies_inside(file):
+                raise CheckpointError(
+                    f"{path}: {name!r:.200} points outside of the folder: {file!r:.200}"
+                )
+            inside.add(file)
+        columns = (map(tuple, offsets), map(tuple, shapes), files, at, hashes)
+        entry = TensorEntry(dtype, tuple(shape), tuple(map(Chunk, *columns)))
+    if problem := tiling_problem(entry):
+        raise CheckpointError(f"{path}: the chunks of {name!r:.200} {problem}; it is damaged")
+    return entry
+
+
+_CHUNK = ("offset", "shape", "file", "at", "hash")
+_KEYS = set(_CHUNK)
+
+
+def _lies_inside(file: Any) -> bool:
+    """Whether it is a relative path that stays in the folder, and one that can be opened."""
+    if not isinstance(file, str) or not file.isprintable() or not 0 < len(file) <= 1000:
+        return False
+    return not (Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= SIZE_LIMIT
+
+
+def _are_sizes(values: list[Any]) -> bool:
+    types = set(map(type, values))
+    return types <= {int} and (not values or (min(values) >= 0 and max(values) <= SIZE_LIMIT))
+
+
+def tiling_problem(entry: TensorEntry) -> str | None:
+    """How the chunks fail to tile the tensor: every element in exactly one of them; None if they
+    do."""
+    chunks, rank = entry.chunks, len(entry.shape)
+    if any(len(c[0]) != rank or len(c[1]) != rank for c in chunks):
+        return f"do not have its {rank} dimensions"
+    for d, size in enumerate(entry.shape):
+        if max((c[0][d] + c[1][d] for c in chunks), default=0) > size:
+            return f"lie outside of its shape {list(entry.shape)}"
+    covered = sum([math.prod(c[1]) for c in chunks])
+    if covered != math.prod(entry.shape):
+        return f"hold {covered} elements, expected the shape {list(entry.shape)}"
+    boxes = [c[:2] for c in chunks if 0 not in c[1]]
+    return _overlap(boxes) if len(boxes) > 1 else None
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+PAIRWISE = 1000
+
+
+def _overlap(boxes: list[Box]) -> str | None:
+    """Two of the boxes that overlap, if there are two. Whatever layout wrote them, they are cut by
+    one plane after another, so that planes part them again."""
+    for d in range(len(boxes[0][0])):
+        boxes.sort(key=lambda box, d=d: box[0][d])  # type: ignore[misc]
+        groups: list[list[Box]] = []
+        end = -1
+        for box in boxes:
+            begin = box[0][d]
+            if begin >= end:
+                groups.append([])
+            groups[-1].append(box)
+            end = max(end, begin + box[1][d])
+        if len(groups) > 1:
+            several = (group for group in groups if len(group) > 1)
+            return next((found for group in several if (found := _overlap(group))), None)
+    if len(boxes) > PAIRWISE:
+        return f"overlap: no plane parts {len(boxes)} of them"
+    for i, (low, size) in enumerate(boxes):
+        for other, extent in boxes[i + 1 :]:
+            shared = zip(low, size, other, extent, strict=True)
+            if all(a < b + m and b < a + n for a, n, b, m in shared):
+                return f"overlap: {list(size)} at {list(low)} and {list(extent)} at {list(other)}"
+    return None
