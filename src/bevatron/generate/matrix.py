@@ -153,9 +153,12 @@ def matrix(weight: Tensor, *, batches: bool, int8: bool = False) -> Matrix:
 def halves_factor(weight: Tensor) -> float | None:
     """A power of two, 1 if that will do, times which fp16 holds weights [out, in] fp32 of 16 bits:
     every row but for at most LOST of its norm. None if there is none."""
-    most = float(weight.abs().amax())
+    most = float(torch.linalg.vector_norm(weight, torch.inf))
     if not math.isfinite(most):
         return None
+    least = float(torch.linalg.vector_norm(weight, dim=1).amin())
+    if most < 2.0**LARGEST and least * LOST >= 2.0**-25 * math.sqrt(weight.shape[1]):
+        return 1.0  # no weight is off by more than 2^-25
     full = 2.0 ** min(120, LARGEST - math.frexp(most)[1])  # the largest comes to 2^14 or more
     wide = weight * full
     norms = torch.linalg.vector_norm(wide, dim=1)
