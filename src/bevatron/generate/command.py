@@ -54,18 +54,36 @@ def generate(
             _request(engine, template, p, asked, max_new_tokens, tuple(stop), logprobs)
             for p in prompts
         ]
+        for request in requests:
+            _say_beyond(engine, len(request.prompt), 0)
         if as_json:
             for one, request, answer in zip(
                 prompts, requests, engine.complete(requests), strict=True
             ):
                 print(json.dumps(_described(engine, one, request, answer)))
+                _say_beyond(engine, len(request.prompt), len(answer.tokens))
             return
         if not prompts[0].is_chat:
             show(prompts[0].text or "")
+        new = 0
         stream = engine.submit(requests[0])
         for piece in stream:
             show(piece.text)
+            new += len(piece.tokens)
         show("\n")
+        _say_beyond(engine, len(requests[0].prompt), new)
+
+
+def _say_beyond(engine: Engine, given: int, new: int) -> None:
+    """A line where a prompt, or with its new tokens an answer, passes the model's context."""
+    passes = given > engine.context if not new else given <= engine.context < given + new
+    if passes:
+        what = "prompt and answer have" if new else "the prompt has"
+        print(
+            f"warning: {what} {given + new:,} tokens, the model's context is {engine.context:,} "
+            "(max_position_embeddings); beyond it answers mean little",
+            file=sys.stderr,
+        )
 
 
 def _request(

@@ -26,7 +26,7 @@ def stand_in(config: RunConfig) -> tuple[RunConfig, list[str]]:
     model, objective = config.model, config.objective
     run_has_steps = bool(RunFolder(Path(config.run.dir)).step_folders())
     if not run_has_steps and stands_in("model.init", model.init, model.like):
-        model = ModelConfig(spec=model.like)
+        model = ModelConfig(spec=model.like, override=model.override)
     if stands_in("objective.teacher", objective.teacher, objective.teacher_like):
         objective = objective.model_copy(update={"teacher": None})
     return config.model_copy(update={"model": model, "objective": objective}), notes

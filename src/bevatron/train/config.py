@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from bevatron.spec.model import Role
 from bevatron.train.config_objective import ObjectiveConfig, Section
+from bevatron.train.override import OverrideConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 EVERY = 500  # steps between two saves, and between two validations, unless a run says otherwise
@@ -29,6 +30,8 @@ class ModelConfig(Section):
     depth_scaled: bool | None = None
     """Divide that of all that sublayers add to the residual stream by the root of their number; if
     absent, as the spec says."""
+    override: OverrideConfig | None = None
+    """What of the model changes on purpose without changing a weight, for long contexts."""
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:

@@ -24,6 +24,7 @@ from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopp
 if TYPE_CHECKING:
     import torch
 
+    from bevatron.train.objectives import Objective
     from bevatron.train.start import Start
 
 
@@ -131,7 +132,9 @@ def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     notes += [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
-    plan = make_plan(config, layout, objective_of(config.objective, start.spec), notes)
+    objective = objective_of(config.objective, start.spec)
+    notes += _beyond_contexts(config, start, objective)
+    plan = make_plan(config, layout, objective, notes)
     if init is not None and config.model.init is None:
         plan = replace(plan, start=f"{init}, which is not there yet")
     print(json.dumps(plan.to_dict()) if as_json else to_text(plan))
@@ -208,6 +211,16 @@ def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
             check_companion(f"objective.{name}", source, own)
 
 
+def _beyond_contexts(config: RunConfig, start: Start, objective: Objective) -> list[str]:
+    """A line for each model whose context is shorter than the samples."""
+    from bevatron.train.override import beyond_context
+
+    specs = {"the model": start.spec}
+    specs |= {f"objective.{name}": c.spec for name, c in objective.companions.items()}
+    lines = (beyond_context(spec, config.data, name) for name, spec in specs.items())
+    return [line for line in lines if line is not None]
+
+
 def _check_export(config: RunConfig, start: Start) -> None:
     """A run may not find out at its end that it cannot write there."""
     target = config.checkpoint.export
@@ -259,7 +272,7 @@ def _run(
     from bevatron.parallel.agree import on_all
     from bevatron.parallel.world import job_store
     from bevatron.train.hardware import why_on_cpu
-    from bevatron.train.objectives import Objective, objective_of
+    from bevatron.train.objectives import objective_of
     from bevatron.train.run import Run
     from bevatron.train.start import opened_run
     from bevatron.train.watch import Watch
@@ -287,6 +300,8 @@ def _run(
         say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
         if config.train.device is None and (why := why_on_cpu()) is not None:
             say(f"on the CPU: {why}")
+        for line in _beyond_contexts(config, start, objective):
+            say(line)
         run.go(say)
         if run.stopped:
             say_stopped()

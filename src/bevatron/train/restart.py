@@ -43,6 +43,7 @@ EFFECTS: Mapping[str, Effect] = {
     "recipe": _NOTHING,
     "prune": _NOTHING,
     "model": _ORIGIN,
+    "model.override": Effect("fixed", "the model's rope or context is another from here on"),
     "tokenizer": _ORIGIN,
     "objective": Effect("fixed", "another loss is minimised from here on"),
     "objective.teacher_like": _NOTHING,
@@ -132,6 +133,8 @@ def compare(start: Start, config: RunConfig, hash_of: Callable[[str], str]) -> l
             if not rate:
                 continue
             what = rate
+        if key.startswith("model.override") and _at(config, key) is None:
+            continue  # the step's model has it already
         if key.startswith("optimizer.muon.") and not uses_muon:
             continue
         if kind == "origin":
@@ -186,7 +189,8 @@ def as_it_began(start: Start, config: RunConfig) -> RunConfig:
     """The configuration with what the run really began from, which a step that it saves claims."""
     if start.config is None:
         return config
-    old: dict[str, Any] = {"model": start.config.model}
+    began, now = start.config.model, config.model.override
+    old: dict[str, Any] = {"model": began.model_copy(update={"override": now or began.override})}
     if _keeps_tokenizer(start, config):
         old["tokenizer"] = start.config.tokenizer
     return config.model_copy(update=old)

@@ -35,6 +35,7 @@ from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.config_objective import ObjectiveConfig
 from bevatron.train.new_head import with_head
+from bevatron.train.override import overridden
 
 Say = Callable[[str], None]
 SEEN_WITHIN_S = 60.0  # how long a network file system may hide a new file from other machines
@@ -100,7 +101,8 @@ def _fresh(config: RunConfig, copies: bool = True) -> Start:
 
 
 def _headed(config: RunConfig, start: Start) -> Start:
-    """The same with the head that the objective needs."""
+    """The same with the head that the objective needs, and what the run changes of the model."""
+    start = _overridden(config, start)
     objective = config.objective
     if start.resumed is not None:
         objective = objective.model_copy(update={"new_head": False})  # it has been replaced
@@ -111,6 +113,17 @@ def _headed(config: RunConfig, start: Start) -> Start:
 
     spec, fresh = with_head(start.spec, objective, start.family, pad)
     return replace(start, spec=spec, fresh=fresh)
+
+
+def _overridden(config: RunConfig, start: Start) -> Start:
+    """The same with `model.override`, which a step that was saved under it has already."""
+    override = config.model.override
+    if override is not None and start.resumed is not None:
+        before = start.config or load_config(start.resumed / "config.yaml", [])
+        override = override if override != before.model.override else None
+    if override is None:
+        return start
+    return replace(start, spec=overridden(start.spec, override, start.family))
 
 
 def tokenizer_of(config: RunConfig, start: Start) -> str | Path:
