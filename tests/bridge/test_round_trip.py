@@ -16,6 +16,8 @@ from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.verify import verify
 from bevatron.checkpoint.boxes import read_box, verify_chunk
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, read_manifest
+from bevatron.compress.prune import prune
+from bevatron.compress.sizes import Targets
 from bevatron.errors import BevatronError
 from bevatron.families.family import by_name
 from bevatron.spec.json import from_json
@@ -285,3 +287,56 @@ def test_a_model_without_source_exports_whole(tmp_path):
     import transformers
 
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+LICENSE = "\n## License\n\nNone.\n"
+
+
+def test_the_record_and_card_of_an_export_are_never_those_of_its_source(tmp_path):
+    """An own bevatron.json and README.md are written anew; a foreign card stays, but for what it
+    says of the weights' origin if it was built around one of ours."""
+    import_checkpoint(make(tmp_path / "hf", dtype="bfloat16"), tmp_path / "first")
+    run = trained(tmp_path / "first", tmp_path / "run")
+    export_checkpoint(run, tmp_path / "ours")
+    old = json.loads((tmp_path / "ours" / "bevatron.json").read_text())
+    card = (tmp_path / "ours" / "README.md").read_text()
+    cards = {
+        "own": card,
+        "foreign": "# A fine model\n\nWritten by Bevatron, or not.\n",
+        "around": card.replace("# llama,", "# Our\n\nBuy it.\n\n# llama,")
+        + "\n## License\n\nNone.\n",
+    }
+    for kind, text in cards.items():
+        source = tmp_path / kind
+        shutil.copytree(tmp_path / "ours", source)
+        (source / "README.md").write_text(text)
+        native = tmp_path / f"{kind}-native"
+        import_checkpoint(source, native)
+        export_checkpoint(native, tmp_path / f"{kind}-same")
+        assert_same_folder(source, tmp_path / f"{kind}-same")
+        pruned = tmp_path / f"{kind}-pruned"
+        prune(native, pruned, Targets(drop_layers=(1,)), show_progress=False)
+        for changed in (trained(native, tmp_path / f"{kind}-run"), pruned):
+            out = tmp_path / f"{changed.name}-out"
+            export_checkpoint(changed, out)
+            facts = json.loads((out / "bevatron.json").read_text())
+            stored = load_file(out / "model.safetensors")
+            assert facts["source"] == str(source)
+            assert set(facts["tensors"]) == set(stored)
+            assert facts["parameters"] == sum(t.numel() for t in stored.values())
+            assert facts["weights"] != old["weights"]
+            new = (out / "README.md").read_text()
+            if kind == "foreign":
+                assert new == text
+                continue
+            assert facts["weights"] in new and old["weights"] not in new
+            assert f"from `{source}`" in new
+            if kind == "own":
+                assert f"| parameters | {facts['parameters']:,} |" in new
+            else:
+                assert "Buy it." in new and new.endswith(LICENSE)
+    foreign = tmp_path / "own" / "bevatron.json"
+    foreign.write_text('{"mine": 1}')
+    import_checkpoint(tmp_path / "own", tmp_path / "again")
+    export_checkpoint(tmp_path / "again", tmp_path / "again-out", dtype="fp32")
+    assert (tmp_path / "again-out" / "bevatron.json").read_text() == '{"mine": 1}'

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bevatron
-from bevatron.bridge.card import model_card
+from bevatron.bridge.card import write_record
 from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.hashes import hashes_of_files, prove
 from bevatron.bridge.hf_folder import GENERATION_CONFIG, INDEX, SINGLE
@@ -306,10 +306,7 @@ def _write_own_files(
     if coded:
         write_remote_code(folder)
     facts = _facts(native, plan, hashes, verified)
-    if not (folder / "bevatron.json").exists():
-        _write_json(folder / "bevatron.json", facts)
-    if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(model_card(native.spec, facts), encoding="utf-8")
+    write_record(folder, native.spec, facts)
 
 
 def _config_holds(native: Native, plan: ExportPlan, dtype: str) -> bool:
