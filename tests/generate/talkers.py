@@ -12,13 +12,15 @@ from tests.bridge.hf_folders import llama, nanochat
 from tests.generate.chat_templates import SPECIALS, reference, save_tokenizer, tokenizer
 
 
-def make_talker(folder: Path, template: str = "llama31", **generation: Any) -> Path:
+def make_talker(
+    folder: Path, template: str = "llama31", context: int = 4096, **generation: Any
+) -> Path:
     """Random weights that never choose a special token, so that an answer is as long as allowed.
 
     `generation`: what its generation_config.json says."""
     torch.manual_seed(1)
     maker = nanochat if template == "nanochat" else llama
-    sizes = {"vocab_size": tokenizer().get_vocab_size(), "max_position_embeddings": 4096}
+    sizes = {"vocab_size": tokenizer().get_vocab_size(), "max_position_embeddings": context}
     model = maker(**sizes)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -57,6 +57,12 @@ class Screen:
         self.seen = rest
         return shown
 
+    def more(self) -> None:
+        """Wait until a part of an answer is shown."""
+        while not self.plain().strip():
+            assert select.select([self.fd], [], [], WAIT_S)[0], "nothing is shown"
+            self.seen += os.read(self.fd, 4096).decode("utf-8", "replace")
+
     def plain(self) -> str:
         return ESCAPES.sub("", self.seen).replace("\r", "")
 
@@ -91,7 +97,9 @@ class Screen:
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_talker(tmp_path_factory.mktemp("talker") / "hf", "llama3")
+    """An answer of it never ends within the time of a test, however fast the machine is."""
+    folder = tmp_path_factory.mktemp("talker") / "hf"
+    return make_talker(folder, "llama3", context=100_000_000)
 
 
 @pytest.fixture
@@ -149,9 +157,10 @@ def test_a_conversation_in_a_terminal(screen: Screen, talker: Path, tmp_path: Pa
     assert len(saved()) == 7
 
     # Ctrl-C ends an answer and keeps the conversation
-    assert "max_new_tokens 3000" in screen.say("/set max_new_tokens 3000")
+    assert "max_new_tokens 9000000" in screen.say("/set max_new_tokens 9000000")
     screen.type("Tell me more\n")
     screen.until("Tell me more")
+    screen.more()
     assert "interrupted" in screen.interrupt()
     assert [m["role"] for m in saved()[-2:]] == ["user", "assistant"]
     screen.say("/set max_new_tokens 4")

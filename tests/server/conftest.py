@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.served import Served, make_model, served
+from tests.server.served import Served, make_endless, make_model, served
 
 ATTACKS = {
     "ssti": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -30,6 +30,16 @@ def server(model: Path) -> Iterator[Served]:
     with served(model, "--timeout", "5", "--max-batch", "8") as running:
         yield running
         assert running.idle(), "an answer still holds a part of the cache"
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Its answers run until somebody ends them: what is tried on them does not depend on how fast
+    the machine is."""
+    folder = make_endless(tmp_path_factory.mktemp("endless") / "m")
+    with served(folder, "--max-batch", "8") as running:
+        yield running
+        assert running.idle()
 
 
 @pytest.fixture(scope="session")

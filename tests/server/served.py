@@ -26,6 +26,7 @@ TEMPLATE = (
 SPECIALS = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïve café, 日本語, 🙂🙃! " * 4
 CONTEXT = 256
+ENDLESS = 100_000_000  # tokens of an answer that no machine ends within the time of a test
 
 
 def make_model(
@@ -72,6 +73,13 @@ def make_model(
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+def make_endless(folder: Path) -> Path:
+    """A model that does not end by itself, in a context that is never full. (A special token after
+    an answer in the template would end it.)"""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    return make_model(folder, eos=None, template=template, context=ENDLESS)
 
 
 def make_obedient(folder: Path, pieces: list[str], *, template: str) -> Path:

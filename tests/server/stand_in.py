@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from bevatron.generate.server.page import files
 
-Answer = list[
-    str | dict[str, Any]
-]  # pieces of text, deltas, or {"error": ...}; then it is finished
+# Pieces of text, deltas, or {"error": ...}; then it is finished, if it ends.
+Answer = Iterable[str | dict[str, Any]]
 
 
 @dataclass
@@ -64,9 +63,9 @@ class StandIn:
         return app
 
     async def stream(self, body: dict[str, Any], answer: Answer) -> AsyncIterator[str]:
-        chat = "messages" in body
+        chat, sent = "messages" in body, 0
         try:
-            for piece in answer:
+            for sent, piece in enumerate(answer, 1):
                 if isinstance(piece, dict) and "error" in piece:
                     yield f"data: {json.dumps(piece)}\n\n"
                     return
@@ -75,7 +74,7 @@ class StandIn:
                 yield f"data: {json.dumps({'choices': [{'index': 0, **choice}]})}\n\n"
                 await asyncio.sleep(self.pause)
             end = {"index": 0, "finish_reason": "stop", **({"delta": {}} if chat else {"text": ""})}
-            usage = {"prompt_tokens": 11, "completion_tokens": len(answer)}
+            usage = {"prompt_tokens": 11, "completion_tokens": sent}
             yield f"data: {json.dumps({'choices': [end]})}\n\n"
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
         except (asyncio.CancelledError, GeneratorExit):

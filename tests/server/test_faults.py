@@ -247,23 +247,23 @@ def test_fault_75_a_prompt_longer_than_the_context_is_refused(server: Served) ->
     assert answer["usage"]["completion_tokens"] == 3
 
 
-LONG = {"prompt": "The", "max_tokens": 250, "ignore_eos": True, "n": 2}
+LONG = {"prompt": "The", "max_tokens": 1_000_000, "n": 2}
 
 
-def test_fault_76_a_client_that_leaves_ends_its_answer(server: Served) -> None:
+def test_fault_76_a_client_that_leaves_ends_its_answer(endless: Served) -> None:
     for stream in (True, False):
-        before = server.metric("disconnects_total")
-        made = server.metric("generated_tokens_total")
+        before = endless.metric("disconnects_total")
+        made = endless.metric("generated_tokens_total")
         body = {**LONG, "n": 8, "stream": stream}
         with (
             suppress(httpx.ReadTimeout),
-            httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=0.3) as response,
+            httpx.stream("POST", endless.url + COMPLETIONS, json=body, timeout=0.3) as response,
         ):
             assert stream, "the answer came before the client left"
             next(response.iter_bytes())
-        assert server.idle()
-        assert server.metric("disconnects_total") == before + 1
-        assert server.metric("generated_tokens_total") < made + 8 * 250
+        assert endless.idle()
+        assert endless.metric("disconnects_total") == before + 1
+        assert endless.metric("generated_tokens_total") < made + 8 * 1_000_000
 
 
 def test_fault_77_a_hundred_slow_clients_keep_nobody_out(hostile: Served) -> None:
@@ -307,14 +307,14 @@ def test_fault_77_a_client_that_does_not_read_is_hung_up_on(hostile: Served) -> 
     sock.close()
 
 
-def test_fault_78_cancelling_frees_the_cache(server: Served) -> None:
-    with httpx.stream("POST", server.url + COMPLETIONS, json={**LONG, "stream": True}) as response:
+def test_fault_78_cancelling_frees_the_cache(endless: Served) -> None:
+    with httpx.stream("POST", endless.url + COMPLETIONS, json={**LONG, "stream": True}) as response:
         events = response.iter_lines()
         while "choices" not in next(events):
             continue
-        assert server.metric("requests_running") > 0
-    assert server.idle()
-    assert server.metric("cached_tokens") == 0
+        assert endless.metric("requests_running") > 0
+    assert endless.idle()
+    assert endless.metric("cached_tokens") == 0
 
 
 def test_fault_79_a_model_without_eos_stops_at_the_limit(hostile: Served) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -232,7 +233,7 @@ def test_tool_calls_are_shown_and_their_results_sent(page: Page, stand_in: Stand
     page.click(".call textarea")
     page.type("-3 degrees")
     page.click(".calls > button")
-    page.wait("document.querySelectorAll('.turn').length === 5")
+    page.wait(f"document.querySelectorAll('.turn').length === 5 && !{RUNS}")
     _, assistant, weather, time = stand_in.asked[1]["messages"]
     assert [c["function"]["arguments"] for c in assistant["tool_calls"]] == [
         '{"city": "Oslo"}',
@@ -248,7 +249,7 @@ def test_tool_calls_are_shown_and_their_results_sent(page: Page, stand_in: Stand
 
 
 def test_scrolling_follows_but_never_fights_the_reader(page: Page, stand_in: StandIn) -> None:
-    stand_in.answer = lambda body: [f"line {i}\n\n" for i in range(150)]
+    stand_in.answer = lambda body: (f"line {i}\n\n" for i in count())
     stand_in.pause = 0.01
     ready(page, stand_in)
     send(page, "long")
@@ -266,6 +267,7 @@ def test_scrolling_follows_but_never_fights_the_reader(page: Page, stand_in: Sta
     assert page.js(far) > 100
     page.click("#latest")
     page.wait(f"{far} < 60")
+    page.press("Escape")
     page.wait(f"!{RUNS}")
     assert page.js(far) < 60, "and follows again"
 

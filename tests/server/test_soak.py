@@ -63,6 +63,6 @@ def test_a_soak_with_random_disconnects_leaves_nothing_behind(server: Served) ->
         connections = [c for c in process.net_connections() if c.status == "ESTABLISHED"]
         assert len(connections) <= 2
     print([size >> 20 for size in sizes], seen)
-    assert seen[200] > 100 and seen["left"] > 100
+    assert seen[200] and seen["left"]
     assert set(seen) <= {200, 429, "left"}
     assert sizes[-1] - sizes[1] < GROWTH, [size >> 20 for size in sizes]
