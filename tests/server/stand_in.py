@@ -65,7 +65,8 @@ class StandIn:
     async def stream(self, body: dict[str, Any], answer: Answer) -> AsyncIterator[str]:
         chat, sent = "messages" in body, 0
         try:
-            for sent, piece in enumerate(answer, 1):
+            for piece in answer:
+                sent += 1
                 if isinstance(piece, dict) and "error" in piece:
                     yield f"data: {json.dumps(piece)}\n\n"
                     return
