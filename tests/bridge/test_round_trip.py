@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.verify import verify
 from bevatron.checkpoint.boxes import read_box, verify_chunk
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, read_manifest
+from bevatron.checkpoint.safetensors_file import read_header
 from bevatron.compress.prune import prune
 from bevatron.compress.sizes import Targets
 from bevatron.errors import BevatronError
@@ -275,6 +277,37 @@ def test_a_trained_run_exports_with_the_old_layout(tmp_path):
     assert not verify(source, run, logits=False).ok
 
 
+@pytest.mark.parametrize("shard", ["20KB", "5GB"])
+def test_new_weights_are_written_as_transformers_reads_them(tmp_path, shard):
+    """A source without metadata comes back as it was; with other weights it has what it lacked."""
+    source = make(tmp_path / "hf", shard=shard)
+    want = {}
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        want |= tensors
+        save_file(tensors, path)
+    index = source / "model.safetensors.index.json"
+    if index.exists():
+        raw = json.loads(index.read_text())
+        index.write_text(json.dumps({"weight_map": raw["weight_map"]}))
+    import_checkpoint(source, tmp_path / "native")
+    export_checkpoint(tmp_path / "native", tmp_path / "same")
+    assert_same_folder(source, tmp_path / "same")
+    run = trained(tmp_path / "native", tmp_path / "run")
+    export_checkpoint(run, tmp_path / "out")
+    assert verify(run, tmp_path / "out", logits=False).ok
+    files = sorted(p.name for p in source.glob("*.safetensors"))
+    assert files == sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    for file in files:
+        assert read_header(tmp_path / "out" / file).metadata == {"format": "pt"}
+    if index.exists():
+        made = json.loads((tmp_path / "out" / index.name).read_text())
+        assert made == {**raw, "metadata": {"total_size": sum(t.nbytes for t in want.values())}}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(torch.int32), want[name].view(torch.int32) ^ 1), name
+
+
 def test_a_model_without_source_exports_whole(tmp_path):
     source = make(tmp_path / "hf")
     import_checkpoint(source, tmp_path / "native")
@@ -284,8 +317,6 @@ def test_a_model_without_source_exports_whole(tmp_path):
     spec = from_json((tmp_path / "native" / "spec.json").read_text())
     assert by_name("llama").spec(config) == spec
     assert verify(run, tmp_path / "out", logits=False).ok
-    import transformers
-
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

@@ -27,14 +27,15 @@ from bevatron.bridge.plan import Task, pieces
 from bevatron.bridge.provenance import fingerprint
 from bevatron.bridge.remote_code import renew_own_code, wont_read, write_remote_code
 from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
-from bevatron.bridge.shards import SHARD_SIZE, new_shards, parse_size
+from bevatron.bridge.shards import SHARD_SIZE, new_shards, parse_size, readable
 from bevatron.bridge.unchanged import stamps, unchanged
 from bevatron.checkpoint.boxes import damaged, new_hasher, spell
 from bevatron.checkpoint.files import copy_tree, is_url
 from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
-from bevatron.checkpoint.safetensors_file import DTYPES, Header, read_header
+from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, read_header
+from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import TOKEN_IDS
 from bevatron.families.family import FamilyError
@@ -155,7 +156,8 @@ def plan_target(
 
 
 def plan_export(native: Native, dtype: str | None, max_shard_size: int | None) -> ExportPlan:
-    """Where every HF tensor goes: as it was imported if possible, else in new shards.
+    """Where every HF tensor goes: as it was imported if possible, else in new shards. A source may
+    lack metadata that transformers asks for; files with other weights than its have it.
 
     Raises FamilyError if no class of transformers can express the model."""
     _check_family(native)
@@ -172,9 +174,10 @@ def plan_export(native: Native, dtype: str | None, max_shard_size: int | None) -
         copies.setdefault(other, []).append(copy)
     old = _old_headers(native, wanted) if max_shard_size is None else None
     if old is not None:
-        places = {n: (file, t) for file, h in old.items() for n, t in h.tensors.items()}
-        headers = {f: len(h.text).to_bytes(8, "little") + h.text for f, h in old.items()}
-        index = None
+        found = old if _unmodified(native) else {f: readable(h) for f, h in old.items()}
+        places = {n: (file, t) for file, h in found.items() for n, t in h.tensors.items()}
+        headers = {f: len(h.text).to_bytes(8, "little") + h.text for f, h in found.items()}
+        index = None if _unmodified(native) else _readable_index(native, places)
     else:
         places, headers, index = new_shards(wanted, max_shard_size or SHARD_SIZE)
     tasks = []
@@ -208,6 +211,23 @@ def _old_headers(
     if not listed and not (native.folder / "source" / INDEX).is_file():
         return None
     return headers if found == dict(wanted) else None
+
+
+def _readable_index(
+    native: Native, places: Mapping[str, tuple[str, Stored]]
+) -> dict[str, Any] | None:
+    """The source's index with what transformers asks of one; None if it has that, or there is
+    none."""
+    path = native.folder / "source" / INDEX
+    if not path.is_file():
+        return None
+    index = read_object(path)
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        return None
+    total = sum(stored.nbytes for _, stored in places.values())
+    kept = metadata if isinstance(metadata, dict) else {}
+    return {**index, "metadata": {**kept, "total_size": total}}
 
 
 def _move_tensors(

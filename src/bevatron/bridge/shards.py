@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.hf_folder import SINGLE
 from bevatron.checkpoint.manifest import TensorEntry
-from bevatron.checkpoint.safetensors_file import DTYPES, Stored, write_header
+from bevatron.checkpoint.safetensors_file import (
+    DTYPES,
+    Header,
+    Stored,
+    parse_header,
+    write_header,
+)
 from bevatron.errors import BevatronError
 
 SHARD_SIZE = 5_000_000_000
@@ -59,6 +66,20 @@ def new_shards(
         "weight_map": {name: places[name][0] for name in sorted(places)},
     }
     return places, headers, index
+
+
+# What transformers takes for the format of a file, without which it opens none.
+FORMATS = ("pt", "tf", "flax", "mlx")
+
+
+def readable(header: Header) -> Header:
+    """The same tensors in the same places, in a file that transformers opens."""
+    if header.metadata.get("format") in FORMATS:
+        return header
+    table = sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[1].end))
+    tensors = [(name, stored.dtype, stored.shape) for name, stored in table]
+    text = write_header(tensors, {**header.metadata, "format": "pt"})[8:]
+    return parse_header(text, Path(SINGLE), None)
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
