@@ -6,22 +6,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.processes import PRELOAD
 
-TIMEOUT_S = 300
+TIMEOUT_S = 1800  # of a command that hangs
 
 
-def _serve(folder: Path, arguments: list[str], output: Path) -> None:
+def _serve(
+    folder: Path, arguments: list[str], output: Path, errors: Path, environment: dict[str, str]
+) -> None:
     os.setsid()
     os.chdir(folder)
-    with output.open("wb") as out:
+    os.environ.clear()
+    os.environ.update(environment)
+    with output.open("ab") as out, errors.open("ab") as err:
         os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
+        os.dup2(err.fileno(), 2)
     import torch
 
     torch.set_num_threads(1)
@@ -32,16 +38,21 @@ def _serve(folder: Path, arguments: list[str], output: Path) -> None:
 
 
 class Command:
-    """A command that has been started; what it says goes to a file in `folder`."""
+    """A command that has been started in this process's environment; what it says goes to a file in
+    `folder`, and what it says on stderr to `errors`, if that is given."""
 
     count = 0
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, errors: Path | None = None) -> None:
         Command.count += 1
         self.output = folder / f"said-{Command.count}.txt"
+        environment = dict(os.environ)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self.process = context.Process(target=_serve, args=(folder, list(arguments), self.output))
+        self.process = context.Process(
+            target=_serve,
+            args=(folder, list(arguments), self.output, errors or self.output, environment),
+        )
         self.process.start()
 
     def wait(self) -> int:
@@ -93,3 +104,15 @@ def bevatron(folder: Path, *arguments: str) -> tuple[int, str]:
     command = Command(folder, *arguments)
     status = command.wait()
     return status, command.said()
+
+
+def ran(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same as `subprocess.run` tells it, stdout and stderr apart."""
+    with tempfile.TemporaryDirectory() as apart:
+        errors = Path(apart) / "errors"
+        command = Command(folder, *arguments, errors=errors)
+        status = command.wait()
+        said = errors.read_text() if errors.exists() else ""
+        done = subprocess.CompletedProcess(arguments, status, command.said(), said)
+        command.output.unlink(missing_ok=True)
+    return done

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "numpy"]
-PRELOAD += ["bevatron.train.trainer"]
-TIMEOUT_S = 180
+PRELOAD += ["bevatron.train.trainer", "bevatron.train.run", "bevatron.cli.main"]
+TIMEOUT_S = 900  # of a rank that hangs
 RUNS = 10  # gloo leaves three threads per process group behind, which wake up for ever
 
 

@@ -19,6 +19,7 @@ from bevatron.data.tokenize import tokenize
 from bevatron.generate.load import load_decoder
 from bevatron.spec import MLP, Attention, Head, LayerSpec, Linear, ModelSpec
 from bevatron.spec.json import to_json
+from tests.commands import ran as bevatron
 
 CONFIG = """\
 model: {init: native}
@@ -31,16 +32,15 @@ run: {dir: run}
 """
 
 
-def bevatron(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(folder: Path, nproc: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     return subprocess.run(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, "-m", *command, "-m", "bevatron", *arguments],
         cwd=folder,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
 
 
@@ -80,14 +80,13 @@ def lines(folder: Path, key: str = "loss") -> list[tuple[int, float]]:
 
 def test_launch_resume_torchrun_and_export(work: Path) -> None:
     """One process to the end; the same in two launched parts at two layouts; equal to 1e-5."""
-    whole = bevatron(work, "bevatron", "train", "run.yaml", "run.dir=whole")
+    whole = bevatron(work, "train", "run.yaml", "run.dir=whole")
     assert whole.returncode == 0, whole.stderr
-    started = bevatron(work, "bevatron", "train", "run.yaml", "--nproc", "2", "parallel.tp=2",
+    started = bevatron(work, "train", "run.yaml", "--nproc", "2", "parallel.tp=2",
                        "train.steps=2")  # fmt: skip
     assert started.returncode == 0, started.stderr
     assert "Traceback" not in started.stderr
-    resumed = bevatron(work, "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                       "-m", "bevatron", "train", "run.yaml", "parallel.pp=2")  # fmt: skip
+    resumed = torchrun(work, 2, "train", "run.yaml", "parallel.pp=2")  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     for key in ("loss", "grad_norm", "val_loss"):
         expected = lines(work / "whole", key)
@@ -110,7 +109,7 @@ def test_launch_resume_torchrun_and_export(work: Path) -> None:
 
 def test_bf16_started_from_the_hf_folder_exports_into_its_own_files(work: Path) -> None:
     """Weights of the same names, shapes and dtypes return in the source's config and shard."""
-    ran = bevatron(work, "bevatron", "train", "run.yaml", "model.init=hf", "run.dir=bf16",
+    ran = bevatron(work, "train", "run.yaml", "model.init=hf", "run.dir=bf16",
                    "train.precision=bf16", "train.steps=2")  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     export_checkpoint(work / "bf16", work / "bf16-out")
@@ -127,14 +126,13 @@ def test_bf16_started_from_the_hf_folder_exports_into_its_own_files(work: Path) 
 @pytest.mark.slow
 def test_an_hf_folder_trains_at_tp2_pp2_under_torchrun_without_a_conversion(work: Path) -> None:
     """The loss of one process, at four."""
-    for run, launcher, layout in (
-        ("hf-one", [], []),
-        ("hf-four", ["torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"],
-         ["parallel.tp=2", "parallel.pp=2"]),
-    ):  # fmt: skip
-        ran = bevatron(work, *launcher, "bevatron", "train", "run.yaml", "model.init=hf",
-                       f"run.dir={run}", "train.steps=2", *layout)  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
+    arguments = ["train", "run.yaml", "model.init=hf", "train.steps=2"]
+    layout = ["parallel.tp=2", "parallel.pp=2"]
+    for done in (
+        bevatron(work, *arguments, "run.dir=hf-one"),
+        torchrun(work, 4, *arguments, "run.dir=hf-four", *layout),
+    ):
+        assert done.returncode == 0, done.stderr
     one, four = lines(work / "hf-one"), lines(work / "hf-four")
     assert [step for step, _ in four] == [1, 2]
     assert [x for _, x in four] == pytest.approx([x for _, x in one], rel=1e-5)
@@ -153,7 +151,7 @@ def test_random_heterogeneous_weights_train_and_export_as_llama_nemotron(work: P
     (work / "random.yaml").write_text(
         CONFIG.replace("init: native", "spec: spec.json") + "tokenizer: hf\n"
     )
-    ran = bevatron(work, "bevatron", "train", "random.yaml", "--nproc", "2", "run.dir=random")
+    ran = bevatron(work, "train", "random.yaml", "--nproc", "2", "run.dir=random")
     assert ran.returncode == 0, ran.stderr
     export_checkpoint(work / "random", work / "random-out")
     config = json.loads((work / "random-out" / "config.json").read_text())
@@ -169,7 +167,7 @@ def test_random_heterogeneous_weights_train_and_export_as_llama_nemotron(work: P
 def test_a_token_outside_of_the_vocabulary_is_refused(work: Path) -> None:
     (work / "tiny.json").write_text(to_json(ModelSpec(101, 32, (LayerSpec(None, MLP(256)),))))
     (work / "tiny.yaml").write_text(CONFIG.replace("init: native", "spec: tiny.json"))
-    ran = bevatron(work, "bevatron", "train", "tiny.yaml", "run.dir=refused")
+    ran = bevatron(work, "train", "tiny.yaml", "run.dir=refused")
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ") and "101" in ran.stderr
 
@@ -179,7 +177,7 @@ def test_a_model_without_a_causal_lm_head_is_refused(work: Path) -> None:
     spec = ModelSpec(512, 32, (LayerSpec(None, MLP(256)),), head=head)
     (work / "answers.json").write_text(to_json(spec))
     (work / "answers.yaml").write_text(CONFIG.replace("init: native", "spec: answers.json"))
-    ran = bevatron(work, "bevatron", "train", "answers.yaml", "run.dir=refused")
+    ran = bevatron(work, "train", "answers.yaml", "run.dir=refused")
     assert ran.returncode == 2
     assert "causal_lm" in ran.stderr and "question_answering" in ran.stderr
 
@@ -198,7 +196,7 @@ def test_a_model_without_a_causal_lm_head_is_refused(work: Path) -> None:
 def test_bad_input_is_one_message_and_no_run_folder(
     work: Path, arguments: list[str], message: str
 ) -> None:
-    ran = bevatron(work, "bevatron", "train", "run.yaml", "run.dir=refused", *arguments)
+    ran = bevatron(work, "train", "run.yaml", "run.dir=refused", *arguments)
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ") and message in ran.stderr
     assert "Traceback" not in ran.stderr
@@ -212,7 +210,7 @@ def test_one_damaged_byte_stops_all_ranks_with_its_message(work: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-9] ^= 1
     path.write_bytes(data)
-    ran = bevatron(work, "bevatron", "train", "run.yaml", "--nproc", "2", "model.init=damaged",
+    ran = bevatron(work, "train", "run.yaml", "--nproc", "2", "model.init=damaged",
                    "run.dir=refused")  # fmt: skip
     assert ran.returncode == 2
     assert ran.stderr.count("error: ") == 1 and "damaged: their hash is" in ran.stderr
@@ -231,7 +229,7 @@ def test_a_bug_in_a_started_process_is_one_line_and_its_own_status(
     )
     path = f"{work / 'buggy'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     monkeypatch.setenv("PYTHONPATH", path)
-    arguments = ["bevatron", "train", "run.yaml", "run.dir=bug", "--nproc", "2"]
+    arguments = ["train", "run.yaml", "run.dir=bug", "--nproc", "2"]
     ran = bevatron(work, *arguments)
     assert ran.returncode == 70
     line = ran.stderr.splitlines()[-1]
@@ -241,15 +239,13 @@ def test_a_bug_in_a_started_process_is_one_line_and_its_own_status(
 
 def test_a_resumed_run_refuses_what_would_change_its_numbers(work: Path) -> None:
     for value in ("train.seed=5", "data.seq_len=8", "optimizer.lr=0.5"):
-        ran = bevatron(
-            work, "bevatron", "train", "run.yaml", "run.dir=whole", "train.steps=6", value
-        )
+        ran = bevatron(work, "train", "run.yaml", "run.dir=whole", "train.steps=6", value)
         assert ran.returncode == 2
         assert value.partition("=")[0] in ran.stderr
 
 
 def test_dry_run_starts_nothing(work: Path) -> None:
-    ran = bevatron(work, "bevatron", "train", "run.yaml", "--dry-run", "--nproc", "8",
+    ran = bevatron(work, "train", "run.yaml", "--dry-run", "--nproc", "8",
                    "parallel.tp=2", "parallel.pp=2", "run.dir=dry")  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert "pp 2 x dp_shard 2 x tp 2" in ran.stdout
@@ -260,7 +256,7 @@ def test_a_nanotron_checkpoint_trains_where_it_lies(work: Path) -> None:
     """Without an import; the run keeps the tokenizer and token ids, and goes back to Nanotron."""
     export_checkpoint(work / "native", work / "nanotron", target_format="nanotron")
     for init in ("nanotron", "native"):
-        done = bevatron(work, "bevatron", "train", "run.yaml", "train.steps=2",
+        done = bevatron(work, "train", "run.yaml", "train.steps=2",
                         f"model.init={init}", f"run.dir=from-{init}")  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert lines(work / "from-nanotron") == lines(work / "from-native")
@@ -293,7 +289,7 @@ def test_documents_and_context_parallel_as_a_user_asks_for_them(work: Path) -> N
         ("packed-cp", 4, ["--nproc", "2", "parallel.cp=2"]),
         ("unmasked", 1, ["data.document_mask=false"]),
     ):
-        ran = bevatron(work, "bevatron", "train", "run.yaml", f"run.dir={run}",
+        ran = bevatron(work, "train", "run.yaml", f"run.dir={run}",
                        f"train.steps={steps}", *data, *layout)  # fmt: skip
         assert ran.returncode == 0, ran.stderr
     for key in ("loss", "grad_norm", "val_loss"):
@@ -301,7 +297,7 @@ def test_documents_and_context_parallel_as_a_user_asks_for_them(work: Path) -> N
         for got, want in zip(lines(work / "packed-cp", key), expected, strict=True):
             assert got == (want[0], pytest.approx(want[1], rel=1e-5)), key
     assert lines(work / "packed-one")[0][1] != lines(work / "unmasked")[0][1]
-    refused = bevatron(work, "bevatron", "train", "run.yaml", "--nproc", "4", "parallel.cp=4",
+    refused = bevatron(work, "train", "run.yaml", "--nproc", "4", "parallel.cp=4",
                        "data.seq_len=20", *data)  # fmt: skip
     assert refused.returncode == 2
     assert "not a multiple of 8 (2 x cp 4)" in refused.stderr
