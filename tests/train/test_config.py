@@ -190,6 +190,7 @@ def test_a_printed_configuration_holds_every_key_absent_ones_too(
     absent = (
         "recipe.",
         "prune.",
+        "run.branch_from.",
         "model.override.",
         "objective.states.",
     )  # sections that are not there

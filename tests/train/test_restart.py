@@ -24,7 +24,7 @@ from bevatron.checkpoint.sharded import box_reader
 from bevatron.data.sampler import Sampler
 from bevatron.data.store import TokenStore
 from bevatron.errors import BevatronError
-from bevatron.train.config import RunConfig
+from bevatron.train.config import BranchConfig, RunConfig
 from bevatron.train.config_file import checked, load_config
 from bevatron.train.config_reference import every_key
 from bevatron.train.launch import layout_of
@@ -33,6 +33,7 @@ from bevatron.train.restart import EFFECTS, allows, compare, effect_of, lines, r
 from bevatron.train.start import Start
 from bevatron.train.trainer import Trainer
 from tests.commands import bevatron as command
+from tests.faults.refusal import contents
 from tests.processes import Pool
 from tests.train.tiny_run import SPEC, metrics, prepare
 
@@ -152,7 +153,15 @@ OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "log.name": ("b", ()),
     "log.peak_tflops": ("1.0", ()),
     "run.dir": ("b", ()),
+    "run.branch_from.run": ("b", ("run.branch_from={run: a, step: 1}",)),
+    "run.branch_from.step": ("2", ("run.branch_from={run: a, step: 1}",)),
 }
+ROPE = {"theta": "2.0e4", "kind": "yarn", "factor": "4.0", "truncate": "true"}
+ROPE |= {"original_max_position_embeddings": "16", "attention_factor": "2.0"}
+ROPE |= dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), "9.0")
+OVERRIDDEN = "model.override={max_position_embeddings: 32, rope: {factor: 2.0}}"
+OTHERS |= {f"model.override.rope.{name}": (to, (OVERRIDDEN,)) for name, to in ROPE.items()}
+OTHERS["model.override.max_position_embeddings"] = "64", (OVERRIDDEN,)
 KEYS = [key for key in every_key() if ".N." not in key.path]
 LEAVES = [key.path for key in KEYS if key.section is None or key.listed]
 # What no number depends on, and what only a real run can be asked.
@@ -222,9 +231,9 @@ def test_what_nothing_reads_is_no_change() -> None:
     ("base", "changed", "step", "expected"),
     [
         (("schedule.name=cosine",), ("train.steps=16",), 8,
-         "is another from step 9 on: 0.000402 (step 8 had 0)"),
+         "is another from step 9 on: 0.0004025 (step 8 had 0)"),
         (("schedule.name=cosine",), ("train.steps=16",), 4,
-         "is another from step 5 on: 0.000778, would have had 0.000309 (step 4 had 0.0005)"),
+         "is another from step 5 on: 0.0007778, would have had 0.0003087 (step 4 had 0.0005)"),
         (("schedule={name: wsd, decay_steps: 2}",), ("train.steps=16",), 4,
          "goes on as in a run of the new values from the beginning (step 7 has 0.001, would have "
          "had 0.0005)"),
@@ -333,8 +342,8 @@ def test_the_model_and_tokenizer_of_a_run_are_its_own(
     said, steps = pool.run(1, restarts, folder, {"origin": ("fp32", changed, False)})[0]["origin"]
     assert steps == base["fp32"][1]
     assert (
-        "step 2: model.init elsewhere is not read: the run goes on from step-00000002 with its own "
-        "model (began with spec.json)"
+        "step 2: model.init elsewhere is not read: the run goes on from step-00000002 (which "
+        "began with spec.json)"
     ) in said
     assert "tokenizer other is not read" in said and "bit for bit the same numbers" in said
     for config in (load_config(folder / "origin/step-00000004/config.yaml", []),
@@ -465,3 +474,75 @@ def test_what_is_refused_names_its_keys_and_runs_when_it_is_allowed_by_name(
         assert status == 0 and "optimizer.clip_grad 1.0 -> 0.5: gradients are clipped there" in said
         assert "data.seq_len 16 -> 8: samples are cut otherwise" in said
         assert "bit for bit" not in said
+
+
+def branches(folder: Path) -> dict[str, Outcome]:
+    """Of steps 2 of both runs, as they were and otherwise."""
+    out = {}
+    for precision in ("fp32", "bf16"):
+        options = [f"train.precision={precision}", f"run.branch_from={{run: {precision}, step: 2}}"]
+        out[precision] = restart(folder, f"branch-{precision}", options)
+    other = ["run.branch_from={run: fp32}", "train.steps=5", "optimizer.clip_grad=0.5",
+             "train.global_batch=2", "model={init: elsewhere}", "data.seq_len=8"]  # fmt: skip
+    out["other"] = restart(folder, "branch-other", other)
+    shutil.move(folder / "fp32", folder / "gone")
+    out["again"] = restart(folder, "branch-fp32", ["train.steps=5"])
+    shutil.move(folder / "gone", folder / "fp32")
+    out["refused"] = restart(folder, "branch-fp32", ["train.steps=6", "optimizer.clip_grad=0.5"])
+    return out
+
+
+def test_a_branch_is_the_continuation_of_another_runs_step(
+    work: tuple[Path, dict[str, Outcome]], pool: Pool
+) -> None:
+    """Bit for bit, in a folder of its own that needs the other one no more; what is changed is
+    said, and what a later start of the branch changes is refused."""
+    folder, base = work
+    before = {run: contents(folder / run) for run in ("fp32", "bf16")}
+    found = pool.run(1, branches, folder)[0]
+    for precision in ("fp32", "bf16"):
+        said, steps = found[precision]
+        assert steps == base[precision][1][2:], said
+        assert f"from {precision}/step-00000002, step 2" in said
+        assert "step 2: as it was saved: bit for bit the same numbers" in said
+        assert contents(folder / precision) == before[precision], "the other run is as it was"
+    branch = folder / "branch-fp32"
+    assert [p.name for p in sorted(branch.glob("step-*"))] == ["step-00000004", "step-00000005"]
+    state = json.loads((branch / "step-00000004/train_state.json").read_text())
+    assert (state["samples"], state["tokens"]) == (16, 4 * 4 * 16)
+    config = load_config(branch / "step-00000005/config.yaml", [])
+    assert config.run.branch_from == BranchConfig(run="fp32", step=2)
+    assert config.model.spec == "spec.json"
+    assert starts(branch)[0]["from"] == "fp32/step-00000002"
+    said, steps = found["other"]
+    assert [step for step, *_ in steps] == [3, 4, 5]
+    for word in ("optimizer.clip_grad 1.0 -> 0.5: gradients", "on at sample 8", "seq_len 16 -> 8",
+                 "model.init elsewhere is not read: the run goes on from fp32/"):  # fmt: skip
+        assert word in said, said
+    assert "bit for bit" not in said
+    said, steps = found["again"]
+    assert "bit for bit" in said and [step for step, *_ in steps] == [3, 4, 5]
+    assert "started with other values of optimizer.clip_grad;" in found["refused"][0]
+
+
+def test_a_branch_that_cannot_be_is_refused_before_anything_is_made(
+    work: tuple[Path, dict[str, Outcome]],
+) -> None:
+    folder, _ = work
+    shutil.copytree(folder / "fp32", folder / "damaged")
+    weights = folder / "damaged/step-00000002/model/rank-00000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
+    for branch, more, word in (
+        ("{run: fp32, step: 3}", (), "fp32 has not step 3; its steps are: 2"),
+        ("{run: tokens}", (), "tokens has not a step; its steps are: none"),
+        ("{run: fp32}", ("train.steps=2",), "has taken 2 steps, and train.steps is 2; raise"),
+        ("{run: new}", (), "new is run.dir itself"),
+        ("{run: damaged}", (), "damaged/step-00000002 is damaged: "),
+    ):
+        status, said = command(folder, "train", "run.yaml", "run.dir=new",
+                               f"run.branch_from={branch}", *more)  # fmt: skip
+        assert status == 2 and said.startswith("error: run.branch_from: ") and word in said, said
+        assert not (folder / "new").exists()
+    status, said = command(folder, "train", "run.yaml", "run.dir=weights", "train.steps=1",
+                           "model={init: bf16/step-00000002}")  # fmt: skip
+    assert status == 0 and "is a step of a run, of which the weights are taken" in said, said

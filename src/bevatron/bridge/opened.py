@@ -65,6 +65,11 @@ class Opened:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=lambda d: sizes[d])
 
+    @property
+    def of_a_run(self) -> bool:
+        """Whether this is a full step of a training run, with the state of its optimizer."""
+        return any(name.startswith("optimizer/") for name in self.manifest.tensors)
+
     def copy_source(self, target: Path) -> None:
         """Copy the source's other files, byte for byte, into the new folder `target`."""
         if self.source is not None and self.others is None:

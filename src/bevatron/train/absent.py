@@ -24,7 +24,7 @@ def stand_in(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return True
 
     model, objective = config.model, config.objective
-    run_has_steps = bool(RunFolder(Path(config.run.dir)).step_folders())
+    run_has_steps = _goes_on(config)
     if not run_has_steps and stands_in("model.init", model.init, model.like):
         model = ModelConfig(spec=model.like, override=model.override)
     if stands_in("objective.teacher", objective.teacher, objective.teacher_like):
@@ -41,7 +41,7 @@ def check_present(config: RunConfig) -> None:
         return
     weights = {"model.init": config.model.init, "objective.teacher": config.objective.teacher}
     weights["objective.logits"] = config.objective.logits
-    if RunFolder(Path(config.run.dir)).step_folders():
+    if _goes_on(config):
         del weights["model.init"]
     missing = [
         f"{key}: {path}"
@@ -59,6 +59,12 @@ def check_present(config: RunConfig) -> None:
             + f"\n`bevatron recipes {name}` shows the commands that make them; a path of your own "
             "is given as key=path"
         )
+
+
+def _goes_on(config: RunConfig) -> bool:
+    """Whether the run goes on from a step, so that `model` is not read."""
+    own = RunFolder(Path(config.run.dir)).step_folders()
+    return bool(own) or config.run.branch_from is not None
 
 
 def _there(path: str) -> bool:

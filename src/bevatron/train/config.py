@@ -277,11 +277,23 @@ class LogConfig(Section):
     """What MFU is of, per device; if absent, the device's own."""
 
 
+class BranchConfig(Section):
+    """A step of another run, with its optimizer, master weights and position in the data."""
+
+    run: str = Field(examples=["runs/other"])
+    """The other run's folder."""
+    step: int | None = Field(None, ge=1)
+    """Which of its steps; if absent, its newest."""
+
+
 class FolderConfig(Section):
-    """The run's own place."""
+    """The run's own place, and what it goes on from."""
 
     dir: str = Field(examples=["runs/my-run"])
     """The run's folder. One that holds a complete step is continued from its newest."""
+    branch_from: BranchConfig | None = None
+    """Begin in a new folder as the continuation of a step of another run, instead of at `model`.
+    Every key may change there; the start says what each change does."""
 
 
 class RecipeConfig(Section):

@@ -298,6 +298,11 @@ def _run(
             say(f"restart {restarts}: a process had failed")
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"
         say(f"training {config.run.dir} at {layout} from {origin}, step {run.step}")
+        if start.resumed is None and start.weights is not None and start.weights.of_a_run:
+            say(
+                f"{origin} is a step of a run, of which the weights are taken as an export would "
+                "have them; run.branch_from goes on from it, with optimizer, fp32 masters and data"
+            )
         if config.train.device is None and (why := why_on_cpu()) is not None:
             say(f"on the CPU: {why}")
         for line in _beyond_contexts(config, start, objective):

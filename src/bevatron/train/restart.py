@@ -79,6 +79,7 @@ EFFECTS: Mapping[str, Effect] = {
     "safety.replay_every": _NOTHING,
     "log": _NOTHING,
     "run": _NOTHING,
+    "run.branch_from": _ORIGIN,
 }
 SHOWN = 60  # characters of a value
 
@@ -190,7 +191,13 @@ def as_it_began(start: Start, config: RunConfig) -> RunConfig:
     if start.config is None:
         return config
     began, now = start.config.model, config.model.override
-    old: dict[str, Any] = {"model": began.model_copy(update={"override": now or began.override})}
+    branch = start.config.run.branch_from
+    if start.branched and config.run.branch_from is not None and start.state is not None:
+        branch = config.run.branch_from.model_copy(update={"step": start.state["step"]})
+    old: dict[str, Any] = {
+        "model": began.model_copy(update={"override": now or began.override}),
+        "run": config.run.model_copy(update={"branch_from": branch}),
+    }
     if _keeps_tokenizer(start, config):
         old["tokenizer"] = start.config.tokenizer
     return config.model_copy(update=old)
@@ -225,17 +232,18 @@ def _origin(start: Start, config: RunConfig, key: str) -> list[Change]:
     """A model or tokenizer that is named and not read, because the run has its own."""
     assert start.config is not None and start.resumed is not None
     given = _at(config, key)
+    if key.startswith("run.") and start.branched:
+        return []
     if key == "tokenizer" and not _keeps_tokenizer(start, config):
         return []
     if given is None:  # the other of init and spec says it
         return []
-    what = f"is not read: the run goes on from {start.resumed.name} with its own"
-    section = "tokenizer" if key == "tokenizer" else "model"
-    before = _at(start.config, key) or (
-        start.config.model.init or start.config.model.spec if section == "model" else None
-    )
-    began = f" (began with {before})" if before is not None else ""
-    return [Change(key, "origin", f"{key} {given} {what} {section}{began}")]
+    before = _at(start.config, key)
+    if key.startswith("model."):
+        before = before or start.config.model.init or start.config.model.spec
+    began = f" (which began with {before})" if before is not None else ""
+    step = start.resumed if start.branched else start.resumed.name
+    return [Change(key, "origin", f"{key} {given} is not read: the run goes on from {step}{began}")]
 
 
 def _keeps_tokenizer(start: Start, config: RunConfig) -> bool:
@@ -266,15 +274,15 @@ def _rates(old: RunConfig, new: RunConfig, step: int) -> str:
             return ""
         return (
             f"the learning rate goes on as in a run of the new values from the beginning (step "
-            f"{moved} has {rate(new, moved):.3g}, would have had {rate(old, moved):.3g})"
+            f"{moved} has {rate(new, moved):.4g}, would have had {rate(old, moved):.4g})"
         )
     if moved is None and shared:
         return "the learning rate goes on as before"
     at = moved or step + 1
-    before = f", would have had {rate(old, at):.3g}" if moved else ""
+    before = f", would have had {rate(old, at):.4g}" if moved else ""
     return (
-        f"the learning rate is another from step {at} on: {rate(new, at):.3g}{before} (step {step} "
-        f"had {rate(old, step):.3g})"
+        f"the learning rate is another from step {at} on: {rate(new, at):.4g}{before} (step {step} "
+        f"had {rate(old, step):.4g})"
     )
 
 

@@ -68,7 +68,8 @@ class Run:
         self.folder = RunFolder(Path(config.run.dir))
         self.is_main = dist.get_rank() == 0
         self.step = self.tokens = 0
-        self.allowed, self.changes = allowed, list[Change]()
+        # A branch is there to change something; what it does is said all the same.
+        self.allowed, self.changes = allowed or start.branched, list[Change]()
         on_all(self._compare)
         self.trainer = Trainer(
             start.spec,
@@ -271,15 +272,17 @@ class Run:
     def _prepare_folder(self) -> bool:
         """Drop what was logged after the step that is continued from, and say what starts now.
         Whether a validation of that step is logged, or none is due."""
-        lines = self.folder.drop_metrics_after(self.step if self.start.state is not None else -1)
+        begins = self.start.state is None or self.start.branched
+        lines = self.folder.drop_metrics_after(-1 if begins else self.step)
         if self.step < self.config.train.steps:
             line = start_line(self.recorded, self.start, self.made_with, self.feed.fingerprints())
             self.folder.append(STARTS, line)
-        begins = self.start.state is None
         due = self.validation.every > 0 and (begins or self.validation.due(self.step))
         return not due or any(x["step"] == self.step and "val_loss" in x for x in lines)
 
     def _loop(self, steps: int, advance: Advance, validated: bool) -> None:
+        if self.start.branched:  # on its own from here on: the other run may delete that step
+            self.saver.save(self.step, self.tokens)
         self.stopped = not validated and not self.validation.run(self.step)
         while self.step < steps and not self.stopped:
             rewound = self._one_step(advance)

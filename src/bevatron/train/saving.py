@@ -84,7 +84,7 @@ class Saver:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.kept = start.weights  # where the next save finds source files; moves with every save
-        self.saved = start.state["step"] if start.state is not None else -1
+        self.saved = -1 if start.state is None or start.branched else start.state["step"]
         options = config.checkpoint
         self.is_async = trainer.device.type != "cpu" if options.async_ is None else options.async_
         self.token = on_all(lambda: secrets.token_hex(4))[0]

@@ -21,7 +21,7 @@ from bevatron.checkpoint.manifest import (
     NewerFormatError,
     read_manifest,
 )
-from bevatron.checkpoint.run_folder import LATEST, RunFolder
+from bevatron.checkpoint.run_folder import LATEST, RunFolder, step_of
 from bevatron.checkpoint.sharded import verify_share
 from bevatron.checkpoint.whole import check_whole, is_damage, read_state
 from bevatron.data.tokenizer import open_tokenizer
@@ -49,6 +49,7 @@ class Start:
         fresh: parameters of a new head, which the weights do not have.
         state: of the resumed step, its train_state.json.
         config: of the resumed step, the configuration that it was saved under.
+        branched: whether that is a step of another run (`run.branch_from`).
         verified: whether the hashes of `weights` have been checked.
         damaged: newer steps that were set aside, and what is wrong with each.
     """
@@ -60,6 +61,7 @@ class Start:
     fresh: tuple[str, ...] = ()
     state: dict[str, Any] | None = None
     config: RunConfig | None = None
+    branched: bool = False
     verified: bool = False
     damaged: tuple[str, ...] = ()
 
@@ -81,7 +83,34 @@ def find_start(config: RunConfig) -> Start:
             return _headed(config, Start(opened.spec, opened, folder, opened.manifest.family))
     if failure is not None:
         raise failure
+    if (branch := branch_step(config)) is not None:
+        opened = open_weights(branch)
+        start = Start(opened.spec, opened, branch, opened.manifest.family, branched=True)
+        return _headed(config, start)
     return _fresh(config)
+
+
+def branch_step(config: RunConfig) -> Path | None:
+    """The step that `run.branch_from` names, if it does. Raises BevatronError if it is not there,
+    or if there would be no step to take after it."""
+    branch = config.run.branch_from
+    if branch is None:
+        return None
+    path = Path(branch.run)
+    if path.resolve() == Path(config.run.dir).resolve():
+        raise BevatronError(f"run.branch_from: {path} is run.dir itself; name a new run.dir")
+    steps = {step_of(folder): folder for folder in RunFolder(path).step_folders()}
+    step = branch.step if branch.step is not None else max(steps, default=None)
+    if step is None or step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        wanted = "a step" if step is None else f"step {step}"
+        raise BevatronError(f"run.branch_from: {path} has not {wanted}; its steps are: {there}")
+    if step >= config.train.steps:
+        raise BevatronError(
+            f"run.branch_from: {steps[step]} has taken {step} steps, and train.steps is "
+            f"{config.train.steps}; raise train.steps, which counts from the other run's beginning"
+        )
+    return steps[step]
 
 
 def _fresh(config: RunConfig, copies: bool = True) -> Start:
@@ -112,6 +141,11 @@ def _headed(config: RunConfig, start: Start) -> Start:
         return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
     spec, fresh = with_head(start.spec, objective, start.family, pad)
+    if fresh and start.resumed is not None:
+        raise BevatronError(
+            f"objective.name {objective.name} needs a new head, which {start.resumed} has no "
+            "optimizer state for; begin with its weights alone (model.init) in another run.dir"
+        )
     return replace(start, spec=spec, fresh=fresh)
 
 
@@ -149,6 +183,8 @@ def opened_run(config: RunConfig, say: Say) -> Iterator[Start]:
         _check_shared(folder.path)
         start = _newest_good(folder, say)
         found: list[Start] = []
+        if start is None:
+            start = _branched(config)
         on_all(lambda: found.append(_headed(config, start) if start else _fresh(config, main)))
         yield found[0]
 
@@ -200,6 +236,20 @@ def _newest_good(folder: RunFolder, say: Say) -> Start | None:
             "name another run.dir"
         )
     return None
+
+
+def _branched(config: RunConfig) -> Start | None:
+    """The step of another run that this one begins as, checked in full, which changes nothing
+    there. Collective."""
+    path = on_all(lambda: branch_step(config))[0]
+    if path is None:
+        return None
+    start, problem = _examined(path)
+    if start is None:
+        raise BevatronError(
+            f"run.branch_from: {path} is damaged: {problem}; name another step of that run"
+        )
+    return replace(start, branched=True)
 
 
 def _settle(folder: RunFolder, good: Path, damaged: Iterable[Path] | None) -> list[Path]:
