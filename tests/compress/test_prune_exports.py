@@ -25,6 +25,7 @@ from bevatron.compress.prune import prune
 from bevatron.compress.sizes import LayerTarget, Targets
 from bevatron.compress.trim import keep
 from bevatron.errors import BevatronError
+from bevatron.generate.load import load_decoder
 from tests.compress.pruned import BOTH, IDS, native_logits, random_scores, sliced, source, stock
 
 LLAMA3 = {
@@ -251,6 +252,43 @@ def test_a_llama_nemotron_is_pruned_again_and_its_widths_follow_hidden_size(tmp_
     with torch.no_grad():
         theirs = model(IDS).logits
     assert (native_logits(tmp_path / "less") - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("changes", [{}, {**BIASED, "dtype": "bfloat16"}], ids=["", "biased"])
+def test_one_layers_width_leaves_all_others_as_they_are(tmp_path: Path, changes: dict) -> None:
+    """704 is no multiple of 256, which an export of differing layers has: zeros fill it up."""
+    native, spec, scores = source(tmp_path, intermediate_size=704, **changes)
+    targets = Targets(per_layer={1: LayerTarget(intermediate_size=256)})
+    report = prune(native, tmp_path / "small", targets, scores=scores, show_progress=False)
+    assert report.sizes["intermediate_size"] == [768, 256, 768]
+    assert "layers 0, 2: intermediate_size 704 became 768, 64 of them zeros" in report.notes
+    old, _ = load_decoder(native, dtype=torch.float32)
+    new, _ = load_decoder(tmp_path / "small", dtype=torch.float32)
+    for i, (a, b) in enumerate(zip(old.layers.values(), new.layers.values(), strict=True)):
+        if i == 1:
+            continue
+        gate_up, down = b.mlp.gate_up.weight, b.mlp.down.weight
+        assert torch.equal(gate_up.view(2, 768, -1)[:, :704], a.mlp.gate_up.weight.view(2, 704, -1))
+        assert torch.equal(down[:, :704], a.mlp.down.weight)
+        assert not gate_up.view(2, 768, -1)[:, 704:].any() and not down[:, 704:].any()
+    x = torch.randn(1, 5, spec.hidden_size)
+    with torch.no_grad():
+        assert (old.layers["0"].mlp(x) - new.layers["0"].mlp(x)).abs().max() <= 1e-6
+    export_checkpoint(tmp_path / "small", tmp_path / "out", show_progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        assert (native_logits(tmp_path / "small") - model(IDS).logits).abs().max() <= 1e-5
+
+
+def test_a_sublayer_that_goes_needs_no_scores_whatever_the_widths(tmp_path: Path) -> None:
+    native, _, _ = source(tmp_path, intermediate_size=704)
+    targets = Targets(per_layer={1: LayerTarget(no_attention=True)})
+    report = prune(native, tmp_path / "small", targets, show_progress=False)
+    assert report.sizes["intermediate_size"] == 768
+    record = json.loads((tmp_path / "small" / "pruning.json").read_text())
+    assert record["neurons"][0] == [*range(704), *[-1] * 64]
 
 
 @pytest.mark.parametrize(

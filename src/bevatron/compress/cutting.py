@@ -17,7 +17,7 @@ from bevatron.bridge.dtypes import Converter
 from bevatron.checkpoint.boxes import read_box
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.compress.sizes import PruneError
-from bevatron.compress.trim import Index, Pairs, query_rows
+from bevatron.compress.trim import PAD, Index, Pairs, query_rows
 from bevatron.spec.model import Attention
 
 BLOCK = 16 << 20  # bytes
@@ -34,19 +34,32 @@ def blocks(
 
     Args:
         index: per dimension the entries that stay; None for all. A tensor has one, two or three
-            dimensions, the first of three is whole.
+            dimensions, the first of three is whole. PADs at the end of one become zeros.
         change: of a whole matrix before it is cut, as its float values.
     """
     if len(entry.shape) == 1:
         whole = read_box(folder, entry, (0,), entry.shape)
         if change is not None:
             whole = _changed(whole[:, None], entry.dtype, change)[:, 0]
-        yield whole if index[0] is None else whole[index[0]]
+        kept, empty = _parted(index[0])
+        yield np.pad(whole if kept is None else whole[kept], (0, empty))
         return
-    rows, columns = index[-2], index[-1]
+    (rows, below), (columns, beside) = _parted(index[-2]), _parted(index[-1])
     for lead in range(entry.shape[0]) if len(entry.shape) == 3 else (None,):
         for block in _matrix(folder, entry, lead, rows, change):
-            yield block if columns is None else np.take(block, columns, axis=1)
+            found = block if columns is None else np.take(block, columns, axis=1)
+            yield np.pad(found, ((0, 0), (0, beside))) if beside else found
+        if below:
+            width = entry.shape[-1] if columns is None else len(columns)
+            yield np.zeros((below, width + beside), f"u{ITEMSIZE[entry.dtype]}")
+
+
+def _parted(index: Index | None) -> tuple[Index | None, int]:
+    """The entries that are read, and how many zeros follow them."""
+    if index is None:
+        return None, 0
+    kept: Index = index[index != PAD]
+    return kept, len(index) - len(kept)
 
 
 def _matrix(

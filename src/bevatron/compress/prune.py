@@ -288,7 +288,7 @@ def _write_rest(plan: _Plan, folder: Path, entries: Mapping[str, TensorEntry]) -
 
 def _record(plan: _Plan, kept: Kept, scores: Scores | None) -> str:
     """pruning.json: what went, so that it can be done again or compared: indices into the old
-    model, per new layer."""
+    model, per new layer; -1 where zeros are."""
 
     def listed(index: Index | None) -> list[int] | None:
         return None if index is None else [int(i) for i in index]

@@ -137,7 +137,7 @@ def check_sizes(spec: ModelSpec, targets: Targets, layers: Sequence[int]) -> Non
         where = f"per-layer sizes, layer {i}"
         if i not in layers:
             what = "is dropped" if 0 <= i < len(spec.layers) else "does not exist"
-            raise PruneError(f"{where}: {what}; the layers that stay are {_ranges(layers)}")
+            raise PruneError(f"{where}: {what}; the layers that stay are {ranges(layers)}")
         layer = spec.layers[i]
         if target.intermediate_size is not None:
             own = layer.mlp.intermediate_size if isinstance(layer.mlp, MLP) else 0
@@ -182,7 +182,7 @@ def mlp_widths(spec: ModelSpec, layers: Sequence[int]) -> list[int]:
     return [m.intermediate_size for m in mlps if isinstance(m, MLP)]
 
 
-def _ranges(layers: Sequence[int]) -> str:
+def ranges(layers: Sequence[int]) -> str:
     """Such as 0-15, 31."""
     runs: list[list[int]] = []
     for i in layers:

@@ -18,6 +18,7 @@ from bevatron.compress.sizes import PruneError, Shape
 from bevatron.spec.model import MLP, Attention, ModelSpec, ParameterSpec
 
 Index = NDArray[np.int64]
+PAD = -1  # in an index: not an entry of the old model but zeros; at its end only
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -28,7 +29,7 @@ class Kept:
     Attributes:
         hidden: channels of the residual stream.
         layers: by the new layer's number the old one's; `heads`, `neurons`: likewise, None where
-            there are none. Heads are those of queries, group by group.
+            there are none. Neurons may end with PADs. Heads are those of queries, group by group.
         pairs: per new layer (kept head, dropped head of the same group) for merging.
     """
 
@@ -59,6 +60,9 @@ def keep(spec: ModelSpec, shape: Shape, scores: Scores | None, *, ranked: bool =
     """
 
     def top(values: NDArray[np.float32] | None, size: int, count: int) -> Index:
+        if count > size:  # as many zeros more
+            pad = np.full(count - size, PAD)
+            return np.concatenate([top(values, size, size), pad])
         if values is None:
             if count == size:
                 return np.arange(size)

@@ -16,6 +16,7 @@ from bevatron.compress.sizes import (
     check_sizes,
     kept_layers,
     mlp_widths,
+    ranges,
 )
 from bevatron.families.family import Family, FamilyError, by_name
 from bevatron.families.llama_nemotron import WIDTH_MULTIPLE
@@ -155,30 +156,34 @@ def _nearest(widths: Sequence[int], wanted: int, count: Callable[[int], int]) ->
 
 
 def decilm_widths(found: ModelSpec, old: Sequence[LayerSpec]) -> tuple[ModelSpec, list[str]]:
-    """Round MLP widths so that DeciLMForCausalLM can say them, if all else can be said by it."""
+    """Round MLP widths up so that DeciLMForCausalLM can say them, if all else can be said by it.
+    What a layer has no neurons of its own for is filled up with zeros, which compute nothing."""
 
-    def rounded(layer: LayerSpec, before: LayerSpec) -> LayerSpec:
-        if not isinstance(layer.mlp, MLP) or not isinstance(before.mlp, MLP):
+    def rounded(layer: LayerSpec) -> LayerSpec:
+        if not isinstance(layer.mlp, MLP):
             return layer
-        f, most = layer.mlp.intermediate_size, before.mlp.intermediate_size
-        up = -(-f // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        up = up if up <= most else f // WIDTH_MULTIPLE * WIDTH_MULTIPLE or f
+        up = -(-layer.mlp.intermediate_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         return replace(layer, mlp=replace(layer.mlp, intermediate_size=up))
 
-    layers = tuple(rounded(a, b) for a, b in zip(found.layers, old, strict=True))
+    layers = tuple(rounded(layer) for layer in found.layers)
     fitted = replace(found, layers=layers)
     try:
         by_name("llama_nemotron").config(fitted, "float32")
     except FamilyError:
         return found, []  # the caller says that it cannot be exported, and why
-    changed = [
-        f"layers.{i}: intermediate_size {a.mlp.intermediate_size} became {b.mlp.intermediate_size}"
-        for i, (a, b) in enumerate(zip(found.layers, layers, strict=True))
-        if isinstance(a.mlp, MLP) and isinstance(b.mlp, MLP) and a != b
-    ]
+    same: dict[str, list[int]] = {}
+    for i, three in enumerate(zip(found.layers, layers, old, strict=True)):
+        before, after, own = (
+            x.mlp.intermediate_size if isinstance(x.mlp, MLP) else 0 for x in three
+        )
+        if before != after:
+            zeros = f", {after - own} of them zeros" if after > own else ""
+            what = f"intermediate_size {before} became {after}{zeros}"
+            same.setdefault(what, []).append(i)
+    changed = [f"layers {ranges(numbers)}: {what}" for what, numbers in same.items()]
     if changed:
         changed.append(
-            f"widths were rounded to multiples of {WIDTH_MULTIPLE}: layers that differ are "
+            f"widths were rounded up to multiples of {WIDTH_MULTIPLE}: layers that differ are "
             "exported as DeciLMForCausalLM, whose ffn_mult can say no others"
         )
     return fitted, changed
