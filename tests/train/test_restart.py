@@ -280,13 +280,15 @@ def test_changes_are_allowed_by_name() -> None:
 Outcome = tuple[str, list[tuple[int, float, float]]]
 
 
-def restart(folder: Path, run: str, options: list[str], allowed: Any = False) -> Outcome:
+def restart(
+    folder: Path, run: str, options: list[str], allowed: Any = False, reset_at: int | None = None
+) -> Outcome:
     """Go on with a run; what was said, an error included, and the steps in its metrics."""
     said = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stderr(said):
         config = load_config(Path("run.yaml"), [f"run.dir={run}", *options])
         try:
-            train_(config, layout_of(config, dist.get_world_size()), allowed)
+            train_(config, layout_of(config, dist.get_world_size()), allowed, reset_at)
         except BevatronError as error:
             print(f"error: {error}", file=said)
         return said.getvalue(), metrics(Path(run))
@@ -546,3 +548,49 @@ def test_a_branch_that_cannot_be_is_refused_before_anything_is_made(
     status, said = command(folder, "train", "run.yaml", "run.dir=weights", "train.steps=1",
                            "model={init: bf16/step-00000002}")  # fmt: skip
     assert status == 0 and "is a step of a run, of which the weights are taken" in said, said
+
+
+def resets(folder: Path) -> dict[str, Outcome]:
+    """From step 2 on with a fresh optimizer, at once and in two starts; and another optimizer."""
+    out = {}
+    for name, parts in {"at-once": [(4, 2)], "in-two": [(3, 2), (4, None)]}.items():
+        shutil.copytree(folder / "fp32", folder / name)
+        for steps, at in parts:
+            options = [f"train.steps={steps}", "optimizer.betas=[0.9, 0.95]"]
+            out[f"{name}-{steps}"] = restart(folder, name, options, False, at)
+    shutil.copytree(folder / "fp32", folder / "muon")
+    muon = ["optimizer.name=muon", "train.steps=3"]
+    out["refused"] = restart(folder, "muon", muon, True)
+    out["muon"] = restart(folder, "muon", muon, frozenset({"optimizer"}), 2)
+    shutil.copytree(folder / "in-two", folder / "later")
+    out["later"] = restart(folder, "later", ["train.steps=5"], False, 2)
+    return out
+
+
+def test_a_reset_optimizer_is_as_before_its_first_update(
+    work: tuple[Path, dict[str, Outcome]], pool: Pool
+) -> None:
+    """Moments, and how many updates they count as, also after a later save; all else goes on. A
+    worker that is started again after that does not reset it again."""
+    folder, base = work
+    found = pool.run(1, resets, folder)[0]
+    said, steps = found["at-once-4"]
+    assert "step 2: the optimizer's state is as before its first update" in said
+    assert "bit for bit" not in said
+    assert steps[:3] == base["fp32"][1][:3] and steps[3] != base["fp32"][1][3]
+    assert found["in-two-4"][1] == steps and "bit for bit" in found["in-two-4"][0]
+    step = folder / "in-two/step-00000003"
+    first, second = (weights(step, f"optimizer/{name}/") for name in ("exp_avg", "exp_avg_sq"))
+    for name, mean in first.items():  # (1 - 0.9) g and (1 - 0.95) g^2 of one gradient
+        torch.testing.assert_close(mean.square() * 0.05, second[name] * 0.01)
+    assert json.loads((step / "train_state.json").read_text())["optimizer_since"] == 2
+    assert "another optimizer; --reset-optimizer goes on with the weights" in found["refused"][0]
+    assert "error" not in found["muon"][0] and len(found["muon"][1]) == 3
+    assert "had been reset before, and is not again" in found["later"][0]
+
+
+def test_resetting_nothing_is_refused(work: tuple[Path, dict[str, Outcome]]) -> None:
+    options = ("run.dir=fresh", "--reset-optimizer")
+    status, said = command(work[0], "train", "run.yaml", *options)
+    assert status == 2 and said.startswith("error: --reset-optimizer: there is no step to go on")
+    assert not (work[0] / "fresh").exists()

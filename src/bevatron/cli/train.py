@@ -137,6 +137,13 @@ def train(
             help="Go on although keys that decide the numbers changed: these, or all.",
         ),
     ] = None,
+    reset_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--reset-optimizer", help="Go on with the optimizer as before its first update."
+        ),
+    ] = False,
+    reset_at: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train, or continue, by a run configuration; also under torchrun.
 
@@ -170,6 +177,8 @@ def train(
         paper_ranks=world,
         as_json=as_json,
         allow_changed=changed,
+        reset_optimizer=reset_optimizer,
+        reset_at=reset_at,
     )
 
 

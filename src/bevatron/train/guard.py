@@ -89,9 +89,13 @@ class Guard:
                     )
         return "apply", ""
 
-    def updates(self, step: int) -> int:
-        """How many updates the optimizer has made of `step` steps."""
-        return step - len(self.skipped) - sum(last - first + 1 for first, last in self.rewound)
+    def updates(self, step: int, since: int = 0) -> int:
+        """How many updates the optimizer has made of the steps from `since` to `step`."""
+        skipped = sum(since < n <= step for n in self.skipped)
+        passed = sum(
+            last - max(first, since + 1) + 1 for first, last in self.rewound if last > since
+        )
+        return step - since - skipped - passed
 
     def state(self) -> dict[str, Any]:
         """What train_state.json keeps of it."""

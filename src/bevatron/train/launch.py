@@ -39,6 +39,8 @@ def train(
     paper_ranks: int | None = None,
     as_json: bool = False,
     allow_changed: bool | frozenset[str] = False,
+    reset_optimizer: bool = False,
+    reset_at: int | None = None,
 ) -> None:
     """Train by a run configuration.
 
@@ -53,6 +55,9 @@ def train(
             recipe has it.
         allow_changed: what may change since the step that is continued from although it moves the
             numbers: nothing, everything, or these keys and sections.
+        reset_optimizer: go on with the optimizer as before its first update.
+        reset_at: the same unless the run goes on from a later step than this: for workers, which
+            may be started again.
     Raises BevatronError with one message, whichever rank failed. A run that a signal ended raises
     SystemExit with 128 + the signal's number.
     """
@@ -70,16 +75,19 @@ def train(
     if dry_run:
         _plan(config, layout, as_json)
         return
-    if not is_worker:
-        _check(config, layout)
+    start = None if is_worker else _check(config, layout)
+    if reset_optimizer and reset_at is None:
+        reset_at = _reset_step(config, start)
     if not is_worker and nproc is not None and (nproc > 1 or nodes.count > 1 or max_restarts):
         arguments = ["train", str(config_path), *overrides]
+        if reset_at is not None:
+            arguments.append(f"--reset-at={reset_at}")
         if allow_changed:
             names = "" if allow_changed is True else "=" + ",".join(sorted(allow_changed))
             arguments.append(f"--allow-changed{names}")
         launch(arguments, nproc, nodes=nodes, restarts=max_restarts)
     else:
-        work(config, layout, allow_changed)
+        work(config, layout, allow_changed, reset_at)
 
 
 def prepared(config_path: Path, overrides: list[str], world: int) -> tuple[RunConfig, Layout]:
@@ -231,7 +239,32 @@ def _check_export(config: RunConfig, start: Start) -> None:
         )
 
 
-def work(config: RunConfig, layout: Layout, allow_changed: bool | frozenset[str] = False) -> None:
+def _reset_step(config: RunConfig, start: Start | None) -> int:
+    """The step at which the optimizer is reset: where the run goes on. A worker of another launcher
+    that starts it again (`start` is None) finds in the step whether that has been done."""
+    if start is None:
+        from bevatron.checkpoint.whole import read_state
+        from bevatron.train.start import find_start
+
+        found = find_start(config)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and found.resumed is not None:
+            assert found.weights is not None
+            state = read_state(found.resumed, found.weights.manifest.step)
+            return 0 if state.get("optimizer_since") else sys.maxsize
+        start = found
+    if start.resumed is None or start.weights is None:
+        raise BevatronError(
+            "--reset-optimizer: there is no step to go on from, so there is nothing to reset"
+        )
+    return start.weights.manifest.step
+
+
+def work(
+    config: RunConfig,
+    layout: Layout,
+    allow_changed: bool | frozenset[str] = False,
+    reset_at: int | None = None,
+) -> None:
     """One rank's whole run. A worker of a launcher leaves its last words and ends."""
     worker = "RANK" in os.environ
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
@@ -248,7 +281,7 @@ def work(config: RunConfig, layout: Layout, allow_changed: bool | frozenset[str]
         if device.type == "cpu":
             tune_allocator()
         with world(device, timeout_s), reporting(worker, stopping):
-            _run(config, layout, allow_changed, device, stopping)
+            _run(config, layout, allow_changed, reset_at, device, stopping)
             if worker:
                 # Leave together and without destructors: gloo's threads may outlive the
                 # interpreter's teardown and abort a process whose work is done and saved.
@@ -263,6 +296,7 @@ def _run(
     config: RunConfig,
     layout: Layout,
     allow_changed: bool | frozenset[str],
+    reset_at: int | None,
     device: torch.device,
     stopping: Stopping,
 ) -> None:
@@ -293,7 +327,17 @@ def _run(
             lambda: made.append(objective_of(config.objective, start.spec, config.train.compile))
         )
         objective = made[0]
-        run = Run(config, start, layout, objective, device, allow_changed, stopping, watch)
+        run = Run(
+            config,
+            start,
+            layout,
+            objective,
+            device,
+            stopping,
+            watch,
+            allowed=allow_changed,
+            reset_at=reset_at,
+        )
         if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
             say(f"restart {restarts}: a process had failed")
         origin = start.resumed or config.model.init or f"random weights, {config.model.spec}"

@@ -49,6 +49,7 @@ class Run:
 
     Args:
         allowed: which keys may change although that moves the numbers: all, none, or these.
+        reset_at: forget the optimizer's state if it is of this step or one before.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Run:
         layout: Layout,
         objective: Objective,
         device: torch.device,
-        allowed: bool | Collection[str],
         stopping: Stopping,
         watch: Watch,
+        *,
+        allowed: bool | Collection[str] = False,
+        reset_at: int | None = None,
     ) -> None:
         self.config, self.start, self.layout = config, start, layout
         self.stopping, self.watch, self.stopped = stopping, watch, False
@@ -68,6 +71,7 @@ class Run:
         self.folder = RunFolder(Path(config.run.dir))
         self.is_main = dist.get_rank() == 0
         self.step = self.tokens = 0
+        self.reset_at, self.optimizer_since = reset_at, 0
         # A branch is there to change something; what it does is said all the same.
         self.allowed, self.changes = allowed or start.branched, list[Change]()
         on_all(self._compare)
@@ -144,6 +148,7 @@ class Run:
         batches = self.feed.batches
         state = {"samples": batches.position(step), "batches": batches.state()}
         state |= {"made_with": self.made_with, "guard": self.guard.state()}
+        state["optimizer_since"] = self.optimizer_since
         if self.companions:
             state["companions"] = self.companions
         taps = self.trainer.taps
@@ -229,8 +234,21 @@ class Run:
         self.guard.load(state.get("guard", {}))
         if self.trainer.taps is not None:
             self.trainer.taps.load(state.get("objective", {}))
-        updates = self.guard.updates(self.step)
-        on_all(lambda: self.trainer.load_optimizer(shapes, read, updates))
+        fresh = self.reset_at is not None and self.step <= self.reset_at
+        self.optimizer_since = self.step if fresh else int(state.get("optimizer_since", 0))
+        updates = self.guard.updates(self.step, self.optimizer_since)
+        lacking = sorted(n for n in self.trainer.optimizer.states() if n not in shapes)
+        lacking = [n for n in lacking if n.partition("/")[2] in self.trainer.placed.parameters]
+
+        def load() -> None:
+            if lacking and not fresh:
+                raise CheckpointError(
+                    f"{weights.folder}: has no optimizer/{lacking[0]}, for it was saved with "
+                    "another optimizer; --reset-optimizer goes on with the weights alone"
+                )
+            self.trainer.load_optimizer(shapes, read, updates, fresh=fresh)
+
+        on_all(load)
 
     def go(self, say: Say) -> None:
         """Train from the current step to `train.steps`, then save if that was not done."""
@@ -265,6 +283,16 @@ class Run:
         start = self.start
         if start.state is None or start.config is None:
             return
+        if self.reset_at is not None:
+            what = "had been reset before, and is not again"
+            if self.optimizer_since == self.step:
+                what = (
+                    "is as before its first update; weights, fp32 masters, learning rate and data "
+                    "go on"
+                )
+                self.changes.append(Change("optimizer", "free", f"the optimizer's state {what}"))
+            else:
+                say(f"step {self.step}: the optimizer's state {what}")
         made = differences(start.state.get("made_with", {}), self.made_with)
         for line in restart.lines(self.changes, made, start.config, self.config):
             say(f"step {self.step}: {line}")

@@ -129,11 +129,15 @@ class Trainer:
         """Fill the parameters from a checkpoint's boxes."""
         load_weights(self.placed, shapes, read)
 
-    def load_optimizer(self, shapes: Shapes, read: ReadBox, step: int) -> None:
-        """Fill the optimizer's states, the parameters from their fp32 masters wherever the
-        checkpoint has these (its weights are rounded then), and the parameters that are no part of
-        the model, if it has them."""
-        into = dict(self.optimizer.states())
+    def load_optimizer(
+        self, shapes: Shapes, read: ReadBox, step: int, *, fresh: bool = False
+    ) -> None:
+        """Fill the optimizer's states (`fresh`: as before its first update), the parameters from
+        their fp32 masters wherever the checkpoint has these (its weights are rounded then), and
+        the parameters that are no part of the model, if it has them."""
+        into = {} if fresh else dict(self.optimizer.states())
+        for _, values in self.optimizer.states().values() if fresh else ():
+            values.zero_()
         into |= {f"master/{n}": (p, p.detach()) for n, p in self.placed.added.items()}
         for name in [n for n in into if n.partition("/")[2] in self.placed.added]:
             if name not in shapes:  # of a run that had none
