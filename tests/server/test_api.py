@@ -19,7 +19,7 @@ from bevatron.generate.engine import Engine
 from bevatron.generate.server.app import make_app
 from bevatron.generate.server.serving import Serving
 from bevatron.generate.server.settings import Settings
-from tests.server.served import Served, make_obedient, served
+from tests.server.served import Served, make_model, make_obedient, served
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SAY = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -243,6 +243,38 @@ def test_a_slash_at_the_end_and_head_are_the_same_route(server: Served) -> None:
     assert answer.status_code == 200
     assert httpx.head(server.url + COMPLETIONS).status_code == 405
     assert httpx.head(server.url + "/v1/nothing").status_code == 404
+
+
+def test_a_request_without_memory_is_told_so_and_the_server_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "m", eos=None, context=4096)
+
+    async def ask(engine: Engine) -> list[httpx.Response]:
+        app = make_app(Serving(engine, Settings("tiny")))[0]
+        transport = httpx.ASGITransport(app=app)
+        short, long = [{"prompt": [5] * n, "max_tokens": 2} for n in (5, 2000)]
+        asked = [short, long, {**long, "stream": True}, {**long, "n": 2}, short]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.post(COMPLETIONS, json=body) for body in asked]
+
+    with Engine.open(folder) as engine:
+        cache = engine.group.model.cache
+        real = cache.resize
+
+        def resize(rows: int, capacity: int) -> None:
+            if capacity > 1000:
+                raise MemoryError
+            real(rows, capacity)
+
+        monkeypatch.setattr(cache, "resize", resize)
+        before, whole, streamed, two, after = asyncio.run(ask(engine))
+    assert before.status_code == after.status_code == 200
+    assert before.json()["choices"] == after.json()["choices"]
+    for answer in (whole, two):
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["code"] == "out_of_memory"
+    assert streamed.status_code == 200 and '"out_of_memory"' in streamed.text
 
 
 def test_the_page_may_load_and_reach_nothing_else(server: Served) -> None:

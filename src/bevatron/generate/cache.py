@@ -28,24 +28,30 @@ class SlotCache:
         }
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Have so many rows and positions; what is held in those that stay is kept."""
-        if (rows, capacity) == (self.rows, self.capacity):
-            return
-        r, c = min(rows, self.rows), min(capacity, self.capacity)
+        """Have at least so many rows and positions; what is held in those that stay is kept.
+
+        May fail for want of memory after some of the layers. Nothing is lost by that: the next call
+        goes on from what each layer has."""
+        self.rows = self.capacity = 0
         for i, old in self.layers.items():
-            _, g, two, _, d = old.shape
+            r, g, two, c, d = old.shape
+            if r >= rows and c >= capacity:
+                continue
             new = torch.zeros((rows, g, two, capacity, d), dtype=old.dtype, device=old.device)
+            r, c = min(rows, r), min(capacity, c)
             new[:r, :, :, :c] = old[:r, :, :, :c]
             self.layers[i] = new
         self.rows, self.capacity = rows, capacity
 
     def swap(self, a: int, b: int, length: int) -> None:
-        """Exchange the first `length` positions of two rows."""
+        """Exchange the first `length` positions of two rows, a few at a time: this must not fail
+        for want of memory, as half of it would be worse than nothing."""
         for kv in self.layers.values():
-            one, other = kv[a, :, :, :length], kv[b, :, :, :length]
-            kept = one.clone()
-            one.copy_(other)
-            other.copy_(kept)
+            for at in range(0, length, CAPACITY):
+                one, other = (kv[row, :, :, at : min(length, at + CAPACITY)] for row in (a, b))
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
 
     @property
     def bytes_per_position(self) -> int:

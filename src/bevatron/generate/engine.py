@@ -14,17 +14,20 @@ from bevatron.bridge.dtypes import parse_dtype
 from bevatron.bridge.opened import Opened, open_weights
 from bevatron.checkpoint.sharded import DTYPES
 from bevatron.errors import BevatronError, UnexpectedError, failure
-from bevatron.generate.model import Model
+from bevatron.generate.cache import CAPACITY
+from bevatron.generate.model import Model, is_want_of_memory
 from bevatron.generate.options import recommended
 from bevatron.generate.request import (
     Generation,
     Loglikelihood,
+    NoRoom,
     QueueFull,
     Request,
     Sampling,
     Stats,
 )
 from bevatron.generate.scheduler import Scheduler
+from bevatron.generate.step import Output, Step
 from bevatron.generate.stream import Stream
 from bevatron.generate.text import Vocabulary
 from bevatron.generate.workers import Group, open_group
@@ -34,6 +37,7 @@ from bevatron.train.hardware import free_bytes
 __all__ = ["Engine", "Generation", "generate"]
 
 SHARE = 0.25  # of the free memory that the cache may take if nothing is said
+MOST = 0.7  # and if less would not hold one context
 
 
 class Engine:
@@ -231,15 +235,31 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._hear():
-                step = self._scheduler.next_step()
-                if step is not None:
-                    output = self.group.run(step)
-                    with self._changed:
+                if (step := self._scheduler.next_step()) is None:
+                    continue
+                output = self._computed(step)
+                with self._changed:
+                    if output is None:
+                        self._scheduler.give_one_up()
+                    else:
                         self._scheduler.take(step, output)
         except BaseException as error:
             with self._changed:
                 self._failure = self.group.why(error) or str(failure(error))
         self._end()
+
+    def _computed(self, step: Step) -> Output | None:
+        """None if there is not enough memory for it."""
+        try:
+            return self.group.run(step)
+        except Exception as error:
+            survived = self.group.alone and is_want_of_memory(error)
+            if not survived and not isinstance(error, NoRoom):
+                raise
+        device = self.group.model.device
+        if device.type != "cpu":
+            torch.get_device_module(device).empty_cache()
+        return None
 
     def _hear(self) -> bool:
         """Take in what was asked meanwhile, waiting if there is nothing to do. False to end."""
@@ -264,15 +284,20 @@ class Engine:
             left = [s.stream for s in [*self._scheduler.waiting, *self._scheduler.running]]
             if self._failure is not None:
                 for stream in left:
-                    stream.fail(self._failure)
+                    stream.fail(UnexpectedError(self._failure))
             self._scheduler.cancel(left)
         self.group.close()
 
 
 def _default_tokens(model: Model, context: int) -> int:
-    """As many positions as a share of the free memory holds, and at least one context."""
-    fits = int(SHARE * free_bytes(model.device) / max(1, model.cache.bytes_per_position))
-    return max(context, fits)
+    """As many positions as a share of the free memory holds, and a context if there is room for
+    one."""
+    free = free_bytes(model.device)
+    if model.device.type == "cpu":
+        free //= model.ranks.tp * model.ranks.pp  # which share the machine's memory
+    position = max(1, model.cache.bytes_per_position)
+    usual, most = int(SHARE * free / position), int(MOST * free / position)
+    return max(min(context, CAPACITY), min(max(context, usual), most))
 
 
 def generate(

@@ -16,6 +16,7 @@ from torch import Tensor
 from bevatron.generate.cache import SlotCache
 from bevatron.generate.matrix import Matrix
 from bevatron.generate.ranks import Ranks
+from bevatron.generate.request import NoRoom
 from bevatron.generate.step import Output, Scores, Segment, Step
 from bevatron.generate.weights import AttentionWeights, LayerWeights, MLPWeights, ModelWeights
 from bevatron.nn.heads import softcap
@@ -27,6 +28,13 @@ from bevatron.spec import ModelSpec
 SCORED = 128  # positions whose logits over the whole vocabulary are held at a time
 
 Pair = tuple[Tensor, Tensor]
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device. (torch has no class for it on CPUs.)"""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 class Rotations:
@@ -94,14 +102,19 @@ class Model:
             if (a := layer.attention) is not None
         }
         self.cache = SlotCache(shapes, self.dtype, device)
+        self.sizes = (0, 0)  # of the cache, on all ranks
         self.rotations = Rotations(spec, {d for _, d in shapes.values()}, self.dtype, device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Output | None:
-        """The logits and scores of a step, on rank 0. All ranks call it together."""
+        """The logits and scores of a step, on rank 0. All ranks call it together.
+
+        Raises NoRoom, on all ranks, if the cache cannot be as large as the step needs it; what it
+        held is held, and the swaps are made."""
         for a, b, length in step.swaps:
             self.cache.swap(a, b, length)
-        self.cache.resize(step.rows, step.capacity)
+        if (step.rows, step.capacity) != self.sizes:
+            self._resize(step)
         place = self._place(step)
         if self.weights.embed is not None:
             x = self._embed(step)
@@ -112,6 +125,19 @@ class Model:
         if self.weights.head is None:
             self.ranks.send(x)
         return self.ranks.to_first(self._output(x, step), step, self.spec.vocab_size, self.device)
+
+    def _resize(self, step: Step) -> None:
+        self.sizes, fits = (0, 0), True
+        try:
+            self.cache.resize(step.rows, step.capacity)
+        except Exception as error:
+            if not is_want_of_memory(error):
+                raise
+            fits = False
+        if not self.ranks.all_of(fits):
+            positions = f"{step.rows} x {step.capacity} positions"
+            raise NoRoom(f"there is no memory for a cache of {positions}")
+        self.sizes = (step.rows, step.capacity)
 
     # --- before the layers
 
@@ -136,8 +162,11 @@ class Model:
         positions = list(step.positions)
         lengths = [p + 1 for p in positions]
         for s in step.prefill:
-            positions += range(s.start, s.start + len(s.tokens))
-            lengths += [s.length] * len(s.tokens)
+            these = range(s.start, s.start + len(s.tokens))
+            positions += these
+            lengths += [
+                max(s.length, p + 1) for p in these
+            ]  # an answer's own tokens, a second time
         at = torch.tensor(positions, device=self.device)
         n = len(step.tokens)
         held, mask = max(lengths[:n], default=0), None

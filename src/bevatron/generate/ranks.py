@@ -48,6 +48,10 @@ class Ranks:
         """The last stage's output, on rank 0."""
         return output
 
+    def all_of(self, fact: bool) -> bool:
+        """Whether it is so on every rank."""
+        return fact
+
     def command(self, data: bytes) -> None:
         """As rank 0: tell all ranks; empty to end."""
 
@@ -122,6 +126,11 @@ class ProcessRanks(Ranks):
             for own, greedy, tokens, top in zip(*[iter(parts[1:])] * 4, strict=True)
         ]
         return Output(parts[0], scores)
+
+    def all_of(self, fact: bool) -> bool:
+        least = torch.tensor([int(fact)])
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.commands)
+        return bool(least.item())
 
     def command(self, data: bytes) -> None:
         whole = len(data).to_bytes(8, "little") + data

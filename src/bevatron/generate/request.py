@@ -16,6 +16,10 @@ class QueueFull(BevatronError):
     """As many requests wait as may wait. Try again later."""
 
 
+class NoRoom(BevatronError):
+    """There is not enough memory for this request. Others go on."""
+
+
 def _in(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Refuse what is not in [low, high], or in (low, high] if `open_low`; NaN is in nothing."""
     if isinstance(value, bool) or not (low < value if open_low else low <= value) or value > high:

@@ -1,8 +1,10 @@
 """Which tokens are computed next, and what becomes of them: the requests of an engine.
 
 Sequences that decode have the first rows of the cache, so that a step works on views of it. A
-prompt is computed in chunks beside them, small ones while answers run, and then joins. What a
-request may need at the most is set aside when it is admitted, so that none is ever put off again.
+prompt is computed in chunks beside them, small ones while answers run, and then joins. A request is
+admitted where there is room for what it holds and RESERVE more tokens. If the cache is full
+nevertheless, those that came last are put off: they give their rows back, wait in front, and
+compute what they had once more.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from bevatron.generate.cache import CAPACITY
-from bevatron.generate.request import Piece, Request, TokenLogprob
+from bevatron.generate.request import NoRoom, Piece, Request, TokenLogprob
 from bevatron.generate.sampling import Chooser, choose
 from bevatron.generate.step import Output, Scores, Segment, Step
 from bevatron.generate.stream import Stream
 from bevatron.generate.text import TextStream, Vocabulary
 
+RESERVE = 512  # tokens of an answer that room is set aside for
 CHUNK = 1024  # prompt tokens of a step
 BESIDE = 64  # and while answers run, which wait for it
 
@@ -30,7 +33,8 @@ class Sequence:
 
     Attributes:
         tokens: the prompt and the answer so far; `computed`: how many of them the cache holds.
-        goal: how many of the prompt to compute; all but the last if there is nothing to sample.
+        goal: how many of them to compute before one is sampled; all but the last if none is.
+        arrival: its number in the order of all.
         scored: what was found out about the prompt's tokens from the second one on.
     """
 
@@ -40,6 +44,7 @@ class Sequence:
     text: TextStream | None
     tokens: list[int]
     goal: int
+    arrival: int
     row: int = -1
     computed: int = 0
     scored: list[TokenLogprob] = field(default_factory=list)
@@ -47,12 +52,17 @@ class Sequence:
 
     @property
     def longest(self) -> int:
-        """Positions that it may come to hold. (The last token of an answer is not computed.)"""
-        return self.goal if self.text is None else self.goal + self.request.max_new_tokens - 1
+        """Positions that are set aside for it. (The last token of an answer is not computed.)"""
+        if self.text is None:
+            return self.goal
+        most = len(self.request.prompt) + self.request.max_new_tokens - 1
+        return min(most, len(self.tokens) + RESERVE - 1)
 
     @property
     def scores(self) -> bool:
-        return self.request.prompt_logprobs is not None
+        """Whether its prompt's tokens are still to be scored."""
+        unanswered = len(self.tokens) == len(self.request.prompt)
+        return unanswered and self.request.prompt_logprobs is not None
 
 
 class Scheduler:
@@ -73,7 +83,8 @@ class Scheduler:
         self.rows: list[Sequence | None] = []
         self.size, self.capacity = 0, 0  # of the cache: rows and positions
         self.swaps: list[tuple[int, int, int]] = []
-        self.finished = self.prompt_tokens = self.new_tokens = 0
+        self.finished = self.prompt_tokens = self.new_tokens = self.arrivals = 0
+        self.before = (0, 0)  # size and capacity before the last step
 
     def add(self, stream: Stream, answers: bool) -> None:
         """A new request, at the end of the queue; one that is not answered is scored alone."""
@@ -89,7 +100,8 @@ class Scheduler:
                 request.kept_tokens,
             )
         goal = len(tokens) - (not answers)
-        self.waiting.append(Sequence(request, stream, chooser, text, tokens, goal))
+        self.arrivals += 1
+        self.waiting.append(Sequence(request, stream, chooser, text, tokens, goal, self.arrivals))
 
     @property
     def running(self) -> list[Sequence]:
@@ -103,12 +115,14 @@ class Scheduler:
 
     def next_step(self) -> Step | None:
         """None if there is nothing to do."""
+        self._make_room()
         self._admit()
         segments = self._segments()
         if not segments and not self.decoding:
             return None
         needed = [s.computed + 1 for s in self.decoding]
         needed += [s.start + len(s.tokens) for s in segments]
+        self.before = (self.size, self.capacity)
         self._grow(max(needed))
         swaps, self.swaps = self.swaps, []
         return Step(
@@ -134,6 +148,45 @@ class Scheduler:
             self.rows[row], sequence.row = sequence, row
             self.prefilling.append(sequence)
 
+    def _make_room(self) -> None:
+        """Put off who came last, as long as the next tokens of all do not fit."""
+        while (running := self.running) and (
+            len(self.rows) * max(len(s.tokens) for s in running) > self.max_tokens
+        ):
+            if None in self.rows:
+                self._swap(self.rows.index(None), len(self.rows) - 1)
+                self._drop_empty_rows()
+            elif len(running) > 1:
+                self._put_off(max(running, key=lambda s: s.arrival))
+            else:
+                return
+
+    def _put_off(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        if sequence.scores:  # from the beginning, as nothing came of it yet
+            sequence.scored, sequence.greedy = [], []
+        sequence.row, sequence.computed = -1, 0
+        sequence.goal = len(sequence.tokens) - (sequence.text is None)
+        self.waiting.appendleft(sequence)
+
+    def give_one_up(self) -> None:
+        """There was not enough memory for the last step: end the request that asked for the most,
+        so that all others can try again."""
+        longer = self.capacity > self.before[1]
+        self.size, self.capacity = self.before
+        if self.prefilling and not longer:
+            given_up = max(self.prefilling, key=lambda s: s.arrival)
+        else:
+            given_up = max(self.running, key=lambda s: len(s.tokens))
+        self._leave(given_up)
+        self.finished += 1
+        given_up.stream.fail(
+            NoRoom(
+                f"there is not enough memory for this request, which has {len(given_up.tokens):,} "
+                "tokens by now; ask for less, or start with a smaller max_batch or max_tokens"
+            )
+        )
+
     def _grow(self, needed: int) -> None:
         """Make the cache large enough, by doubling as long as that stays within the limit."""
         if len(self.rows) <= self.size and needed <= self.capacity:
@@ -146,7 +199,8 @@ class Scheduler:
             positions *= 2
         rows, positions = min(rows, self.max_batch), max(needed, min(positions, longest))
         if rows * positions > self.max_tokens:
-            rows, positions = len(self.rows), longest
+            rows = len(self.rows)
+            positions = max(needed, min(longest, self.max_tokens // rows))
         self.size, self.capacity = rows, positions
 
     def _segments(self) -> list[Segment]:
@@ -245,6 +299,9 @@ class Scheduler:
         else:
             self.prefilling.remove(sequence)
         self.rows[sequence.row] = None
+        self._drop_empty_rows()
+
+    def _drop_empty_rows(self) -> None:
         while self.rows and self.rows[-1] is None:
             self.rows.pop()
 

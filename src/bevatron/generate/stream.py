@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 
-from bevatron.errors import UnexpectedError
+from bevatron.errors import BevatronError
 from bevatron.generate.request import Generation, Piece, Request, TokenLogprob
 
 
@@ -28,7 +28,7 @@ class Stream:
         self._changed = threading.Condition()
         self._pieces: deque[Piece] = deque()
         self._ended = False
-        self._failure: str | None = None
+        self._failure: BevatronError | None = None
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     def cancel(self) -> None:
@@ -78,7 +78,7 @@ class Stream:
         if self._pieces:
             return self._pieces.popleft()
         if self._failure is not None:
-            raise UnexpectedError(self._failure)
+            raise self._failure
         return None
 
     def put(self, piece: Piece) -> None:
@@ -90,10 +90,10 @@ class Stream:
             self._ended = piece.finish_reason is not None
             self._wake()
 
-    def fail(self, message: str) -> None:
+    def fail(self, error: BevatronError) -> None:
         """As the engine: there will be no more pieces, because of this."""
         with self._changed:
-            self._failure, self._ended = message, True
+            self._failure, self._ended = error, True
             self._wake()
 
     def _wake(self) -> None:

@@ -29,6 +29,7 @@ from bevatron.bridge.opened import Opened, open_weights
 from bevatron.errors import BevatronError, failed, failure
 from bevatron.generate.model import Model
 from bevatron.generate.ranks import ProcessRanks, Ranks
+from bevatron.generate.request import NoRoom
 from bevatron.generate.step import Output, Step
 from bevatron.generate.weights import ModelWeights, Share, read_weights
 from bevatron.parallel.agree import on_all
@@ -82,7 +83,13 @@ class Plan:
 
 
 class Group:
-    """One process."""
+    """One process.
+
+    Attributes:
+        alone: whether no other process waits in the middle of a step, so that one may fail.
+    """
+
+    alone = True
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -135,6 +142,8 @@ def open_group(
 
 class WorkerGroup(Group):
     """This process and the workers that it starts."""
+
+    alone = False
 
     def __init__(self, opened: Opened, plan: Plan) -> None:
         self.ranks: ProcessRanks | None = None
@@ -233,6 +242,8 @@ class WorkerGroup(Group):
 class TorchrunGroup(Group):
     """Rank 0 of torchrun's processes."""
 
+    alone = False
+
     def run(self, step: Step) -> Output:
         self.model.ranks.command(step.to_bytes())
         return super().run(step)
@@ -266,7 +277,8 @@ def join(opened: Opened, plan: Plan) -> Group | None:
 def follow(model: Model, ranks: ProcessRanks) -> None:
     """As another rank than 0: compute what it commands, until it ends."""
     while data := ranks.next_command():
-        model.run(Step.from_bytes(data))
+        with suppress(NoRoom):  # which all ranks find together
+            model.run(Step.from_bytes(data))
 
 
 def _start(plan: Plan, rank: int, port: int) -> subprocess.Popen[bytes]:

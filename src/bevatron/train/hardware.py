@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -85,14 +85,62 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now: the device's, or the machine's for a CPU; 8 GiB where the system
-    does not say (macOS)."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that a process can still have: the device's, or on a CPU the machine's within the
+    limits of the control groups and of `ulimit -v`; 8 GiB where the system does not say (macOS).
+
+    Args:
+        root: where /proc and /sys lie.
+    """
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     if device.type != "cpu":
         return int(torch.get_device_module(device).mem_get_info(device)[0])
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8 << 30
+    left = [*_meminfo(root / "proc/meminfo"), *_control_groups(root)]
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY and (statm := _text(root / "proc/self/statm")):
+        left.append(most - int(statm.split()[0]) * resource.getpagesize())
+    return max(0, min(left, default=8 << 30))
+
+
+def _text(path: Path) -> str:
+    """Empty for what is not there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _meminfo(path: Path) -> list[int]:
+    """What the machine can give without swapping: more than is free, as caches can go."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(path), re.MULTILINE)
+    return [int(found[1]) << 10] if found else []
+
+
+def _control_groups(root: Path) -> list[int]:
+    """What is left of each limit that holds for this process (containers, Slurm, systemd), of both
+    versions: limit - used + what the kernel would drop from its file cache."""
+    left = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, kinds, place = line.split(":", 2)
+        if number == "0":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = base / place.strip("/")
+        for folder in [inner, *inner.parents]:
+            limit, used = (_text(folder / name).strip() for name in names[:2])
+            if limit.isdigit() and used.isdigit():
+                cached = re.search(
+                    rf"^{names[2]} (\d+)", _text(folder / "memory.stat"), re.MULTILINE
+                )
+                left.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
+            if folder == base:
+                break
+    return left
 
 
 def tune_allocator() -> None:

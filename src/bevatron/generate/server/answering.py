@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine
-from bevatron.generate.request import Piece, QueueFull, Request
+from bevatron.generate.request import NoRoom, Piece, QueueFull, Request
 from bevatron.generate.server.gate import Receive, Scope, Send
 from bevatron.generate.server.metrics import Metrics
 from bevatron.generate.server.refusal import Refusal, bad, gone, stopping
@@ -67,6 +67,8 @@ class Answers:
                 if piece.finish_reason == "cancelled":
                     raise gone() if self.left else stopping()
                 yield piece
+        except NoRoom as error:
+            raise Refusal(503, str(error), code="out_of_memory") from error
         except BevatronError as error:
             raise Refusal(500, "the engine failed", code="engine_failed") from error
         self.metrics.took(time.monotonic() - self.began)

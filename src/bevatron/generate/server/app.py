@@ -51,7 +51,7 @@ ERRORS = {
     415: "The request is not JSON",
     429: "The queue is full; see Retry-After",
     500: "A fault of the server",
-    503: "The server is shutting down",
+    503: "The server is shutting down, or has not enough memory for the request",
 }
 
 

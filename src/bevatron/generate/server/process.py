@@ -48,6 +48,9 @@ def serve(ckpt: str, settings: Settings, say: Say = _say, **engine_options: Any)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             sock.listen(MAX_CONNECTIONS)  # who reads the line below may connect at once
             say(f"serving {settings.name} at http://{host}:{port} (API at /v1, Ctrl-C ends)")
+            if engine.max_tokens < engine.context:
+                here = f"{engine.max_tokens:,} tokens, not the model's {engine.context:,}"
+                say(f"a conversation has room for {here}: the KV cache of more does not fit")
             say(f"requests that do not say how are sampled so: {in_words(engine.sampling)}")
             asyncio.run(server.serve(sockets=[sock]))
             if engine.failure is not None:
