@@ -254,7 +254,7 @@ def there_and_back(sizes: tuple[int, int]) -> list[int]:
         shard_placement_fn=lambda p: Shard(2) if p.ndim == 3 else Shard(0),
     )
     parameters = dict(module.named_parameters())
-    owners = Owners(list(parameters.values()), [float(p.numel()) for p in whole.values()])
+    owners = Owners(list(parameters.values()), [float(p.numel()) for p in whole.values()], grid)
     parts = [local(p.detach()) for p in parameters.values()]
     gathered = owners.gather(parts)
     for number, tensor in gathered.items():

@@ -18,6 +18,7 @@ from bevatron.parallel.layout import ZERO_BUBBLE, Layout
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 
 FP32 = 4
+ENDS = ("embed", "head")
 
 
 def local_bytes(parameters: list[Tensor]) -> int:
@@ -39,18 +40,50 @@ def unsharded(parameter: Tensor) -> int:
     return numel
 
 
-def gathered_elements(parameters: dict[str, Tensor], resharded: bool) -> int:
-    """Elements of gathered weights at the worst moment: all of the stage's, or if they are
-    resharded after use, those of two neighbouring modules (one in use, one on its way)."""
+def module_elements(parameters: dict[str, Tensor]) -> dict[str, int]:
+    """Unsharded elements of every layer, and of the embedding, the final norm and the head."""
     modules: dict[str, int] = {}
     for name, parameter in parameters.items():
         parts = name.split(".")
         module = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
         modules[module] = modules.get(module, 0) + unsharded(parameter)
-    sizes = list(modules.values())
+    return modules
+
+
+def gathered_elements(parameters: dict[str, Tensor], resharded: bool) -> int:
+    """Elements of gathered weights at the worst moment: all of the stage's, or if they are
+    resharded after use, those of two neighbouring modules (one in use, one on its way)."""
+    sizes = list(module_elements(parameters).values())
     if not resharded:
         return sum(sizes)
     return max((a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)), default=0)
+
+
+def gradient_bytes(
+    parameters: dict[str, Tensor], spec: ModelSpec, layout: Layout, itemsize: int, count: int
+) -> int:
+    """Bytes of gradients at the worst moment of a step of `count` micro-batches.
+
+    Over several shards and without a pipeline, gradients are reduced to fp32 shards after every
+    micro-batch. Else they are summed unsharded, in fp32, and reduced once, module by module, so
+    that the shards take the sums' place. Besides, in the backward's own dtype, there is what has
+    just been computed and is not yet added: of one layer (or embedding, or head), and of what
+    belongs to FSDP's root, which waits for the end; of all layers where a schedule computes
+    weights' gradients apart. Sums in the same dtype are added in place.
+    """
+    modules = module_elements(parameters)
+    root = [name for name in modules if name == "final_norm" or (spec.tied and name in ENDS)]
+    waiting = sum(modules.pop(name) for name in root)
+    sums = FP32 * (waiting + sum(modules.values()))
+    shards = local_bytes(list(parameters.values()))
+    if layout.schedule in ZERO_BUBBLE and layout.pp > 1:
+        fresh = waiting + sum(modules.values())
+    else:
+        fresh = waiting + max(modules.values(), default=0)
+    reduced_at_once = layout.pp == 1 and layout.shards > 1
+    if count == 1 or reduced_at_once:
+        return shards + itemsize * fresh
+    return sums + (0 if itemsize == FP32 else itemsize * fresh)
 
 
 def layer_activations(

@@ -59,21 +59,22 @@ class Owners:
     Args:
         tensors: DTensors over one mesh, all cut along the same mesh dimensions.
         costs: of what the owner will do with each.
+        mesh: which that one is a part of.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], costs: Sequence[float]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], costs: Sequence[float], mesh: DeviceMesh) -> None:
         self.hops: list[_Hop] = []
         self.owned = list(range(len(tensors)))
-        cut = _cut(tensors)
-        sizes = [mesh.size() for _, mesh, _ in cut]
+        cut = _cut(tensors, mesh)
+        sizes = [line.size() for _, line, _ in cut]
         slots = _balance(costs, math.prod(sizes))
         shapes: list[Shape] = [tuple(t.shape) for t in tensors]
         # FSDP's mesh dimension comes before tensor parallelism's and was cut after it: in the order
         # of the mesh each hop undoes the latest cut. Shapes are found the other way round.
-        for at, (dims, mesh, rank) in reversed(list(enumerate(cut))):
+        for at, (dims, line, rank) in reversed(list(enumerate(cut))):
             below = math.prod(sizes[at + 1 :])
             hop = _Hop(
-                mesh.get_group(),
+                line.get_group(),
                 rank,
                 sizes[at],
                 dict(enumerate(shapes)),
@@ -115,7 +116,7 @@ class Owners:
         return [held[i] for i in sorted(held)]
 
 
-def _cut(tensors: Sequence[Tensor]) -> list[tuple[list[int], DeviceMesh, int]]:
+def _cut(tensors: Sequence[Tensor], mesh: DeviceMesh) -> list[tuple[list[int], DeviceMesh, int]]:
     """Per mesh dimension that cuts the tensors: which dimension of each, the mesh, our rank."""
     if not tensors:
         return []
@@ -126,10 +127,10 @@ def _cut(tensors: Sequence[Tensor]) -> list[tuple[list[int], DeviceMesh, int]]:
     assert names is not None
     for at, name in enumerate(names):
         placements = [t.placements[at] for t in tensors if isinstance(t, DTensor)]
-        mesh = first.device_mesh[name]
-        if mesh.size() > 1 and not placements[0].is_replicate():
+        line = mesh[name]
+        if line.size() > 1 and not placements[0].is_replicate():
             dims = [int(place.dim) for place in placements]  # type: ignore[attr-defined]
-            found.append((dims, mesh, mesh.get_local_rank()))
+            found.append((dims, line, line.get_local_rank()))
     return found
 
 

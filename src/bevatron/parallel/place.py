@@ -77,6 +77,8 @@ class Placed:
     """This rank's part of a model.
 
     Attributes:
+        grid: the mesh on which the parameters lie, see `sharding_mesh`. (A DTensor's own may be an
+            equal one of an earlier process group: torch caches what it works out per mesh.)
         stages: the layers of every stage of the model, in order.
         mine: this rank's stages, by their numbers, in order.
         parameters: by native name, as DTensors; a tied head's second copy is not among them.
@@ -88,6 +90,7 @@ class Placed:
     spec: ModelSpec
     layout: Layout
     mesh: DeviceMesh
+    grid: DeviceMesh
     stages: list[range]
     mine: dict[int, Stage]
     parameters: dict[str, Tensor]
@@ -172,7 +175,7 @@ def place(
         tied = tie(
             layout, mesh, parameters.get("embed.weight"), parameters.pop("head.weight", None)
         )
-    return Placed(spec, layout, mesh, stages, mine, parameters, tied, added)
+    return Placed(spec, layout, mesh, grid, stages, mine, parameters, tied, added)
 
 
 def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> None:

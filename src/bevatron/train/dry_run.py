@@ -43,7 +43,7 @@ class StagePlan:
         parameters_per_rank: elements of its shards, exact.
         weights, optimizer: bytes of its shards, a teacher's among them, and of the optimizer's
             states, exact.
-        gradients: fp32; its shards, and with several micro-batches the unsharded sums.
+        gradients: see `footprint.gradient_bytes`.
         gathered: weights in the run's precision, as they are used.
         activations: estimate, of all micro-batches in flight.
         head: estimate, what the last stage's loss holds.
@@ -233,7 +233,6 @@ def _stage(
     stages = [stage.decoder for c in companions for stage in c.placed.mine.values()]
     frozen = sum(footprint.local_bytes(list(decoder.parameters())) for decoder in stages)
     forward = sum(_mine(c.placed, _forward_times(c.spec, config)) for c in companions)
-    accumulated = sum(footprint.unsharded(p) for p in parameters.values())
     states = {id(state): state for _, state in trainer.optimizer.states().values()}
     head = footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
     return StagePlan(
@@ -242,7 +241,7 @@ def _stage(
         parameters=sum(p.numel() for p in parameters.values()),
         parameters_per_rank=weights // footprint.FP32,
         weights=weights + frozen,
-        gradients=weights + (footprint.FP32 * accumulated if micro_batches > 1 else 0),
+        gradients=footprint.gradient_bytes(parameters, spec, layout, itemsize, micro_batches),
         optimizer=sum(s.numel() * s.element_size() for s in states.values()),
         gathered=itemsize * footprint.gathered_elements(parameters, layout.regathers),
         in_flight=sum(flights[n] for n in placed.mine),

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from bevatron.checkpoint.shard import local
 from bevatron.parallel.owners import Owners
@@ -33,6 +34,7 @@ class Muon:
     """Args:
     sources: the layers' matrices on this rank, by native name.
     dtype: that the run computes in; `config.dtype` may name another for the iterations.
+    mesh: that the matrices lie on.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Muon:
         spec: ModelSpec,
         config: MuonConfig,
         dtype: torch.dtype,
+        mesh: DeviceMesh,
     ) -> None:
         self.sources, self.rules, self.config, self.spec = sources, rules, config, spec
         known = {"bf16": torch.bfloat16, "fp32": torch.float32, None: dtype}
@@ -51,7 +54,7 @@ class Muon:
         self.momentum = [torch.zeros_like(shard) for shard in self.shards]
         whole = [torch.empty(p.shape, device="meta") for p in sources.values()]
         costs = [sum(_cost(m.shape) for m in self._split(i, w)) for i, w in enumerate(whole)]
-        self.owners = Owners(list(sources.values()), costs)
+        self.owners = Owners(list(sources.values()), costs, mesh)
         self.count = 0
 
     def step(self, lr: float) -> None:

@@ -62,7 +62,7 @@ def make_optimizer(placed: Placed, config: OptimizerConfig, dtype: torch.dtype) 
     rules |= {name: rule("score", spec, config) for name in placed.added}
     parts: list[Algorithm] = [AdamW(rest, rules, betas=config.betas, eps=config.eps)]
     if matrices:
-        parts.append(Muon(matrices, rules, spec, config.muon, dtype))
+        parts.append(Muon(matrices, rules, spec, config.muon, dtype, placed.grid))
     return Optimizer(parts)
 
 
