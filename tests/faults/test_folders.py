@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -292,11 +293,81 @@ def test_fault_29_every_layer_is_in_exactly_one_stage(layers: int, stages: int) 
     assert [i for r in ranges for i in r] == list(range(layers))
 
 
+WRAPPED = {
+    "DistributedDataParallel": (lambda name: f"module.{name}", "save model.module"),
+    "DeepSpeed and compile": (lambda name: f"_orig_mod.module.{name}", "save model._orig_mod"),
+    "compiled layers": (
+        lambda name: re.sub(r"layers\.(\d)", r"layers.\1._orig_mod", name),
+        "have _orig_mod. in",
+    ),
+    "peft": (lambda name: f"base_model.model.{name}", "merge_and_unload"),
+    "a part": (lambda name: f"language_model.{name}", "language_model. in front"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_names_of_a_wrapped_model_are_told_from_those_of_another_one(model, wrapper: str) -> None:
+    source = model()
+    renamed, words = WRAPPED[wrapper]
+    rewrite(source, lambda t: t.update({renamed(name): t.pop(name) for name in list(t)}))
+    refused(source, words)
+
+
+FORMATS = {
+    "nanochat": (
+        ("model_000650.pt", "meta_000650.json", "optim_000650_rank0.pt"),
+        "convert_nanochat",
+    ),
+    "Meta": (("consolidated.00.pth", "params.json"), "Hugging Face files"),
+    "torch.distributed.checkpoint": (("__0_0.distcp", ".metadata"), "program that wrote it"),
+    "Megatron": (("latest_checkpointed_iteration.txt",), "Megatron-Bridge"),
+    "GGUF": (("a.gguf",), "safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_folder_of_another_format_is_named_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    files, advice = FORMATS[kind]
+    (tmp_path / "work" / "x").mkdir(parents=True)
+    for name in files:
+        (tmp_path / "work" / "x" / name).write_bytes(b"\x80\x02}q\x00.")
+    refused(tmp_path / "work" / "x", kind, advice, files[0])
+
+
+@pytest.mark.parametrize("older", ["tokenizer.model", "vocab.json", None])
+def test_text_without_a_tokenizer_says_how_to_get_one(model, older: str | None) -> None:
+    source = model()
+    (source / "tokenizer.json").unlink()
+    if older is not None:
+        (source / older).write_text("{}")
+    status, _, stderr = command("generate", source, "--prompt", "a")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "has no tokenizer.json" in stderr
+    assert (f"only {older}" in stderr and "AutoTokenizer" in stderr) or older is None
+
+
+def test_fault_31_parts_of_differing_dtypes_become_one_if_one_is_asked_for(
+    model, tmp_path: Path
+) -> None:
+    source = model()
+    q, up = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    rewrite(source, lambda t: t.update({q: t[q].float() + 1e-4, up: t[up].half()}))
+    want = load_file(source / WEIGHTS)
+    status, out, _ = command("import", source, tmp_path / "x", "--dtype", "fp32", "--dry-run")
+    assert status == 0
+    assert "F32 and BF16" in out
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        import_checkpoint(source, tmp_path / name, dtype=name)
+        export_checkpoint(tmp_path / name, tmp_path / f"{name}-out")
+        found = load_file(tmp_path / f"{name}-out" / WEIGHTS)
+        assert all(torch.equal(found[n], t.to(dtype)) for n, t in want.items())
+
+
 def test_fault_31_mixed_and_quantised_dtypes(model) -> None:
     source = model()
     q = "model.layers.0.self_attn.q_proj.weight"
     rewrite(source, lambda t: t.update({q: t[q].float()}))
-    refused(source, q, "different dtypes")
+    refused(source, q, "different dtypes", "--dtype")
     rewrite(source, lambda t: t.update({q: t[q].to(torch.float8_e4m3fn)}))
     refused(source, q, "F8_E4M3", "quantised")
     rewrite(source, lambda t: t.update({q: t[q].to(torch.int8)}))

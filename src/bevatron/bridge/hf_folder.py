@@ -98,8 +98,45 @@ def read_config(path: Path) -> dict[str, Any]:
             raise SourceError(
                 f"{path}: is a native checkpoint already, expected a Hugging Face folder"
             )
+        _check_kind(path)
         raise SourceError(f"{path}: has no config.json; expected a Hugging Face model folder")
     return read_object(confined(path, path / "config.json"))
+
+
+# Files that tell another format's folder, what it is, and what to do with it.
+_KINDS = (
+    (
+        "model_[0-9]*.pt",
+        "is a checkpoint of nanochat, a PyTorch pickle, which is not opened",
+        "make a Hugging Face folder of it with convert_nanochat_checkpoints.py (in transformers' "
+        "repository, src/transformers/models/nanochat) and pass that; NanoChatForCausalLM has no "
+        "place for parts that nanochat has added since (value embeddings, windows, lambdas)",
+    ),
+    (
+        "consolidated*.pth",
+        "is Meta's own format, PyTorch pickles, which are not opened",
+        "take the Hugging Face files of the model, which lie one folder above on the Hub",
+    ),
+    (
+        "*.distcp",
+        "is a checkpoint of torch.distributed.checkpoint, whose metadata is a pickle",
+        "save it as a Hugging Face folder with the program that wrote it",
+    ),
+    (
+        "latest_checkpointed_iteration.txt",
+        "is a checkpoint of Megatron-LM",
+        "convert it to a Hugging Face folder with Megatron-Bridge",
+    ),
+    ("*.gguf", "holds GGUF, which is not read", "take the safetensors that it was made from"),
+)
+
+
+def _check_kind(path: Path) -> None:
+    """Say what a folder without config.json is, if its files tell."""
+    for pattern, kind, advice in _KINDS:
+        found = sorted(p.name for p in path.glob(pattern))
+        if found:
+            raise SourceError(f"{path}: {kind} ({shown(found, 2)}); {advice}")
 
 
 def locate(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:

@@ -209,8 +209,9 @@ def _move_tensors(
     non_finite: dict[str, int] = {}
     notes: list[str] = []
     for task in plan.tasks:
-        convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
-        watch = [NonFinite(task.dtype) for _ in task.entry.sources] if task.dtype in FLOATS else []
+        dtypes = [task.dtype_of(i) for i in range(len(task.entry.sources))]
+        convert = [Converter(d, task.to) if d != task.to else None for d in dtypes]
+        watch = [NonFinite(d) for d in dtypes] if dtypes[0] in FLOATS else []
         digest, found = _move_one(source, plan, task, mover, folder, convert, watch)
         hashes |= found
         non_finite |= {n: w.count for n, w in zip(found, watch, strict=False) if w.count}
@@ -218,9 +219,9 @@ def _move_tensors(
         shape = task.entry.native.shape
         chunk = Chunk((0,) * len(shape), shape, file, at, digest)
         entries[task.native] = TensorEntry(task.to, shape, (chunk,))
-        if convert and convert.overflows:
+        if overflows := sum(c.overflows for c in convert if c):
             notes.append(
-                f"{task.entry.native.name}: {convert.overflows} values are too large for "
+                f"{task.entry.native.name}: {overflows} values are too large for "
                 f"{FLOATS[task.to]} and became infinite; use bf16"
             )
     return entries, hashes, non_finite, notes
@@ -232,25 +233,26 @@ def _move_one(
     task: Task,
     mover: Mover,
     folder: Path,
-    convert: Converter | None,
+    convert: Sequence[Converter | None],
     watch: Sequence[NonFinite],
 ) -> tuple[str, dict[str, str]]:
     """Move one native tensor; its hash, and those of the HF tensors that it consists of."""
     file, at = plan.places[task.native]
     row = row_elements(task.entry)
     read = [new_hasher() for _ in task.entry.sources]
-    same = len(read) == 1 and convert is None
+    same = len(read) == 1 and convert[0] is None
     written: Hasher = read[0] if same else new_hasher()
     for part in task.entry.rows:
         from_file, stored = task.tensors[part.source][0]
-        begin = stored.begin + part.source_start * row * DTYPES[task.dtype]
+        itemsize = DTYPES[task.dtype_of(part.source)]
+        begin = stored.begin + part.source_start * row * itemsize
         mover.move(
             (source.path / from_file, begin),
-            part.count * row * DTYPES[task.dtype],
+            part.count * row * itemsize,
             ((folder / file, at + part.native_start * row * DTYPES[task.to]),),
             read_hashers=(read[part.source],),
             written_hashers=() if same else (written,),
-            convert=convert,
+            convert=convert[part.source],
             watch=watch[part.source] if watch else None,
         )
     hashes = {s.name: spell(h) for s, h in zip(task.entry.sources, read, strict=True)}

@@ -8,7 +8,7 @@ and every native parameter is filled, or there is no plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bevatron.bridge.dtypes import FLOATS
@@ -44,7 +44,8 @@ class Task:
 
     Attributes:
         native: its name in the manifest (`model/...` or `carried/...`).
-        dtype, to: as read and as written.
+        dtype, to: as read and as written; `dtypes`: as read, of each of `entry.sources`, where they
+            differ. That is so only if all become another one.
         tensors: where each of `entry.sources` lies: file names and places. More than one place
             per source if a copy of it has another name (a tied head stored as well).
     """
@@ -54,11 +55,18 @@ class Task:
     dtype: str
     to: str
     tensors: tuple[tuple[tuple[str, Stored], ...], ...]
+    dtypes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """As read."""
+        if self.dtypes:
+            return sum(places[0][1].nbytes for places in self.tensors)
         return self.entry.native.numel * DTYPES[self.dtype]
+
+    def dtype_of(self, source: int) -> str:
+        """As read, of one of `entry.sources`."""
+        return self.dtypes[source] if self.dtypes else self.dtype
 
 
 @dataclass(frozen=True)
@@ -124,9 +132,12 @@ def plan_import(
     for entry in entries:
         for source in entry.sources:
             _check_tensor(where, entry, source, *found[source.name])
-        old = _one_dtype(where, entry, found)
+        dtypes = tuple(found[s.name][1].dtype for s in entry.sources)
+        if len(set(dtypes)) > 1 and dtype is None:
+            raise _mixed(where, entry, dtypes)
+        old, mixed = dtypes[0], dtypes if len(set(dtypes)) > 1 else ()
         stored_at = tuple((found[s.name],) for s in entry.sources)
-        tasks.append(Task(f"model/{entry.native.name}", entry, old, dtype or old, stored_at))
+        tasks.append(Task(f"model/{entry.native.name}", entry, old, dtype or old, stored_at, mixed))
     duplicates: dict[str, str] = {}
     carried: dict[str, str] = {}
     unknown: list[str] = []
@@ -225,6 +236,7 @@ def _check_present(
     missing = [s.name for e in entries for s in e.sources if s.name not in found]
     if not missing:
         return
+    _check_wrapped(where, missing, found)
     heads = [s.name for e in entries if e.native.role == "head" for s in e.sources]
     advice = "the download is incomplete, or config.json describes another model"
     if missing == heads:
@@ -233,6 +245,55 @@ def _check_present(
             "its embedding, else the file is incomplete"
         )
     raise SourceError(f"{where}: {len(missing)} tensors are missing: {shown(missing)}; {advice}")
+
+
+# What puts its name into those of the tensors, and how to get rid of it.
+_ADAPTER = "merge the adapter (peft: model.merge_and_unload()) and save the model that it returns"
+_WRAPPERS = {
+    "module": "DistributedDataParallel or DeepSpeed: save model.module",
+    "_orig_mod": "torch.compile: save model._orig_mod",
+    "_fsdp_wrapped_module": "FSDP: save a full state dict",
+    "_checkpoint_wrapped_module": "activation checkpointing: save the model without the wrapper",
+    "base_layer": _ADAPTER,
+}
+
+
+def _check_wrapped(where: str, missing: Sequence[str], found: Collection[str]) -> None:
+    """Refuse tensors that have the names of this model with more before or between."""
+    for name in found:
+        if name.startswith("base_model.model.") or ".lora_" in name:
+            raise SourceError(
+                f"{where}: its tensors are those of an adapter and of what it is put on, such as "
+                f"{shown([name])}; {_ADAPTER}"
+            )
+    inside = {}
+    for name in found:
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if plain != name:
+            inside[plain] = name
+    wrapped = [name for name in missing if name in inside]
+    if 2 * len(wrapped) > len(missing):
+        parts = inside[wrapped[0]].split(".")
+        wrapper = next(part for part in parts if part in _WRAPPERS)
+        raise SourceError(
+            f"{where}: {len(wrapped)} tensors have {wrapper}. in their names, such as "
+            f"{shown([inside[wrapped[0]]])}, expected {wrapped[0]}: they were saved from inside "
+            f"{_WRAPPERS[wrapper]}, or rename the tensors"
+        )
+    ends: dict[str, int] = {}
+    wanted = set(missing)
+    for name in found:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                prefix = ".".join(parts[:i]) + "."
+                ends[prefix] = ends.get(prefix, 0) + 1
+    prefix, count = max(ends.items(), key=lambda item: item[1], default=("", 0))
+    if 2 * count > len(missing):
+        raise SourceError(
+            f"{where}: {count} tensors have {shown([prefix])} in front of their names: they are a "
+            "part of a larger model; save that part alone, or rename the tensors"
+        )
 
 
 def _check_tensor(where: str, entry: Entry, source: Source, file: str, stored: Stored) -> None:
@@ -249,15 +310,12 @@ def _check_tensor(where: str, entry: Entry, source: Source, file: str, stored: S
         )
 
 
-def _one_dtype(where: str, entry: Entry, found: Mapping[str, tuple[str, Stored]]) -> str:
-    dtypes = {s.name: found[s.name][1].dtype for s in entry.sources}
-    if len(set(dtypes.values())) > 1:
-        listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise SourceError(
-            f"{where}: the parts of {entry.native.name} have different dtypes ({listed}); save "
-            "the source in one dtype first"
-        )
-    return next(iter(dtypes.values()))
+def _mixed(where: str, entry: Entry, dtypes: Sequence[str]) -> SourceError:
+    listed = ", ".join(f"{s.name} {d}" for s, d in zip(entry.sources, dtypes, strict=True))
+    return SourceError(
+        f"{where}: the parts of {entry.native.name} have different dtypes ({listed}); import it "
+        "with --dtype, which gives all of them one"
+    )
 
 
 def _check_same_kind(where: str, name: str, stored: Stored, other: str, model: Stored) -> None:

@@ -249,7 +249,7 @@ def _line(task: Task, files: tuple[str, ...]) -> Line:
         shape=entry.native.shape,
         transform=entry.transform,
         tensors=tuple(s.name for s in entry.sources),
-        dtype=task.dtype,
+        dtype=" and ".join(dict.fromkeys(task.dtypes)) or task.dtype,
         to=task.to,
         nbytes=entry.native.numel * DTYPES[task.to],
         files=files,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +111,24 @@ def _locate(source: str | Path) -> Path:
         if (folder / TOKENIZER).is_file():
             return folder / TOKENIZER
     raise BevatronError(
-        f"{path}: has no {TOKENIZER}, nor has its source folder; pass a Hugging Face folder, a "
-        f"native checkpoint, a run, a {TOKENIZER} or a Hub id as the tokenizer (a folder with only "
-        "tokenizer.model must be converted first, for example by transformers' AutoTokenizer)"
+        f"{path}: has no {TOKENIZER}, nor has its source folder{missing(folders)}; pass a Hugging "
+        f"Face folder, a native checkpoint, a run, a {TOKENIZER} or a Hub id as the tokenizer"
     )
+
+
+OLDER = ("tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def missing(folders: Iterable[Path]) -> str:
+    """What to do where a tokenizer lies in an older form only, in brackets; else nothing."""
+    for folder in folders:
+        found = next((name for name in OLDER if (folder / name).is_file()), None)
+        if found is not None:
+            return (
+                f' (only {found}: transformers makes one of it, `python -c "from transformers '
+                "import AutoTokenizer as A; A.from_pretrained('MODEL').save_pretrained('MODEL')\"`)"
+            )
+    return ""
 
 
 def _download(name: str) -> Path:

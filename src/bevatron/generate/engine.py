@@ -338,9 +338,13 @@ def load_tokenizer(opened: Opened) -> Any:
 
     path = tokenizer_file(opened)
     if path is None:
+        from bevatron.data.tokenizer import missing
+
+        older = missing([opened.source] if opened.source else [])
         raise BevatronError(
-            f"{opened.folder}: has no tokenizer.json among its source files; import a folder that "
-            "has one, or name `tokenizer` in the run configuration"
+            f"{opened.folder}: has no tokenizer.json among its source files{older}, and text goes "
+            "in and out through one; put it beside config.json (of a native checkpoint: into its "
+            "source/ folder)"
         )
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
