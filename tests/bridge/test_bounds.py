@@ -19,7 +19,7 @@ from tests.bridge.hf_folders import assert_same_folder, edit_config, make
 def python(code: str) -> str:
     """Run code in a fresh process; its output."""
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=1800
     )
     return done.stdout
 

@@ -116,7 +116,7 @@ def command(hub: Hub, home: Path, *arguments: object) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=1800,
         env=environment | {"HF_HUB_DISABLE_XET": "1"},
     )
 
@@ -168,7 +168,7 @@ def test_a_path_that_exists_is_never_looked_up(hub: Hub, tmp_path: Path) -> None
         [sys.executable, "-m", "bevatron", "import", "org/model", "native"],
         capture_output=True,
         check=False,
-        timeout=120,
+        timeout=1800,
         cwd=tmp_path,
         env=environment,
     )

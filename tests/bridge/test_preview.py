@@ -55,7 +55,7 @@ def test_an_export_is_shown_as_it_will_be(tmp_path: Path, shard: str | None) -> 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "bevatron", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=1800)
 
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:

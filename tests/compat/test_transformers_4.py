@@ -102,7 +102,7 @@ def read(home: Path, folders: list[tuple[Path, str]], *extra: str) -> dict[Path,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1800,
         cwd=home,
         env=environment,
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from bevatron.errors import BevatronError
 from bevatron.spec.json import to_json
 from bevatron.train.config_file import load_config
 from bevatron.train.launch import prepared
+from tests.commands import ran
 from tests.compress.test_distill import STUDENT
 from tests.data.test_store import write_store
 from tests.train.small_run import lines
@@ -58,20 +57,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bevatron", "train", str(folder / "run.yaml"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return ran(folder, "train", str(folder / "run.yaml"), *arguments)
 
 
 @pytest.mark.slow
 def test_a_run_reports_its_parts_and_resumes_with_the_same_teacher_alone(work: Path) -> None:
-    ran = train(work, "train.steps=2")
-    assert ran.returncode == 0, ran.stderr
+    done = train(work, "train.steps=2")
+    assert done.returncode == 0, done.stderr
     kept = (work / "teacher").rename(work / "kept")
     (work / "other").rename(work / "teacher")
     refused = train(work)
@@ -79,8 +71,8 @@ def test_a_run_reports_its_parts_and_resumes_with_the_same_teacher_alone(work: P
     assert "Traceback" not in refused.stderr
     (work / "teacher").rename(work / "other")
     kept.rename(work / "teacher")
-    ran = train(work)
-    assert ran.returncode == 0, ran.stderr
+    done = train(work)
+    assert done.returncode == 0, done.stderr
 
     found = lines(work / "run")
     assert [x["step"] for x in found if "lr" in x] == [1, 2, 3, 4]

@@ -208,7 +208,7 @@ def test_layers_that_differ_export_as_llama_nemotron_that_both_readers_compute_t
     for way in ("import", "carried"):
         given = json.dumps([way, str(tmp_path), prompt, IDS.tolist()])
         line = [sys.executable, "-c", READ, given, *PER_LAYER]
-        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr
         said[way] = [json.loads(answer) for answer in done.stdout.splitlines()]
     for i, name in enumerate(PER_LAYER):

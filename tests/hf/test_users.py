@@ -145,7 +145,7 @@ def test_a_chat_piped_into_generate_is_answered_as_by_a_pipeline(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.removesuffix("\n") == snippet(PIPELINE, models, "nanochat", capsys)
@@ -164,7 +164,7 @@ def chat(folder: Path, model: str, url: str, question: str, expected: Generation
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     [saved] = folder.rglob("chat_*.json")

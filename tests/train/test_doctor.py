@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 from bevatron.cli.main import app
 from bevatron.train import collectives
+from tests.commands import ran
 from tests.processes import Pool
 
 
-def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bevatron", "doctor", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
-def test_two_processes_exchange_and_the_machine_is_described() -> None:
-    done = doctor("--json", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
+def test_two_processes_exchange_and_the_machine_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = ran(tmp_path, "doctor", "--json", "--timeout", "1800")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] and report["exchange"]["ranks"] == 2

@@ -4,7 +4,6 @@ goes wrong in the background is known to all ranks."""
 from __future__ import annotations
 
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +151,7 @@ def test_fault_55_what_fails_on_one_rank_is_raised_on_all(
 def leave_early(run: Path) -> list[str]:
     saver = make_saver(stepped(Case("homogeneous", Layout(dp_shard=2))), run, **{"async": True})
     saver.save(1, 0)
-    began = time.monotonic()
     saver.leave()
-    assert time.monotonic() - began < 25
     return [p.name for p in RunFolder(run).step_folders()]
 
 

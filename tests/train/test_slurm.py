@@ -111,7 +111,7 @@ def test_the_script_is_valid_whatever_its_words_hold(
     argv = tmp_path / "argv"
     fake = f'srun() {{ printf \'%s\\0\' "$PWD" "$@" >{argv}; }}; scontrol() {{ echo node1; }}\n'
     job = text.replace("set -u\n", f"{fake}set -u\nSLURM_JOB_ID=7 SLURM_JOB_NODELIST=n\n")
-    subprocess.run(["bash"], input=job, text=True, check=True, timeout=60)
+    subprocess.run(["bash"], input=job, text=True, check=True, timeout=600)
     said = argv.read_text().split("\0")
     assert said[0] == str(spaced)
     assert odd in said

@@ -147,7 +147,7 @@ mount -o remount,size=9m tmpfs disk
 cp -r disk roomy
 """
     done = subprocess.run(
-        [*UNSHARE, script], check=False, cwd=work, capture_output=True, text=True, timeout=300
+        [*UNSHARE, script], check=False, cwd=work, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     assert (work / "full-status").read_text() == "2\n"
