@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,10 +118,78 @@ def test_tensorboard_reads_back_what_was_logged_and_a_resume_replaces_its_steps(
     ]  # fmt: skip
 
 
+def killed_and_started_again(folder: Path, option: str, step: int) -> None:
+    """Steps 1 to 6 whose process is gone before anything is closed; then on from `step`, or from
+    the beginning (-1), to step 8."""
+    config, run = config_of(folder, option), RunFolder(folder / "run")
+    run.path.mkdir()
+    first = Trackers(config, run.path, -1)
+    for n in range(1, 7):
+        run.append_metrics({"step": n, "loss": 10.0 - n, "event": "text is left out"})
+        first.log({"step": n, "loss": 10.0 - n})
+    for tracker in first.open.values():
+        if isinstance(tracker, trackers.Tensorboard):
+            tracker.writer.flush()
+        else:
+            tracker.close()
+    second = Trackers(config, run.path, step)
+    run.drop_metrics_after(step)
+    for n in range(max(step, 0) + 1, 9):
+        second.log({"step": n, "loss": 20.0 - n})
+    second.close()
+
+
+@pytest.mark.parametrize("step", [4, -1])
+def test_tensorboard_has_every_step_of_a_killed_run_once(tmp_path: Path, step: int) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed_and_started_again(tmp_path / "a", "log.tensorboard=true", step)
+    events = EventAccumulator(str(tmp_path / "a" / "run" / "tensorboard"))
+    events.Reload()
+    expected = [(n, 10.0 - n if n <= step else 20.0 - n) for n in range(1, 9)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == expected
+
+
+TRACKIO = """
+import sys
+from pathlib import Path
+from tests.train.test_meter import killed_and_started_again
+killed_and_started_again(Path(sys.argv[1]), "log.trackio=true", int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("step", [4, -1])
+def test_trackio_has_every_step_of_a_killed_run_once(tmp_path: Path, step: int) -> None:
+    pytest.importorskip("trackio", reason="trackio is not installed: pip install trackio")
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    command = [sys.executable, "-c", TRACKIO, str(tmp_path / "a"), str(step)]
+    root = Path(__file__).parents[2]
+    subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True)
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    rows = sqlite3.connect(database).execute("select run_name, step, metrics from metrics")
+    found = sorted((name, n, json.loads(values)["loss"]) for name, n, values in rows)
+    expected = [("run", n, 10.0 - n if n <= step else 20.0 - n) for n in range(1, 9)]
+    assert found == expected
+
+
+def test_wandb_begins_another_run_with_the_whole_past_when_steps_come_again(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    script = TRACKIO.replace("trackio", "wandb")
+    command = [sys.executable, "-c", script, str(tmp_path / "a"), "4"]
+    root = Path(__file__).parents[2]
+    subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True)
+    runs = sorted((tmp_path / "a/run/wandb").glob("offline-run-*"))
+    assert len({run.name.rpartition("-")[2] for run in runs}) == len(runs) == 2
+    assert (tmp_path / "a/run/wandb-id.txt").read_text() == runs[1].name.rpartition("-")[2]
+
+
 class Broken:
     """A tracker whose network is gone."""
 
-    def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
+    def __init__(self, config: RunConfig, folder: Path, past: trackers.Past) -> None:
         self.logged = 0
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -171,23 +171,27 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
 
-    def drop_metrics_after(self, step: int) -> list[dict[str, Any]]:
-        """Forget lines of steps that a resumed run will do again, and a line cut by a crash.
-        Returns those of this step itself."""
+    def metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The lines of metrics.jsonl, as they are and as they read, but for one cut by a crash."""
         path = self.path / METRICS
         if not path.is_file():
-            return []
-        kept, last = [], []
+            return
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 found = json.loads(line)
-                if found["step"] <= step:
-                    kept.append(line)
-                    last += [found] if found["step"] == step else []
+                int(found["step"])
             except (ValueError, KeyError, TypeError):
                 continue
-        replace_text(path, "".join(f"{line}\n" for line in kept))
-        return last
+            yield line, found
+
+    def drop_metrics_after(self, step: int) -> list[dict[str, Any]]:
+        """Forget lines of steps that a resumed run will do again, and a line cut by a crash.
+        Returns those of this step itself."""
+        if not (self.path / METRICS).is_file():
+            return []
+        kept = [(line, found) for line, found in self.metrics() if found["step"] <= step]
+        replace_text(self.path / METRICS, "".join(f"{line}\n" for line, _ in kept))
+        return [found for _, found in kept if found["step"] == step]
 
 
 def step_of(folder: Path) -> int:

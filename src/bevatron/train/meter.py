@@ -30,7 +30,8 @@ class Meter:
     """Makes the lines of metrics.jsonl. Only the main rank has a `folder` to write them to.
 
     Args:
-        step: that the run is at.
+        step: that the run goes on from, -1 for a run that begins: what was logged later is not
+            this run's.
         beside: models that are not trained and take every token through their forward, teachers.
     """
 

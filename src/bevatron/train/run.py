@@ -96,6 +96,11 @@ class Run:
         parts = self.feed, self.trainer, self.meter, stopping, watch
         self.validation = Validation(config, *parts)
 
+    @property
+    def begins(self) -> bool:
+        """Whether this is the first start of the run that took a step."""
+        return self.start.state is None or self.start.branched
+
     def _open_meter(self) -> None:
         self.meter = Meter(
             self.config,
@@ -103,7 +108,7 @@ class Run:
             self.layout,
             device=self.device,
             folder=self.folder if self.is_main else None,
-            step=self.step,
+            step=-1 if self.begins else self.step,
             beside=[c.spec for c in self.trainer.objective.companions.values()],
         )
 
@@ -300,12 +305,11 @@ class Run:
     def _prepare_folder(self) -> bool:
         """Drop what was logged after the step that is continued from, and say what starts now.
         Whether a validation of that step is logged, or none is due."""
-        begins = self.start.state is None or self.start.branched
-        lines = self.folder.drop_metrics_after(-1 if begins else self.step)
+        lines = self.folder.drop_metrics_after(-1 if self.begins else self.step)
         if self.step < self.config.train.steps:
             line = start_line(self.recorded, self.start, self.made_with, self.feed.fingerprints())
             self.folder.append(STARTS, line)
-        due = self.validation.every > 0 and (begins or self.validation.due(self.step))
+        due = self.validation.every > 0 and (self.begins or self.validation.due(self.step))
         return not due or any(x["step"] == self.step and "val_loss" in x for x in lines)
 
     def _loop(self, steps: int, advance: Advance, validated: bool) -> None:
