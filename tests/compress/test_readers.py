@@ -1,4 +1,5 @@
-"""Which other programs read the export of a pruned model, as their source has it."""
+"""Which other programs read the export of a pruned model; vLLM and llama.cpp are run in
+`tests/readers`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from bevatron.compress.sizes import Targets
 from bevatron.compress.widths import shape
 from bevatron.families import by_name
 from bevatron.families.published import preset
-from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec, Norm, Rope
+from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec, Norm, Rope
 
 LLAMA = preset("llama3.1-8b")
 NEMOTRON = ModelSpec(
@@ -48,15 +49,15 @@ def test_sglang_leaves_biases_of_a_llamas_mlp_out() -> None:
     assert found["vLLM"] == found["TensorRT-LLM"] == "yes"
 
 
-def test_llama_cpp_rotates_a_nemotron_by_its_hidden_size() -> None:
+def test_llama_cpp_takes_a_nemotrons_head_dim_from_its_hidden_size() -> None:
     same = pruned(NEMOTRON, "nemotron", Targets(intermediate_size=9216))
     assert same.pop("SGLang").startswith("by its fallback")
     assert set(same.values()) == {"yes"}
     found = pruned(NEMOTRON, "nemotron")
     assert found["vLLM"] == found["TensorRT-LLM"] == "yes"
-    assert "rotate 48 dimensions of each head instead of 64" in found["llama.cpp"]
+    assert found["llama.cpp"].startswith("no: head_dim is not hidden_size")
     heads = pruned(NEMOTRON, "nemotron", Targets(num_attention_heads=16))
-    assert "rotate 128 dimensions" in heads["llama.cpp"]
+    assert heads["llama.cpp"].startswith("no: head_dim is not hidden_size")
     both = Targets(hidden_size=2048, num_attention_heads=16)
     assert pruned(NEMOTRON, "nemotron", both)["llama.cpp"] == "yes"
     tied = pruned(replace(NEMOTRON, tie_word_embeddings=True), "nemotron", both)
@@ -78,3 +79,16 @@ def test_llama_cpp_knows_few_ropes_of_layers_that_differ(kind: str) -> None:
     found = readers(spec, "llama_nemotron")
     assert kind in found.pop("llama.cpp")
     assert set(found.values()) == {"yes"}
+
+
+def test_llama_cpp_wants_an_attention_in_the_first_layer_that_differs() -> None:
+    """An empty first layer is as bad; a matrix in its place is not (all of them were run)."""
+    whole, wide = LayerSpec(Attention(4, 2, 32), MLP(256)), MLP(512)
+    for first, reads in (
+        (LayerSpec(None, wide), False),
+        (LayerSpec(None, None), False),
+        (LayerSpec(Linear(), wide), True),
+    ):
+        spec = ModelSpec(vocab_size=97, hidden_size=128, layers=(first, whole))
+        found = readers(spec, "llama_nemotron")["llama.cpp"]
+        assert found == ("yes" if reads else "no: its first layer has no attention")

@@ -108,7 +108,8 @@ def wont_read(spec: ModelSpec) -> list[str]:
 def refusals(spec: ModelSpec) -> dict[str, list[str]]:
     """Reader -> why it will not read this model rightly as DeciLMForCausalLM.
 
-    From their source, not from running them; which, see docs/minitron.md."""
+    vLLM and llama.cpp were run (`make test-readers`); for the others their source was read, see
+    docs/minitron.md."""
     layers = spec.layers
     first = next((x for x in layers if x.attention is not None or x.mlp is not None), layers[0])
     linear = any(isinstance(s, Linear) for x in layers for s in (x.attention, x.mlp))
@@ -127,8 +128,10 @@ def refusals(spec: ModelSpec) -> dict[str, list[str]]:
         refuses("its first layer that is not empty has no attention", "vLLM", "SGLang")
     if len(heads) > 1:
         refuses(f"layers have different numbers of KV heads ({sorted(heads)})", "SGLang")
+    if layers[0].attention is None:
+        refuses("its first layer has no attention", "llama.cpp")
     if not _heads_fill_hidden(spec):
-        refuses("head_dim is not hidden_size / num_attention_heads", "llama.cpp")
+        refuses(_HEAD_DIM, "llama.cpp")
     if any(x.attention is not None and x.mlp is None for x in layers):
         refuses("layers have an attention and no MLP: it would be left out silently", "llama.cpp")
     elif layers[-1].mlp is None:
@@ -146,7 +149,7 @@ def refusals(spec: ModelSpec) -> dict[str, list[str]]:
 
 def readers(spec: ModelSpec, family: str) -> dict[str, str]:
     """What each of READERS makes of the export of this model: "yes", "no: " and what is in the
-    way, or what else has to be known. From their source, as `refusals` says."""
+    way, or what else has to be known. How it is known, see `refusals`."""
     if family == "llama_nemotron":
         why = {reader: "; ".join(reasons) for reader, reasons in refusals(spec).items()}
         return {reader: f"no: {why[reader]}" if reader in why else "yes" for reader in READERS}
@@ -156,10 +159,10 @@ def readers(spec: ModelSpec, family: str) -> dict[str, str]:
         return dict.fromkeys(READERS, f"not known: it has the head {spec.head.kind}")
     if family == "nanochat":
         none = "no: it has no class for NanoChatForCausalLM"
-        return {"vLLM": _FALLBACK, "SGLang": _FALLBACK, "TensorRT-LLM": none, "llama.cpp": none}
+        return {"vLLM": _FALLBACK, "SGLang": _UNTRIED, "TensorRT-LLM": none, "llama.cpp": none}
     found = dict.fromkeys(READERS, "yes")
     if family == "nemotron":
-        return found | {"SGLang": _FALLBACK, "llama.cpp": _llama_cpp_of_nemotron(spec)}
+        return found | {"SGLang": _UNTRIED, "llama.cpp": _llama_cpp_of_nemotron(spec)}
     if _mlp_biases(spec):
         found["SGLang"] = f"no: {_NO_MLP_BIAS}"
     if not _heads_fill_hidden(spec):
@@ -167,21 +170,17 @@ def readers(spec: ModelSpec, family: str) -> dict[str, str]:
     return found
 
 
+_HEAD_DIM = "head_dim is not hidden_size / num_attention_heads"
 _NO_MLP_BIAS = "it has biases in the MLP, which would be left out silently"
-_FALLBACK = "by its fallback to transformers' own class, for it has none; not tried"
+_FALLBACK = "by its fallback to transformers' own class, for it has none"
+_UNTRIED = f"{_FALLBACK}; not tried"
 
 
 def _llama_cpp_of_nemotron(spec: ModelSpec) -> str:
-    """Its converter works out from hidden_size how many dimensions of a head are rotated."""
+    """Its converter writes no head_dim for this class, and loading then expects another."""
     reasons = []
-    for a in _attentions(spec)[:1]:
-        rotated = int(spec.rope.partial * spec.hidden_size) // a.num_attention_heads
-        if rotated != spec.rope.rotary_dim(a.head_dim):
-            reasons.append(
-                f"it would rotate {rotated} dimensions of each head instead of "
-                f"{spec.rope.rotary_dim(a.head_dim)}, silently, as head_dim is not hidden_size / "
-                "heads"
-            )
+    if not _heads_fill_hidden(spec):
+        reasons.append(_HEAD_DIM)
     if spec.tied:
         reasons.append("it wants a head of its own, and this one is tied")
     if spec.rope.kind not in ("default", "linear"):
