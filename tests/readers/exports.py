@@ -96,14 +96,19 @@ class Export:
 
 
 def make(case: Case, folder: Path) -> Export:
-    """`folder/out`, by way of import (and pruning) and export."""
+    """Save the model of a case as `folder/hf`, and export it."""
     (folder / "hf").mkdir(parents=True)
     _save(case, folder / "hf")
-    import_checkpoint(folder / "hf", folder / "native", show_progress=False)
+    return exported(folder / "hf", folder, case.targets)
+
+
+def exported(hf: Path, folder: Path, targets: Targets | None = None) -> Export:
+    """`folder/out`, by way of import (and pruning) and export."""
+    import_checkpoint(hf, folder / "native", show_progress=False)
     native = folder / "native"
-    if case.targets is not None:
+    if targets is not None:
         scores = random_scores(open_native(native).spec)
-        prune(native, folder / "small", case.targets, scores=scores, show_progress=False)
+        prune(native, folder / "small", targets, scores=scores, show_progress=False)
         native = folder / "small"
     export_checkpoint(native, folder / "out", show_progress=False)
     opened = open_native(native)

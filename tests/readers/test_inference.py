@@ -5,6 +5,7 @@ layers differ, and do what the readers' table says of each: Bevatron's greedy to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.readers.exports import CASES, COUNT, PROMPT, Export, make
+from tests.readers.exports import CASES, COUNT, PROMPT, Export, exported, make
+from tests.real import smollm2
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 VLLM, LLAMA_CPP = ROOT / ".venv-vllm", ROOT / ".venv-llama-cpp"
@@ -34,6 +36,8 @@ def needs(environment: Path) -> pytest.MarkDecorator:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
     root = tmp_path_factory.mktemp("exports")
     made = {name: make(case, root / name) for name, case in CASES.items()}
+    with contextlib.suppress(smollm2.Unavailable):
+        made["smollm2"] = exported(smollm2.folder(), root / "smollm2")
     close = {name: export.margin for name, export in made.items() if export.margin < 1e-3}
     assert not close, "these have second choices that are as good"
     return made
