@@ -13,7 +13,6 @@ from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.preview import folded, preview_export, preview_import
 from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.safetensors_file import read_header
-from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import make
 
 
@@ -77,12 +76,27 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
 def test_a_dry_run_fails_like_the_conversion(tmp_path: Path) -> None:
     source = make(tmp_path / "hf")
     (tmp_path / "native").mkdir()
-    with pytest.raises(BevatronError, match="already exists"):
-        preview_import(source, tmp_path / "native")
     (source / "model.safetensors").write_bytes(b"")
     done = command("import", source, tmp_path / "other", "--dry-run")
     assert done.returncode == 2
     assert "model.safetensors" in done.stderr
+
+
+def test_a_dry_run_onto_what_exists_shows_the_plan_and_says_what_it_needs(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf")
+    import_checkpoint(source, tmp_path / "native")
+    for verb, src, dst in (("import", "hf", "native"), ("export", "native", "out")):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        plan = (verb, tmp_path / src, tmp_path / dst, "--dry-run")
+        done = command(*plan)
+        assert done.returncode == 0 and "native tensor" in done.stdout
+        assert done.stdout.splitlines()[-2] == (
+            f"{tmp_path / dst}: already exists; without --dry-run this needs --overwrite"
+        )
+        assert "already exists" not in command(*plan, "--overwrite").stdout
+    assert not list((tmp_path / "out").iterdir())
+    done = command("import", source, source, "--dry-run")
+    assert done.returncode == 2 and "apart from the source" in done.stderr
 
 
 def test_names_are_folded_as_a_shell_writes_them() -> None:

@@ -31,7 +31,7 @@ from bevatron.bridge.plan import Task, plan_import
 from bevatron.bridge.remote_code import MODULE, REPLACED, is_outdated
 from bevatron.bridge.shards import parse_size
 from bevatron.checkpoint.files import located
-from bevatron.checkpoint.new_folder import check_target
+from bevatron.checkpoint.new_folder import check_looked_at
 from bevatron.checkpoint.safetensors_file import DTYPES
 from bevatron.families.config_fields import check_accepted
 from bevatron.families.family import by_name
@@ -74,6 +74,7 @@ class Preview:
     duplicates: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -116,6 +117,7 @@ class Preview:
             *(f"{name}: must be a copy of {other}" for name, other in self.duplicates.items()),
             *(f"{name}: carried along: {why}" for name, why in self.carried.items()),
             *(f"{name}: skipped: {why}" for name, why in self.skipped.items()),
+            *self.notes,
             "nothing was written",
         ]
 
@@ -133,11 +135,11 @@ def preview_import(
     """What `import_checkpoint` with these arguments would do. Raises BevatronError as it would."""
     dst = located(dst)
     to = parse_dtype(dtype) if dtype else None
-    check_target(dst, overwrite=overwrite)
+    check_looked_at(dst, overwrite=overwrite)
     if foreign := open_foreign(src, source_format, revision, accept):
         return _foreign(foreign, dst, to, overwrite)
     source = open_hf(src, revision)
-    check_target(dst, overwrite=overwrite, apart_from=source.path)
+    notes = check_looked_at(dst, overwrite=overwrite, apart_from=source.path)
     check_accepted(source.config, accept)
     family, spec, _ = read_spec(source, accept)
     plan = plan_import(str(source.path), family, spec, source.tensors(), to)
@@ -158,6 +160,7 @@ def preview_import(
         duplicates=plan.duplicates,
         carried=plan.carried,
         skipped=source.skipped,
+        notes=notes,
     )
 
 
@@ -174,9 +177,9 @@ def preview_export(
     dst = folder_on_disk(dst)
     to = parse_dtype(dtype) if dtype else None
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
-    check_target(dst, overwrite=overwrite)
+    check_looked_at(dst, overwrite=overwrite)
     native = open_native(src)
-    check_target(dst, overwrite=overwrite, apart_from=native.folder)
+    notes = check_looked_at(dst, overwrite=overwrite, apart_from=native.folder)
     plan = plan_target(native, to, limit, target_format)
     check_space(dst, written_bytes(plan.tasks))
     lines = tuple(
@@ -205,12 +208,13 @@ def preview_export(
         files=len(tokenizer_files(native)) if nanotron else others,
         duplicates={} if nanotron else native.duplicates(),
         skipped=skipped,
+        notes=notes,
     )
 
 
 def _foreign(source: Foreign, dst: Path, dtype: str | None, overwrite: bool) -> Preview:
     """What an import of another format would do."""
-    check_target(dst, overwrite=overwrite, apart_from=source.path)
+    notes = check_looked_at(dst, overwrite=overwrite, apart_from=source.path)
     plan = plan_foreign(source, dtype)
     check_space(dst, sum(t.nbytes for t in plan.wanted.values()))
     family = by_name(source.manifest.family)
@@ -239,6 +243,7 @@ def _foreign(source: Foreign, dst: Path, dtype: str | None, overwrite: bool) -> 
         shards=_sizes(plan.headers, lines),
         files=len(source.others),
         skipped=source.skipped,
+        notes=notes,
     )
 
 

@@ -118,6 +118,17 @@ def check_target(target: Path, *, overwrite: bool, apart_from: Path | None = Non
         )
 
 
+def check_looked_at(
+    target: Path, *, overwrite: bool, apart_from: Path | None = None
+) -> tuple[str, ...]:
+    """`check_target` for who writes nothing: a target that exists is a note, which is returned."""
+    there = not is_remote(target) and os.path.lexists(target)
+    check_target(target, overwrite=overwrite or there, apart_from=apart_from)
+    if overwrite or not there:
+        return ()
+    return (f"{target}: already exists; without --dry-run this needs --overwrite",)
+
+
 def sync(path: Path) -> None:
     """fsync a file or folder. Filesystems that cannot sync a folder are left alone."""
     fd = os.open(path, os.O_RDONLY)

@@ -24,7 +24,7 @@ from bevatron.bridge.unchanged import stamps, unchanged
 from bevatron.checkpoint.boxes import new_hasher, spell, verify_chunk
 from bevatron.checkpoint.files import located
 from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, Manifest, TensorEntry
-from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.checkpoint.new_folder import check_looked_at, check_target, new_folder
 from bevatron.compress.cutting import MERGES, Change, blocks, cut_shape, merge
 from bevatron.compress.outcome import PruneReport, class_of, family_of, sizes_of
 from bevatron.compress.scores import Scores, weights_hash
@@ -76,12 +76,13 @@ def prune(
     started = time.perf_counter()
     dst = located(dst)
     _check_options(targets, data, scores, merge_heads)
-    check_target(dst, overwrite=overwrite)
+    check = check_looked_at if dry_run else check_target
+    check(dst, overwrite=overwrite)
     if dry_run and data is None and scores is None and (paper := open_on_paper(ckpt)) is not None:
         return replace(_on_paper(paper, targets, str(ckpt), str(dst), merge_heads), dry_run=True)
     opened = open_weights(ckpt)
     before = stamps(opened.folder)
-    check_target(dst, overwrite=overwrite, apart_from=opened.folder)
+    notes = check(dst, overwrite=overwrite, apart_from=opened.folder) or ()
     by_layer = targets.num_layers is not None and not targets.drop_layers
     if scores is None and data is not None and (by_layer or not dry_run):
         scores = _measured(opened, ckpt, data, samples, targets)
@@ -94,11 +95,11 @@ def prune(
     plan = plan_pruning(opened, targets, scores, str(ckpt), str(dst), merge_heads)
     check_space(dst, plan.report.bytes)
     if dry_run and scores is None:
-        return replace(plan.report, dry_run=True)
+        return replace(plan.report, dry_run=True, notes=[*plan.report.notes, *notes])
     kept = keep(opened.spec, plan.shape, scores)
     changes = _merges(opened.spec, kept, merge_heads)
     if dry_run:
-        return replace(plan.report, dry_run=True)
+        return replace(plan.report, dry_run=True, notes=[*plan.report.notes, *notes])
     with (
         new_folder(dst, overwrite=overwrite, apart_from=opened.folder) as folder,
         unchanged(opened.folder, before),

@@ -22,8 +22,9 @@ def windows(tokens: int, seq_len: int, stride: int) -> Iterator[Window]:
     once: a window has one more, which is only predicted.
 
     Args:
-        stride: how many tokens a window scores. At `seq_len` windows are disjoint, which is the
-            fastest; the smaller, the more context each token has, and the lower the loss.
+        stride: how many tokens a window scores. At `seq_len` all that it predicts, which is the
+            fastest; the smaller, the more context each token has, and the lower the loss. The last
+            window is as long as the others where the stream is, so it scores fewer.
     """
     if seq_len < 1:
         raise BevatronError(f"the sequence length is {seq_len}, expected at least 1")

@@ -47,7 +47,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """YAML as a run configuration is read. Raises BevatronError, which begins with `where`."""
     try:
         return yaml.load(text, _Loader)
     except BevatronError as error:
@@ -66,7 +67,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BevatronError(f"{path}: cannot be read as a run configuration ({reason})") from None
-    raw = _parse(text, str(path))
+    raw = parse(text, str(path))
     if not isinstance(raw, dict):
         raise BevatronError(f"{path}: expected sections such as `model:` and `train:`")
     return checked(raw, overrides, str(path))
@@ -111,9 +112,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise BevatronError(f"override {override!r}: {name} is a value, not a section")
     if isinstance(at, list):
         _item(at, last, override)
-        at[int(last)] = _parse(value, f"override {override!r}")
+        at[int(last)] = parse(value, f"override {override!r}")
     else:
-        at[last] = _parse(value, f"override {override!r}")
+        at[last] = parse(value, f"override {override!r}")
 
 
 def _item(items: list[Any], index: str, override: str) -> Any:
