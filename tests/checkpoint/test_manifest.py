@@ -29,7 +29,7 @@ GOOD: dict[str, Any] = {
     "version": 1,
     "family": "llama",
     "step": 0,
-    "files": {"spec.json": "xxh3:"},
+    "files": {"spec.json": "xxh3:", "source/any\nname\\\udcff": "xxh3:"},
     "tensors": {
         "model/x": {
             "dtype": "F32",
@@ -130,6 +130,16 @@ def test_a_manifest_is_strict_json(text: str, words: str, tmp_path: Path) -> Non
     (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=words):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("headers", []), ("source", None), ("accepted", "x"), ("folders", {}), ("weights", 3)],
+)
+def test_a_provenance_of_wrong_types_is_refused(native: Path, key: str, value: Any) -> None:
+    raw = json.loads((native / "provenance.json").read_text())
+    (native / "provenance.json").write_text(json.dumps({**raw, key: value}))
+    refused(native, "provenance.json", key, verb="export")
 
 
 def entry_of(shape: tuple[int, ...], boxes: list[Any]) -> TensorEntry:

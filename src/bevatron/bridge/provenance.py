@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,23 @@ def read_provenance(folder: Path) -> Provenance | None:
     if not path.exists():
         return None
     raw = read_object(path)
+    for known in fields(Provenance):
+        kinds = _KINDS[str(known.type).partition("[")[0]]
+        if known.name in raw and not isinstance(raw[known.name], kinds):
+            raise CheckpointError(f"{path}: damaged: {known.name} is {raw[known.name]!r:.80}")
     try:
         raw["folders"] = tuple(raw.get("folders", ()))
         return Provenance(**raw)
     except TypeError as error:
         raise CheckpointError(f"{path}: damaged or of another version ({error})") from error
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "Mapping": (dict,),
+    "tuple": (list,),
+}
 
 
 def describe(

@@ -161,7 +161,7 @@ def _read_manifest(folder: Path) -> Manifest:
         ("family", isinstance(family, str)),
         ("step", _is_size(step)),
         ("tensors", isinstance(tensors, dict)),
-        ("files", isinstance(files, dict) and all(_lies_inside(file) for file in files)),
+        ("files", isinstance(files, dict) and all(map(_stays_inside, files))),
     ):
         if not good:
             raise CheckpointError(f"{path}: damaged: {name} is {raw.get(name)!r:.80}")
@@ -214,10 +214,15 @@ _KEYS = set(_CHUNK)
 
 
 def _lies_inside(file: Any) -> bool:
-    """Whether it is a relative path that stays in the folder, and one that can be opened."""
-    if not isinstance(file, str) or not file.isprintable() or not 0 < len(file) <= 1000:
-        return False
-    return not (Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file)
+    """Whether it is the relative path of a file of ours."""
+    plain = isinstance(file, str) and file.isprintable() and 0 < len(file) <= 1000
+    return plain and "\\" not in file and _stays_inside(file)
+
+
+def _stays_inside(file: str) -> bool:
+    """Whether a relative path stays in the folder and can be opened. A source's files may have any
+    names."""
+    return not (Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file)
 
 
 def _is_size(value: Any) -> bool:
