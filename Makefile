@@ -65,7 +65,9 @@ test-newest:
 	.venv-newest/bin/python -m pip install -q "$(NEWEST_TORCH)"
 	.venv-newest/bin/python tests/newest.py | .venv-newest/bin/python -m pip install -q --upgrade -r /dev/stdin
 	.venv-newest/bin/python -m pip install -q --no-deps -e .
+	.venv-newest/bin/python -m pip install -q parameterized
 	.venv-newest/bin/python -m pip list
+	.venv-newest/bin/python -m tests.hf_common.theirs
 	.venv-newest/bin/python -m pytest
 
 # Programs of others that read exports, each in an environment of its own. What cannot be made is
@@ -126,4 +128,4 @@ bench: .venv/ready-for-tests
 	$(BIN)/python benchmarks/conversion.py
 
 clean:
-	rm -rf .venv .venv-compat .venv-newest .venv-vllm .venv-llama-cpp .venv-trl demo
+	rm -rf .venv .venv-compat .venv-newest .venv-vllm .venv-llama-cpp .venv-trl .transformers demo

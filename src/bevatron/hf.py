@@ -40,7 +40,8 @@ from transformers.utils.generic import can_return_tuple
 
 # What transformers calls differently from release to release; nothing below asks for its version.
 VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
-V5 = VERSION >= (5, 0)  # a configuration is a checked dataclass, rope is in `rope_parameters`
+V5 = VERSION >= (5, 0)  # rope is in `rope_parameters`
+CHECKED = VERSION >= (5, 4)  # a configuration is a dataclass whose types are checked
 GATHERED = "colwise_gather_output" if VERSION >= (5, 1) else "colwise_rep"  # tensor parallel plans
 INPUTS = "inputs_embeds" if VERSION >= (5, 2) else "input_embeds"  # of masks
 POSITIONS = VERSION < (5, 4)  # masks and caches are told `cache_position`
@@ -242,7 +243,7 @@ class _Written:
         return self._written(super().to_diff_dict())
 
 
-if V5:
+if CHECKED:
     from huggingface_hub.dataclasses import strict
 
     @strict
@@ -275,7 +276,7 @@ else:
         model_type = "nemotron-nas"
 
         def __init__(self, block_configs: Any = None, **kwargs: Any) -> None:
-            rope = kwargs.pop("rope_parameters", None)
+            rope = None if V5 else kwargs.pop("rope_parameters", None)
             if rope and not kwargs.get("rope_scaling"):  # version 4 would ignore it, silently
                 kwargs["rope_theta"] = rope.get("rope_theta", kwargs.get("rope_theta", 10000.0))
                 if rope.get("rope_type", "default") != "default":
@@ -578,4 +579,4 @@ def register() -> None:
 
 if __name__ == "bevatron.hf":  # not where it is the remote code of a folder
     register()
-# bevatron 1 e22fad16577ccb8950d88a69d1f2743d38368ce2ca4d93651384435ce6cda423
+# bevatron 2 9f30dca558f64a1d789205207883dd348f814f27c46ec25158b2c0ff7f55b907

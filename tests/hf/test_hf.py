@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import StaticCache
 
 from bevatron import hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
@@ -141,6 +142,24 @@ def test_a_prompt_in_pieces_gives_the_same_logits(tmp_path: Path) -> None:
             model(ids, cache=first[hf.CACHE], past_key_values=first[hf.CACHE])
 
 
+def test_a_step_with_a_static_cache_compiles_whole(tmp_path: Path) -> None:
+    """What `_can_compile_fullgraph` says, which makes `generate` compile it on a GPU."""
+    save(tmp_path, FIRST_EMPTY)
+    model = load(tmp_path)
+    assert model._can_compile_fullgraph
+    ids = some_ids(1, 12)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(ids[:, :9], **{hf.CACHE: cache})
+        for i in range(9, 12):
+            more = {"cache_position": torch.tensor([i])} if hf.POSITIONS else {}
+            step = {hf.CACHE: cache, "position_ids": torch.tensor([[i]]), **more}
+            logits = compiled(ids[:, i : i + 1], **step).logits
+            assert (logits - whole[:, i : i + 1]).abs().max() <= 1e-5
+
+
 def test_it_trains_with_recomputed_activations(tmp_path: Path) -> None:
     save(tmp_path, BLOCKS)
     ids = some_ids(2, 16)
@@ -148,7 +167,8 @@ def test_it_trains_with_recomputed_activations(tmp_path: Path) -> None:
     for recompute in (False, True):
         model = load(tmp_path).train()
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            old = model.gradient_checkpointing_enable  # of 4.57; 5.24 warns about it
+            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         out = model(ids, labels=ids)
         out.loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
@@ -314,6 +334,13 @@ def test_the_later_spelling_means_the_same_and_is_written_as_published() -> None
     for entry, published in zip(written, BLOCKS, strict=True):
         assert entry["attention"] == published["attention"]
         assert entry["ffn"].keys() == published["ffn"].keys()
+
+
+def test_the_head_is_split_as_llama_s() -> None:
+    """Under `tp_plan="auto"`, where a tied head without a plan fails; transformers' own tests of it
+    run in tests/hf_common."""
+    assert hf.DeciLMForCausalLM._tp_plan == transformers.LlamaForCausalLM._tp_plan
+    assert hf.DeciLMConfig.base_model_tp_plan == transformers.LlamaConfig.base_model_tp_plan
 
 
 def test_super_49b_has_as_many_parameters_as_published() -> None:

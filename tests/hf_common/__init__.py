@@ -1,0 +1,1 @@
+"""transformers' own common model tests on Llama-Nemotron; optional, see `theirs.py`."""

@@ -1,0 +1,2 @@
+class ExportTesterMixin:
+    """Theirs needs exporters that we do not install."""

@@ -1,0 +1,2 @@
+class GenerationTesterMixin:
+    """Theirs is in a checkout only; tests/hf/test_hf.py has generations of its own."""
