@@ -16,6 +16,7 @@ from bevatron.cli.main import app
 from bevatron.compress.command import layout_of
 from bevatron.compress.page import page
 from bevatron.compress.scores import Scores
+from bevatron.compress.sizes import layers_to_keep
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError
 from tests.compress.calibration import write_tokens
@@ -44,7 +45,7 @@ def test_the_command_writes_scores_a_page_and_a_summary(tmp_path):
     np.testing.assert_allclose(found["loss_without_2"], scores.loss_without(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", html.name, out.name, "tokens"]
     text = html.read_text()
-    assert "Loss without layers" in text and "layer 2, head" in text
+    assert "Loss added by leaving out 2 layers" in text and "layer 2, head" in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # it asks for nothing
 
 
@@ -56,6 +57,41 @@ def test_a_page_shows_what_there_is_and_escapes_names():
     assert text.count("<title>layer 0, head ") == 4
     assert "layer 1, head" not in text  # it has no attention
     assert text.count("<title>layer 1, neuron ") == 27
+
+
+def test_layers_are_bars_and_axes_and_shades_have_names_and_units():
+    scores = scores_of(HETEROGENEOUS)
+    text = page(scores)
+    count = len(HETEROGENEOUS.layers)
+    (bars,) = re.findall(r'<g class="c0 bars".*?</g>', text)
+    assert bars.count("<rect") == count and "circle" not in bars
+    for i, value in enumerate(scores.block_influence.tolist()):
+        assert f"<title>layer {i}: {value:.4g}</title>" in bars
+    for name in (
+        ">layer</text>",
+        ">1 - mean cosine of the residual stream before and after</text>",
+        ">channels, from the most important on</text>",
+        ">heads of a layer, from the most important on; numbers are the heads&#x27;</text>",
+        ">the highest of its layer</text>",
+    ):
+        assert name in text.replace("heads'", "heads&#x27;"), name
+    first = np.argsort(-scores.heads(0))
+    row = re.findall(r'<text class="number [a-z]+"[^>]*>(\d+)</text>', text)[: len(first)]
+    assert row == [str(i) for i in first], "the heads' own numbers, the most important first"
+
+
+def test_what_it_would_drop_is_what_prune_drops():
+    scores = scores_of(HETEROGENEOUS)
+    count = len(HETEROGENEOUS.layers)
+    keep = 3 * count // 4
+    kept = layers_to_keep(scores, count, keep, "influence")
+    gone = [i for i in range(count) if i not in kept]
+    text = page(scores)
+    assert f"--num-layers {keep}</code></td><td>layers {', '.join(map(str, gone))}</td>" in text
+    (bars,) = re.findall(r'<g class="c0 bars".*?</g>', text)
+    marked = re.findall(r'<rect class="marked"[^>]*><title>layer (\d+):', bars)
+    assert marked == [str(i) for i in gone]
+    assert f"red: what --num-layers {keep} drops" in text
 
 
 @pytest.mark.parametrize(

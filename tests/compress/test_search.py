@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -250,6 +252,26 @@ def test_the_page_shows_every_candidate_and_asks_for_nothing(done: State) -> Non
         assert title in text
     assert "Held-out loss, short distillation" in text and "finished" in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)
+    asked = re.findall(r"Asked: which .*?\?", text)
+    assert asked == [
+        "Asked: which 15,600 parameters (within 5%) of model have the lowest loss on held-out "
+        "among shapes of 24 or 32 hidden, 4 heads?"
+    ]
+    assert ">parameters</text>" in text and ">nats per token</text>" in text
+
+
+def test_the_page_gives_the_command_that_prunes_to_each_candidate(
+    done: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = html.unescape((done.folder / "search.html").read_text())
+    commands = re.findall(r"<code>bevatron (prune .*?)</code>", text)
+    sizes = {c["name"]: c["parameters"] for c in done.candidates}
+    best = done.found["best"]["name"]
+    assert len(commands) == len(sizes) and shlex.split(commands[0])[2] == best
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*shlex.split(commands[0]), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["parameters"] == sizes[best]
 
 
 def test_scores_only_and_the_table(work: Path, done: State, tmp_path: Path) -> None:

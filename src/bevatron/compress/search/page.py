@@ -12,7 +12,7 @@ import numpy as np
 
 from bevatron.checkpoint.new_folder import replace_text
 from bevatron.compress.search.state import LONG, PRUNED, SHORT, State, standing
-from bevatron.compress.search.table import SIZES
+from bevatron.compress.search.table import SIZES, prune_command
 from bevatron.errors import BevatronError
 from bevatron.train.report.chart import Chart, Curve, draw
 from bevatron.train.report.curves import smooth
@@ -29,6 +29,7 @@ TITLES = {
 }
 WIDTH, LEFT, ROW, TOP = 1096, 210, 22, 30  # of the picture of ranks
 FILE = "search.html"
+NATS = "nats per token"
 Found = dict[str, Any]
 
 
@@ -43,7 +44,7 @@ def page(state: State) -> str:
     name = Path(found["model"]["path"]).name or "a model"
     title = f"Architecture search in {name}"
     stages = [s["name"] for s in found["stages"] if any(s["name"] in c["losses"] for c in order)]
-    body = [_header(found, order, title)]
+    body = [_header(found, order, title), _commands(found, order, state.folder)]
     losses = [_losses(order, stage) for stage in stages]
     if len(losses) % 2:  # two in a row
         losses[-1] = replace(losses[-1], wide=True)
@@ -80,9 +81,41 @@ def _header(found: Found, order: list[Found], title: str) -> str:
         lead = f"{model['family']} · {model['path']}"
     shown = "".join(f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in tiles)
     return (
-        f'<h1>{escape(title)}{chip}</h1><p class="over">{escape(lead)}</p>'
+        f'<h1>{escape(title)}{chip}</h1><p class="over">{escape(_question(found))}</p>'
+        f'<p class="over">{escape(lead)}</p>'
         f'<dl class="tiles">{shown}</dl>'
     )
+
+
+def _question(found: Found) -> str:
+    """What was asked, in a sentence."""
+    request, model = found["request"], found["model"]
+    tried = [
+        f"{' or '.join(f'{n:,}' for n in request[key])} {name}"
+        for key, name in SIZES.items()
+        if request.get(key)
+    ]
+    among = f" among shapes of {', '.join(tried)}" if tried else ""
+    on = ", ".join(Path(path).name for path in model.get("validation", ()))
+    return (
+        f"Asked: which {request['params']:,} parameters (within {100 * request['within']:g}%) of "
+        f"{Path(model['path']).name or model['path']} have the lowest loss"
+        f"{f' on {on}' if on else ''}{among}?"
+    )
+
+
+def _commands(found: Found, order: list[Found], folder: Path) -> str:
+    """What makes each candidate, the best first."""
+    if not order:
+        return ""
+    lines = [
+        f'<p class="over"><span class="dot {f"c{i}" if i < COLOURS else "rest"}"></span>'
+        f"<code>{escape(prune_command(found, c, folder))}</code></p>"
+        for i, c in enumerate(order)
+    ]
+    rest = f"<details><summary>The others</summary>{''.join(lines[1:])}</details>"
+    which = "best" if found["best"] else "first"
+    return f"<h2>To prune to the {which}</h2>{lines[0]}{rest if lines[1:] else ''}<br>"
 
 
 def _progress(found: Found, done: int) -> str:
@@ -110,7 +143,7 @@ def _losses(order: list[Found], stage: str) -> Chart:
         names = tuple(_named(c, loss) for c, loss in rest)
         others = Series(sizes, values)
         curves.insert(0, Curve("others", COLOURS, others, "points", rest=True, names=names))
-    return Chart(TITLES[stage], curves, axis="parameters")
+    return Chart(TITLES[stage], curves, axis="parameters", value=NATS)
 
 
 def _named(candidate: Found, loss: float) -> str:
@@ -170,9 +203,9 @@ def _curves(state: State, order: list[Found], stage: str) -> list[Chart]:
             objective.append(Curve(c["name"], run, series["loss"], "line", rest, mean=mean))
     what = "short" if stage == SHORT else "long"
     charts = [
-        Chart(f"Held-out loss above the leader's, {what}", _above(held_out), wide=True),
-        Chart(f"Held-out loss, {what} distillation", held_out[::-1]),
-        Chart(f"Objective, {what} distillation", objective[::-1]),
+        Chart(f"Held-out loss above the leader's, {what}", _above(held_out), wide=True, value=NATS),
+        Chart(f"Held-out loss, {what} distillation", held_out[::-1], value=NATS),
+        Chart(f"Objective, {what} distillation", objective[::-1], value=NATS),
     ]
     return [chart for chart in charts if chart.curves]
 

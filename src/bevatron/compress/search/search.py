@@ -70,6 +70,7 @@ class Search:
                 runs.clear(self.folder)
                 model: dict[str, Any] = {"path": self.ckpt, "family": self.asked.family.name}
                 model["parameters"] = self.asked.parameters
+                model["validation"] = [str(path) for path in self.options.validation]
                 self.state = State.begin(self.folder, request, model, self.stages)
                 if results := sum(len(c["losses"]) for c in self.state.candidates):
                     self.say(f"{self.folder}: going on after {results} results")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,28 @@ def summary(found: dict[str, Any], folder: Path) -> list[str]:
         best = found["best"]
         said = "not finite" if best["loss"] is None else f"{best['loss']:.4f}"
         lines.append(f"best: {best['name']}, loss {said}, is in {folder / best['path']}")
+        [winner] = [c for c in found["candidates"] if c["name"] == best["name"]]
+        lines.append(f"its pruned weights: {prune_command(found, winner, folder)}")
         lines.append(f"the page is {folder / 'search.html'}")
     if found.get("dry_run"):
         lines.append("nothing was computed or written")
     return lines
+
+
+def prune_command(found: dict[str, Any], candidate: dict[str, Any], folder: Path) -> str:
+    """The command that makes a candidate's weights before any distillation."""
+    options = {
+        "--num-layers": candidate["num_layers"],
+        "--num-attention-heads": candidate["num_attention_heads"],
+        "--hidden-size": candidate["hidden_size"],
+        "--intermediate-size": candidate["intermediate_size"],
+    }
+    words = ["bevatron", "prune", str(found["model"]["path"]), candidate["name"]]
+    words += ["--scores", str(folder / "scores.safetensors")]
+    words += [str(w) for pair in options.items() if pair[1] is not None for w in pair]
+    if found["request"]["depth_by"] != "influence":
+        words += ["--depth-by", found["request"]["depth_by"]]
+    return shlex.join(words)
 
 
 def _number(value: int | None) -> str:

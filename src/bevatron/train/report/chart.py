@@ -58,7 +58,8 @@ class Mark:
 class Chart:
     """`axis` and `value`: what is counted from left to right and from below, with its unit.
     `from_zero`: the vertical axis begins at 0. `spikes`: the highest half percent of the values may
-    leave the picture. A wide range of positive values gets a logarithmic axis if `log`."""
+    leave the picture. A wide range of positive values gets a logarithmic axis if `log`. `note`: in
+    place of the last value."""
 
     title: str
     curves: list[Curve]
@@ -70,6 +71,7 @@ class Chart:
     marks: list[Mark] = field(default_factory=list)
     axis: str = "step"
     value: str = ""
+    note: str = ""
 
 
 def draw(chart: Chart) -> str:
@@ -207,7 +209,9 @@ def _mark(mark: Mark, px: Place, height: int) -> str:
 
 
 def _legend(chart: Chart, curves: list[Curve]) -> str:
-    """What the colours are if there are several, and the last value of a single one."""
+    """What the colours are if there are several, and the note or last value of a single one."""
+    if chart.note:
+        return f'<span class="legend">{escape(chart.note)}</span>'
     if len(curves) == 1 and curves[0].series.last is not None:
         last = curves[0].series.last
         return f'<span class="last">{_value(last)}{escape(chart.unit)}</span>'
