@@ -76,12 +76,10 @@ run: {dir: runs/my-run}
 """
 DISTILL = BASE.replace("runs/my-run", "runs/student")
 STORED = DISTILL + "objective: {name: distill, logits: stored, top_k: 8}\n"
-ULTRA = BASE.replace("init: native", "spec: llama-nemotron-ultra-253b").replace(": 64", ": 2048")
 # Files that a page names and does not show.
 FILES = {
     "README.md": {"distill.yaml": STORED},
     "training.md": {"run.yaml": BASE, "data.jsonl": '{"text": "a film"}\n'},
-    "scale.md": {"llama-nemotron-ultra-253b.yaml": ULTRA},
     "distillation.md": {
         "run.yaml": STORED,
         "correct.yaml": BASE.replace("native", "teacher").replace("my-run", "corrected"),
