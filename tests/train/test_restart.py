@@ -252,6 +252,13 @@ def test_rates_are_compared_by_their_values(
     assert len(said) == 1 and expected in said[0], said
 
 
+def test_which_steps_are_saved_matters_where_a_run_may_rewind() -> None:
+    base, other = "safety.on_spike=rewind", "checkpoint.every=3"
+    assert compare(saved(config_of()), config_of(other), str) == []
+    said = said_of(config_of(base), config_of(base, other))
+    assert said[0].startswith("checkpoint.every 500 -> 3: a rewind") and "bit for bit" in said[1]
+
+
 def test_data_and_teachers_count_by_their_content() -> None:
     old = config_of("data.train=[{path: a}, {path: b, weight: 2.0}]", VALIDATED)
     known = {"data": {"a": "1", "b": "2"}, "validation": {"held-out": "3"}}

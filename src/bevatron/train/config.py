@@ -257,6 +257,11 @@ class SafetyConfig(Section):
     replay_every: int = Field(0, ge=0)
     """Compute a step's gradients twice every so many steps, which must be equal; 0: never."""
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether trouble may take the run back to a saved step."""
+        return "rewind" in (self.on_nonfinite, self.on_spike)
+
 
 class LogConfig(Section):
     """Where the numbers of a run go."""
@@ -376,9 +381,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rewinds_have_a_target(self) -> RunConfig:
-        if "rewind" in (self.safety.on_nonfinite, self.safety.on_spike) and (
-            not self.checkpoint.every
-        ):
+        if self.safety.rewinds and not self.checkpoint.every:
             raise ValueError("safety says rewind, which needs saved steps: set checkpoint.every")
         return self
 

@@ -130,6 +130,11 @@ def compare(start: Start, config: RunConfig, hash_of: Callable[[str], str]) -> l
             gone = key.startswith("objective.") and None in (_at(old, key), _at(config, key))
             if not gone:
                 continue
+        if key == "checkpoint.every" and config.safety.rewinds:
+            kind, what = (
+                "aside",
+                "a rewind goes back to such a step; all others have the same numbers",
+            )
         if key in rates:
             if not rate:
                 continue
