@@ -17,8 +17,9 @@ from tests.processes import Pool
 from tests.specs import ALL, HETEROGENEOUS, HOMOGENEOUS
 from tests.train_steps import Case, make_trainer, samples, train
 
-# More than the eight artefacts that Dynamo keeps of one code object unless told otherwise.
-MANY = replace(HOMOGENEOUS, layers=tuple(LayerSpec(None, MLP(24 + i)) for i in range(9)))
+# More than the eight artefacts that Dynamo keeps of one code object unless told otherwise: one for
+# training and one for evaluation of each.
+MANY = replace(HOMOGENEOUS, layers=tuple(LayerSpec(None, MLP(24 + i)) for i in range(5)))
 # Cut KV heads, biases, an empty layer; few shapes, because each takes seconds to compile.
 SHORT = replace(HETEROGENEOUS, layers=tuple(HETEROGENEOUS.layers[i] for i in (0, 3, 4)))
 
