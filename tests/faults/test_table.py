@@ -99,7 +99,7 @@ ELSEWHERE = {
     29: ("parallel/test_split.py", "test_every_layer_is_in_exactly_one_stage"),
     30: ("bridge/test_properties.py", "test_any_model_comes_back_as_it_was"),
     47: ("train/test_resume.py", "test_every_layout_continues_what_every_other_saved"),
-    50: ("train/test_feed.py", "test_a_store_that_changed_since_the_checkpoint_is_refused"),
+    50: ("train/test_feed.py", "test_a_store_that_changed_since_the_checkpoint_is_found"),
     52: ("train/test_life.py", "test_one_of_four_ranks_that_fails_stops_all_with_its_message"),
     53: ("train/test_life.py", "test_a_rank_that_hangs_is_named"),
     54: ("train/test_life.py", "test_sigterm_saves_and_the_run_goes_on_from_there"),
