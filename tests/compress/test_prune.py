@@ -179,6 +179,8 @@ def test_damage_is_noticed_and_the_old_target_stays(tmp_path: Path) -> None:
     before = (tmp_path / "small" / "manifest.json").read_bytes()
     with pytest.raises(BevatronError, match="already exists"):
         prune(native, tmp_path / "small", BOTH, scores=scores)
+    looked = prune(native, tmp_path / "small", BOTH, scores=scores, dry_run=True)
+    assert looked.dry_run and "without --dry-run this needs --overwrite" in looked.notes[-1]
     weights = next((native / "model").iterdir())
     raw = bytearray(weights.read_bytes())
     raw[-100] ^= 1
