@@ -185,6 +185,7 @@ def test_a_read_error_comes_with_the_step_that_it_belongs_to(
     for step in range(4):
         for row in one.batch(step)["tokens"].tolist():
             step_of[row[1]] = step
+    one.close()  # a thread of it reads ahead, in a map of the file that is about to be cut
     tokens = np.fromfile(tmp_path / "s" / TOKENS, dtype="<u2")
     target = next(t for t, step in step_of.items() if step == 2)
     tokens[target] = 29_999
