@@ -73,7 +73,8 @@ ChatTemplateFile = Annotated[Path | None, typer.Option(help="Instead of the chec
 TensorParallel = Annotated[int, typer.Option(min=1, help="Processes that share each layer.")]
 PipelineParallel = Annotated[int, typer.Option(min=1, help="Processes that share the layers.")]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; default: what is here, but mps.")
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps; default: what is here, but not mps."),
 ]
 Int8 = Annotated[bool, typer.Option("--int8", help="8-bit weights, on CPUs.")]
 
