@@ -94,7 +94,9 @@ def test_every_cache_gives_the_same_tokens(case: str, tmp_path: Path) -> None:
             ids.append(int(reference(torch.tensor([ids]))[0, -1].argmax()))
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
         lookup = {"prompt_lookup_num_tokens": 3, "eos_token_id": 97}  # of no token: 4.57 wants one
-        assisted = [lookup, {"assistant_model": load(tmp_path)}]
+        other = load(tmp_path)  # whose guesses are wrong: what they left in the cache is cut off
+        other.lm_head.weight.data.neg_()
+        assisted = [lookup, {"assistant_model": load(tmp_path)}, {"assistant_model": other}]
         for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}, *assisted):
             out = model.generate(prompt, **{**options, **more}, pad_token_id=0)
             assert out[0].tolist() == ids, more
