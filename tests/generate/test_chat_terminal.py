@@ -24,7 +24,7 @@ from tests.generate.chat_templates import reference
 from tests.generate.talkers import answer_of_transformers, make_parrot, make_talker
 
 PROMPT = ">>> "
-WAIT_S = 120
+WAIT_S = 1200
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 

@@ -161,7 +161,7 @@ def test_the_first_cause_is_told_when_a_worker_cannot_load(tmp_path: Path) -> No
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ}
+        command, capture_output=True, text=True, timeout=1800, check=False, env={**os.environ}
     )
     assert "BevatronError rank 1: " in done.stdout, done.stderr
     assert "/nowhere" in done.stdout

@@ -48,7 +48,7 @@ class Browser:
         message = {"id": self.count, "method": method, "params": parameters}
         self.socket.send(json.dumps(message | ({"sessionId": session} if session else {})))
         while True:
-            reply = json.loads(self.socket.recv(timeout=60))
+            reply = json.loads(self.socket.recv(timeout=600))
             if reply.get("id") == self.count:
                 assert "error" not in reply, (method, reply["error"])
                 return dict(reply["result"])

@@ -124,14 +124,14 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, headers=self.headers, **options)
+        return httpx.get(self.url + path, timeout=600, headers=self.headers, **options)
 
     def post(self, path: str, body: object, **options: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, headers=self.headers, **options)
+        return httpx.post(self.url + path, json=body, timeout=600, headers=self.headers, **options)
 
     def post_raw(self, path: str, content: Any, headers: dict[str, str]) -> httpx.Response:
         given = {**self.headers, **headers}
-        return httpx.post(self.url + path, content=content, timeout=60, headers=given)
+        return httpx.post(self.url + path, content=content, timeout=600, headers=given)
 
     def metric(self, name: str) -> float:
         found = re.search(rf"^bevatron_{name} (\S+)$", self.get("/metrics").text, re.MULTILINE)

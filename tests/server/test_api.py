@@ -340,7 +340,7 @@ def test_transformers_chat_works_against_it(server: Served, tmp_path: Path) -> N
         input="hello there\nn\n!exit\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env={k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"},
     )

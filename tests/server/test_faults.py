@@ -46,7 +46,7 @@ def refused(server: Served, path: str, **fields: Any) -> str:
 
 def attacked(hostile: Served, name: str) -> str:
     """What becomes of a request whose template attacks, while another client is served."""
-    with httpx.Client(base_url=hostile.url, headers=hostile.headers, timeout=60) as client:
+    with httpx.Client(base_url=hostile.url, headers=hostile.headers, timeout=600) as client:
         got: list[httpx.Response] = []
         body = {"messages": [{"role": "user", "content": name}]}
         thread = threading.Thread(target=lambda: got.append(client.post(CHAT, json=body)))

@@ -32,7 +32,7 @@ def test_running_answers_end_after_sigterm_and_new_ones_are_refused(patient: Pat
     with served(patient, "--max-batch", "1", "--queue", "1", "--host", "localhost") as server:
         last: list[httpx.Response] = []
         with httpx.stream(
-            "POST", server.url + COMPLETIONS, json={**LONG, "stream": True}, timeout=120
+            "POST", server.url + COMPLETIONS, json={**LONG, "stream": True}, timeout=600
         ) as response:
             lines = response.iter_lines()
             next(lines)
@@ -71,7 +71,7 @@ def _queue_fills(server: Served, last: list[httpx.Response]) -> threading.Thread
 def test_after_the_grace_answers_are_cut_and_a_second_signal_ends_at_once(patient: Path) -> None:
     with served(patient, "--grace", "0.3") as server:
         body = {**LONG, "n": 4, "stream": True}
-        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60) as response:
+        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=600) as response:
             lines = response.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
@@ -81,7 +81,7 @@ def test_after_the_grace_answers_are_cut_and_a_second_signal_ends_at_once(patien
         assert server.process.wait(60) == 0
     with (
         served(patient, "--grace", "3600") as server,
-        httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60) as response,
+        httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=600) as response,
     ):
         lines = response.iter_lines()  # kept: without it the client would hang up
         next(lines)

@@ -51,7 +51,7 @@ def test_a_soak_with_random_disconnects_leaves_nothing_behind(server: Served) ->
     async def load(seconds: float, seed: int) -> None:
         until = time.monotonic() + seconds
         limits = httpx.Limits(max_connections=CLIENTS)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as http:
             rngs = (random.Random(seed * CLIENTS + i) for i in range(CLIENTS))
             await asyncio.gather(*(client(http, until, rng, seen) for rng in rngs))
 
