@@ -231,8 +231,10 @@ def test_models_are_called_by_their_run(
         (["--prompt", "a", "--stop", ""], "", "a stop string is empty"),
         (["--system", "a"], '{"role": "system", "content": "x"}', "system message of its own"),
         (["--chat", "--prompt", "a", "--chat-template", "no.jinja"], "", "no.jinja: cannot be"),
+        (["--prompt", "a", "--chat-template", "no.jinja"], "", "without a template; pass --chat"),
+        (["--prompt", "a", "--logprobs", "2"], "", "--logprobs needs --json"),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_what_is_no_prompt_is_refused_in_one_line(
     run: Any, arguments: list[str], stdin: str | bytes, says: str

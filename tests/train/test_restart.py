@@ -232,6 +232,8 @@ def test_what_nothing_reads_is_no_change() -> None:
     [
         (("schedule.name=cosine",), ("train.steps=16",), 8,
          "is another from step 9 on: 0.0004025 (step 8 had 0)"),
+        (("schedule.name=cosine",), ("train.steps=9",), 8,
+         "stays at 0, which step 8 had, so the steps from here on change no weights"),
         (("schedule.name=cosine",), ("train.steps=16",), 4,
          "is another from step 5 on: 0.0007778, would have had 0.0003087 (step 4 had 0.0005)"),
         (("schedule={name: wsd, decay_steps: 2}",), ("train.steps=16",), 4,
@@ -471,9 +473,11 @@ def test_what_is_refused_names_its_keys_and_runs_when_it_is_allowed_by_name(
     status, said = command(folder, *options)
     assert status == 2 and "run was started with other values of data.seq_len, optimizer" in said
     assert said.rstrip().endswith(f"--allow-changed={keys}")
-    for allowed, word in (("--allow-changed=data", "of optimizer.clip_grad;"),
-                          ("--allow-changed=optimiser", "did you mean optimizer?")):  # fmt: skip
-        status, said = command(folder, *options, allowed)
+    for allowed, word in ((["--allow-changed=data"], "of optimizer.clip_grad;"),
+                          (["--allow-changed=optimiser"], "did you mean optimizer?"),
+                          (["--allow-changed", "data,optimizer.lrr"],
+                           "did you mean optimizer.lr?")):  # fmt: skip
+        status, said = command(folder, *options, *allowed)
         assert status == 2 and word in said
     assert metrics(folder / "named") == base["fp32"][1]
     for more in (["--allow-changed", keys], ["--allow-changed"]):
@@ -544,6 +548,7 @@ def test_a_branch_that_cannot_be_is_refused_before_anything_is_made(
     for branch, more, word in (
         ("{run: fp32, step: 3}", (), "fp32 has not step 3; its steps are: 2"),
         ("{run: tokens}", (), "tokens has not a step; its steps are: none"),
+        ("{run: nothing}", (), "nothing does not exist"),
         ("{run: fp32}", ("train.steps=2",), "has taken 2 steps, and train.steps is 2; raise"),
         ("{run: new}", (), "new is run.dir itself"),
         ("{run: damaged}", (), "damaged/step-00000002 is damaged: "),

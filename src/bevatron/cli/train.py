@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,13 +92,10 @@ class _Train(TyperCommand):
 
 
 def _are_keys(text: str) -> bool:
-    """Whether these are keys' names, rather than a file's, an option or an override."""
-    from bevatron.train.config_reference import known_keys
-
-    try:
-        return bool(text) and bool(known_keys(text.split(","), ALLOW)) and not Path(text).exists()
-    except BevatronError:
-        return False
+    """Whether these are keys' names (perhaps misspelt), rather than a file's, a recipe's, an option
+    or an override."""
+    looks = re.fullmatch(r"[a-z_]\w*([.,][a-z_]\w*)*", text) is not None
+    return looks and not text.endswith((".yaml", ".yml")) and not Path(text).exists()
 
 
 @app.command(cls=_Train, rich_help_panel=TRAIN)

@@ -39,8 +39,16 @@ def generate(
 
     Args:
         asked: fields of Sampling, None where the user said nothing.
+    Raises BevatronError, too, for what would have no effect.
     """
     chosen(Sampling(), asked)  # a mistake in it is said before a model is loaded
+    if logprobs is not None and not as_json:
+        raise BevatronError("--logprobs needs --json: plain text has no place for them")
+    if chat_template is not None and not any(p.is_chat for p in prompts):
+        raise BevatronError(
+            f"--chat-template {chat_template}: plain text is completed without a template; pass "
+            "--chat with it, or a chat as JSON on standard input"
+        )
     where: dict[str, Any] = {"device": device, "dtype": dtype, "max_batch": min(len(prompts), 32)}
     with Engine.open(ckpt, tp=tp, pp=pp, int8=int8, **where) as engine:
         if engine.sampling.temperature and asked.get("temperature") is None:

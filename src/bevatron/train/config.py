@@ -298,7 +298,8 @@ class FolderConfig(Section):
     """The run's folder. One that holds a complete step is continued from its newest."""
     branch_from: BranchConfig | None = None
     """Begin in a new folder as the continuation of a step of another run, instead of at `model`.
-    Every key may change there; the start says what each change does."""
+    Every key may change there (`optimizer.name` with `--reset-optimizer`); the start says what each
+    change does."""
 
 
 class RecipeConfig(Section):

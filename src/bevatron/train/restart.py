@@ -283,11 +283,15 @@ def _rates(old: RunConfig, new: RunConfig, step: int) -> str:
         )
     if moved is None and shared:
         return "the learning rate goes on as before"
+    had = rate(old, step)
+    if all(rate(new, n) == had for n in range(step + 1, new.train.steps + 1)):
+        none = ", so the steps from here on change no weights" if had == 0 else ""
+        return f"the learning rate stays at {had:.4g}, which step {step} had{none}"
     at = moved or step + 1
     before = f", would have had {rate(old, at):.4g}" if moved else ""
     return (
         f"the learning rate is another from step {at} on: {rate(new, at):.4g}{before} (step {step} "
-        f"had {rate(old, step):.4g})"
+        f"had {had:.4g})"
     )
 
 

@@ -249,7 +249,8 @@ class Run:
             if lacking and not fresh:
                 raise CheckpointError(
                     f"{weights.folder}: has no optimizer/{lacking[0]}, for it was saved with "
-                    "another optimizer; --reset-optimizer goes on with the weights alone"
+                    "another optimizer; --reset-optimizer goes on without its state (weights, fp32 "
+                    "masters, learning rate and data go on)"
                 )
             self.trainer.load_optimizer(shapes, read, updates, fresh=fresh)
 

@@ -99,6 +99,8 @@ def branch_step(config: RunConfig) -> Path | None:
     path = Path(branch.run)
     if path.resolve() == Path(config.run.dir).resolve():
         raise BevatronError(f"run.branch_from: {path} is run.dir itself; name a new run.dir")
+    if not path.exists():
+        raise BevatronError(f"run.branch_from: {path} does not exist; name the folder of a run")
     steps = {step_of(folder): folder for folder in RunFolder(path).step_folders()}
     step = branch.step if branch.step is not None else max(steps, default=None)
     if step is None or step not in steps:
