@@ -14,6 +14,7 @@ from bevatron.bridge.shards import parse_size
 from bevatron.bridge.verify import verify
 from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import assert_same_folder, edit_config, make
+from tests.faults.refusal import command
 
 
 def python(code: str) -> str:
@@ -78,6 +79,16 @@ def test_inspect_tells_what_a_model_is(tmp_path):
         inspect(tmp_path)
     with pytest.raises(BevatronError, match="does not exist"):
         inspect(tmp_path / "nothing")
+
+
+def test_the_table_of_an_import_says_nothing_that_is_about_exports(tmp_path):
+    source = make(tmp_path / "hf")
+    _, table, _ = command("import", source, tmp_path / "native")
+    assert "parameters" in table and "identical" not in table
+    _, out, _ = command("import", source, tmp_path / "native", "--overwrite", "--json")
+    assert json.loads(out)["identical"] is False
+    _, table, _ = command("export", tmp_path / "native", tmp_path / "out")
+    assert ["identical", "True"] in [line.split() for line in table.splitlines()]
 
 
 def test_verify_names_what_differs(tmp_path):

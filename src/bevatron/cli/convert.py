@@ -50,8 +50,10 @@ def import_(
         seen = preview_import(src, dst, **options)
         print(json.dumps(seen.to_dict()) if as_json else seen.text())
         return
-    report = import_checkpoint(src, dst, **options)
-    show(report.to_dict(), as_json)
+    values = import_checkpoint(src, dst, **options).to_dict()
+    if not as_json:
+        del values["identical"]  # it tells of exports alone
+    show(values, as_json)
 
 
 @app.command(rich_help_panel=CONVERT)
