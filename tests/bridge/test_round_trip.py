@@ -133,6 +133,10 @@ def test_a_field_accepted_by_name_is_recorded_and_comes_back(tmp_path):
     edit_config(source, house_style="brisk", is_llama_config=True, pad_token_id=-1)
     with pytest.raises(BevatronError, match="--accept-field house_style"):
         import_checkpoint(source, tmp_path / "native")
+    seen = verify(source, source)
+    assert "--accept-field house_style" in seen.logits["reason"]
+    assert seen.text().count("house_style") == 2  # the field and the option, in one note
+    assert "logits were not compared, for the same reason" in seen.text()
     arguments = ["import", source, tmp_path / "native", "--accept-field", "house_style", "--json"]
     status, out, _ = command(*arguments)
     assert status == 0

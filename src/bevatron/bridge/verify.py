@@ -59,7 +59,7 @@ class VerifyReport:
         lines += [f"  {_counted(names)}: {what}" for what, names in grouped.items()]
         lines += [f"  {note}" for note in self.notes]
         if self.logits is not None:
-            lines.append(_logits_text(self.logits))
+            lines.append(_logits_text(self.logits, self.notes))
         return "\n".join([*lines, "they agree" if self.ok else "they differ"])
 
 
@@ -95,6 +95,7 @@ class _Side:
     def __init__(self, label: str, path: Path, spec: ModelSpec | None, family: Family | None):
         self.label, self.path, self.spec, self.family = label, path, spec, family
         self.nbytes = 0
+        self.unknown = ""  # why there is no spec
 
     def hashes(self, report: VerifyReport, advance: Advance) -> Hashes:
         raise NotImplementedError
@@ -102,17 +103,18 @@ class _Side:
 
 class _HFSide(_Side):
     def __init__(self, label: str, source: HFFolder, accept: Collection[str]):
-        spec, family = None, None
+        spec, family, unknown = None, None, ""
         try:
             family, spec, _ = read_spec(source, accept)
         except BevatronError as error:
-            self.unknown = str(error)
+            unknown = str(error)
         super().__init__(label, source.path, spec, family)
-        self.source, self.nbytes = source, source.nbytes
+        self.source, self.nbytes, self.unknown = source, source.nbytes, unknown
 
     def hashes(self, report: VerifyReport, advance: Advance) -> Hashes:
         if self.spec is None:
-            report.notes.append(f"compared by names alone: {self.unknown}")
+            note = f"compared by names alone: {self.unknown}"
+            report.notes += [note] if note not in report.notes else []
         return hashes_of_files(self.path, self.source.headers, advance)
 
 
@@ -209,8 +211,10 @@ def _counted(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} tensors ({shown(names, 3)})"
 
 
-def _logits_text(logits: dict[str, Any]) -> str:
+def _logits_text(logits: dict[str, Any], notes: Collection[str]) -> str:
     if "max_abs_difference" not in logits:
+        if any(note.endswith(logits["reason"]) for note in notes):
+            return "logits were not compared, for the same reason"
         return f"logits were not compared: {logits['reason']}"
     note = f"; {logits['note']}" if logits.get("note") else ""
     return (
@@ -226,7 +230,7 @@ def _spelled(value: Any) -> str:
 
 def _logits(a: _Side, b: _Side, accept: Collection[str]) -> dict[str, Any]:
     if a.spec is None or b.spec is None:
-        return {"reason": "the architecture is not one that Bevatron knows"}
+        return {"reason": a.unknown or b.unknown}
     if a.spec != dataclasses.replace(b.spec, init=a.spec.init):
         return {"reason": "the models differ"}
     from bevatron.bridge.logits import compare_logits
