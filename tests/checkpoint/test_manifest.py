@@ -65,6 +65,46 @@ def test_chunks_that_overlap_and_leave_an_equal_gap_are_refused(native: Path) ->
         assert "overlap" in stderr
 
 
+def no_weights(native: Path) -> None:
+    edit(native / "manifest.json", lambda raw: raw.update(tensors={}))
+
+
+def whole_numbers(native: Path) -> None:
+    edit(native / "manifest.json", lambda raw: raw["tensors"]["model/embed.weight"].update(I32))
+
+
+I32 = {"dtype": "I32"}
+DISAGREE = {
+    "tensors": (no_weights, "manifest.json and spec.json disagree; missing: embed.weight"),
+    "dtype": (whole_numbers, "embed.weight has dtype I32, expected one of F64"),
+    "family": (
+        lambda n: edit(n / "manifest.json", lambda raw: raw.update(family="bogus")),
+        "manifest.json: unknown family 'bogus'",
+    ),
+    "spec": (
+        lambda n: edit(n / "spec.json", lambda raw: raw["norm"].update(kind="layer")),
+        'spec.json: norm.kind: found "layer"',
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DISAGREE)
+def test_inspect_refuses_what_export_refuses(native: Path, fault: str) -> None:
+    """It showed a family that nobody knows, and failed on a model without weights."""
+    damage, told = DISAGREE[fault]
+    damage(native)
+    refused(native, f"{native}", told, verb="export")
+    status, out, stderr = command("inspect", native)
+    assert (status, out, stderr.count("\n")) == (2, "", 1)
+    assert told in stderr and str(native) in stderr
+
+
+def edit(file: Path, act: Callable[[dict[str, Any]], Any]) -> None:
+    raw = json.loads(file.read_text())
+    act(raw)
+    file.write_text(json.dumps(raw))
+
+
 def change(where: str, value: Any) -> Callable[[dict[str, Any]], None]:
     def act(raw: dict[str, Any]) -> None:
         *path, last = where.split(".")

@@ -13,11 +13,10 @@ from bevatron.bridge.foreign import Foreign
 from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
 from bevatron.bridge.importer import main_dtype, understand
 from bevatron.bridge.nanotron import is_nanotron, open_nanotron
-from bevatron.bridge.native import read_spec
-from bevatron.bridge.provenance import read_provenance
+from bevatron.bridge.native import open_native
 from bevatron.checkpoint.files import located
 from bevatron.checkpoint.locate import is_native, resolve
-from bevatron.checkpoint.manifest import ITEMSIZE, read_manifest
+from bevatron.checkpoint.manifest import ITEMSIZE
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import check_accepted
@@ -58,7 +57,8 @@ def _foreign(source: Foreign) -> dict[str, Any]:
 
 
 def _native(folder: Path) -> dict[str, Any]:
-    manifest, spec, record = read_manifest(folder), read_spec(folder), read_provenance(folder)
+    native = open_native(folder)
+    manifest, spec, record = native.manifest, native.spec, native.provenance
     weights = manifest.weights().values()
     optimizer = [t for n, t in manifest.tensors.items() if n.startswith("optimizer/")]
     return {
@@ -116,8 +116,10 @@ def _dtype(config: dict[str, Any], folder: Path) -> str:
     if isinstance(named, str):
         return named.removeprefix("torch.")
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
-        stored = open_hf(folder).tensors().values()
-        return main_dtype((t.dtype, t.nbytes) for _, t in stored)
+        stored = [t for _, t in open_hf(folder).tensors().values() if t.dtype in FLOATS]
+        if not stored:
+            raise SourceError(f"{folder}: none of its tensors is one of {', '.join(FLOATS)}")
+        return main_dtype((t.dtype, t.nbytes) for t in stored)
     return "float32"
 
 

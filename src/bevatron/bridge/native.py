@@ -7,18 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bevatron.bridge.dtypes import FLOATS
 from bevatron.bridge.hf_folder import shown
 from bevatron.bridge.plan import carry, head_name
 from bevatron.bridge.provenance import Provenance, read_provenance
 from bevatron.checkpoint.locate import resolve
-from bevatron.checkpoint.manifest import CheckpointError, Manifest, TensorEntry, read_manifest
+from bevatron.checkpoint.manifest import (
+    FILE_NAME,
+    CheckpointError,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+)
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import spec_of
 from bevatron.families.family import Family, FamilyError, by_name, for_spec
 from bevatron.families.weight_map import Entry
 from bevatron.spec.json import from_json
-from bevatron.spec.model import ModelSpec
+from bevatron.spec.model import ModelSpec, SpecError
 
 CONFIG = "config.json"
 
@@ -92,25 +99,33 @@ class Native:
 def open_native(path: str | Path) -> Native:
     """Open a native checkpoint or a run's latest step, and check that it holds its whole model.
 
-    Raises CheckpointError naming parameters that are missing, unknown or of another shape."""
+    Raises BevatronError naming the file that is damaged or says what is unknown, or parameters that
+    are missing, unknown, or of another shape or no floating dtype."""
     folder = resolve(path)
     manifest = read_manifest(folder)
     spec = read_spec(folder)
     config = None
     if (folder / "source" / CONFIG).is_file():
         config = read_object(folder / "source" / CONFIG)
-    family, moved = family_of(manifest.family, spec, config)
+    try:
+        family, moved = family_of(manifest.family, spec, config)
+    except FamilyError as error:
+        raise FamilyError(f"{folder}/{FILE_NAME}: {error}") from error
     _check_weights(folder, manifest, spec)
     return Native(folder, manifest, spec, family, moved, config, read_provenance(folder))
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """The checkpoint's spec.json."""
+    """The checkpoint's spec.json. Raises CheckpointError or SpecError naming the file."""
     try:
         text = (folder / "spec.json").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder}/spec.json: cannot be read ({error})") from error
-    return from_json(text)
+    try:
+        return from_json(text)
+    except SpecError as error:
+        told = str(error).removeprefix("spec.json: ")
+        raise SpecError(f"{folder}/spec.json: {told}") from error
 
 
 def family_of(
@@ -145,4 +160,8 @@ def _check_weights(folder: Path, manifest: Manifest, spec: ModelSpec) -> None:
             raise CheckpointError(
                 f"{folder}: {name} has shape {list(tensor.shape)}, spec.json expects "
                 f"{list(wanted[name].shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{folder}: {name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
             )

@@ -29,7 +29,7 @@ from bevatron.errors import BevatronError, failure
 from bevatron.families import for_spec
 from bevatron.families.published import family_of, preset
 from bevatron.parallel.agree import on_all
-from bevatron.spec import ModelSpec
+from bevatron.spec import ModelSpec, SpecError
 from bevatron.spec.json import from_json
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
@@ -346,7 +346,10 @@ def spec_named(name: str) -> ModelSpec:
     """A spec from a JSON file, or a preset by its name."""
     path = Path(name)
     if path.is_file():
-        return from_json(path.read_text(encoding="utf-8"))
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except SpecError as error:
+            raise SpecError(f"{name}: {str(error).removeprefix('spec.json: ')}") from error
     if path.suffix == ".json":
         raise BevatronError(f"model.spec: {name} does not exist")
     return preset(name)
