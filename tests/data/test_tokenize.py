@@ -104,11 +104,11 @@ def test_a_folder_is_read_in_order_without_what_is_no_text(tmp_path: Path, model
 def test_each_line_of_jsonl_is_a_document(tmp_path: Path, model: Path) -> None:
     lines = [json.dumps({"text": t, "id": i}) for i, t in enumerate([POEM, "", NOTE])]
     lines.insert(1, "   ")
-    lines.append('{"text": "half a pair: \\ud83c, a pair: \\ud83c\\udfbb"}')
+    lines += ['{"text": null}', '{"text": "a pair: \\ud83c\\udfbb"}']
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     store = tokenize([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer=model)
-    assert documents(store, model) == [POEM, NOTE, "half a pair: \ufffd, a pair: 🎻"]
-    assert store.info.skipped == {"empty": 1}
+    assert documents(store, model) == [POEM, NOTE, "a pair: 🎻"]
+    assert store.info.skipped == {"empty": 2}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,8 @@ def test_each_line_of_jsonl_is_a_document(tmp_path: Path, model: Path) -> None:
     [
         ("{", "line 2 is not valid JSON"),
         ('{"content": "x", "id": 1}', "line 2 holds the keys 'content', 'id', expected"),
-        ('{"text": null}', "line 2 holds the keys 'text', expected"),
+        ('{"text": 5}', "line 2 holds the keys 'text', expected"),
+        ('{"text": "a\\ud800b"}', r"line 2 holds \\ud800 in \"text\", half of a surrogate pair"),
         ('["text"]', "line 2 holds a JSON list, expected"),
     ],
 )

@@ -116,10 +116,20 @@ def test_fault_72_bodies_that_are_no_request(server: Served) -> None:
         ([{"role": "user", "content": None}], "messages"),
     ]:
         error(server.post(CHAT, {"messages": messages}), 400, param)
-    for content in (5, {"a": 1}, [5], [{"type": "image_url", "image_url": {"url": "x"}}]):
-        response = server.post(CHAT, {"messages": [{"role": "user", "content": content}]})
-        found = response.json()["error"]
-        assert response.status_code == 400 and found["param"].startswith("messages.0.content")
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    for content, where, what in [
+        (5, "", "expected a string or a list of parts"),
+        ({"a": 1}, "", "expected a string or a list of parts"),
+        ([5], ".0", "expected an object"),
+        ([{"type": "text", "text": "a"}, {"type": "text"}], ".1.text", "is missing"),
+        ([{"text": 5}], ".0.text", "a valid string"),
+        ([image, image], ".0.type", "image_url is not supported"),
+        ([{"type": ["{x}"]}], ".0.type", "['{x}'] is not supported"),
+    ]:
+        body = {"messages": [{"role": "user", "content": content}]}
+        param = f"messages.0.content{where}"
+        said = error(server.post(CHAT, body), 400, param)
+        assert said.startswith(f"{param}: ") and what in said and "more like it" not in said
     error(server.post(CHAT, {"model": "tiny"}), 400, "messages")
     json_type = {"Content-Type": "application/json"}
     for data in (b"", b"{", b"nope", b"[]", b'"x"', b'{"prompt": "\xff\xfe"}', b"\xef\xbb\xbf{}"):
@@ -195,11 +205,17 @@ def test_fault_73_logit_bias_stop_and_other_variants(server: Served) -> None:
         ("top_logprobs", 2),
         ("logprobs", 1),
         ("tool_choice", "required"),
-        ("functions", []),
+        ("functions", [{"name": "f"}]),
+        ("reasoning_effort", "low"),
         ("max_completion_tokens", 0),
         ("generation_config", "{"),
     ]:
         refused(server, CHAT, **{field: value})
+    assert refused(server, COMPLETIONS, suffix="x") == (
+        "suffix: is not supported by this server; leave it out"
+    )
+    body = {"messages": HELLO, "functions": [], "max_tokens": 1}
+    assert server.post(CHAT, body).status_code == 200
     response = server.post(CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}})
     error(response, 400, "response_format.type")
 

@@ -104,8 +104,11 @@ def _record(line: bytes, field: str, *, first: bool) -> str | None:
 
 
 def text_of(record: object, field: str) -> str:
-    """The text of a record. Raises ValueError if it has none."""
+    """The text of a record, empty for a null, as tables have it. Raises ValueError if it has none
+    or one that is no Unicode."""
     found = record.get(field) if isinstance(record, dict) else None
+    if found is None and isinstance(record, dict) and field in record:
+        return ""
     if not isinstance(found, str):
         what = (
             f"the keys {', '.join(map(repr, record))[:200]}"
@@ -116,10 +119,15 @@ def text_of(record: object, field: str) -> str:
             f'holds {what}, expected an object with a string "{field}"; name another with '
             "--text-field"
         )
-    if found.isascii():
-        return found
-    # JSON can spell half of a surrogate pair, which is no character and which no encoder takes
-    return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:  # JSON can spell half of a surrogate pair
+        found.isascii() or found.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(found[error.start]):04x}"
+        raise ValueError(
+            f'holds {half} in "{field}", half of a surrogate pair, which has no UTF-8 form; '
+            "correct it or remove it"
+        ) from None
+    return found
 
 
 def array_pieces(file: IO[bytes], path: Path, field: str, skipped: Counter[str]) -> Iterator[Piece]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from bevatron.generate.server.refusal import UNSUPPORTED
 
 MAX_PROMPTS = 128
 MAX_TOKEN = 2**31 - 1
@@ -76,6 +87,21 @@ Limit = Annotated[
 ]
 
 
+def _unsupported(what: str = "") -> PydanticCustomError:
+    said = f"{what} is not supported" if what else "is not supported by this server; leave it out"
+    return PydanticCustomError(UNSUPPORTED, "{said}", {"said": said})
+
+
+def _check_unused(value: object) -> object:
+    """Of what asks for nothing as long as it is empty."""
+    if value:
+        raise _unsupported()
+    return value
+
+
+Unused = BeforeValidator(_check_unused)
+
+
 class Strict(BaseModel):
     """Nothing that it does not know, but null, which asks for nothing: clients write out all the
     fields that they know."""
@@ -133,7 +159,9 @@ class CompletionRequest(Common):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128, description="The same as n")] | None = None
-    suffix: Annotated[str, Field(max_length=0, description="Not supported")] | None = None
+    suffix: Annotated[
+        Annotated[str, Field(max_length=0, description="Not supported")] | None, Unused
+    ] = None
 
 
 class TextPart(BaseModel):
@@ -154,6 +182,36 @@ class RefusalPart(BaseModel):
     refusal: str
 
 
+def _check_content(value: object) -> object:
+    """One finding, where it is, instead of one for each shape that the content has not."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("expected a string or a list of parts")
+    for number, part in enumerate(value):
+        if (wrong := _wrong_part(part)) is not None:
+            where, what = wrong
+            found = InitErrorDetails(type=what, loc=(number, *where), input=part)
+            raise ValidationError.from_exception_data("content", [found])
+    return value
+
+
+def _wrong_part(part: object) -> tuple[tuple[str, ...], PydanticCustomError | str] | None:
+    """Where in a part of a message something is wrong, and what; None if nothing is."""
+    if not isinstance(part, dict):
+        return (), PydanticCustomError("part", "expected an object with a type")
+    kind = part.get("type", "text")
+    if kind not in ("text", "input_text", "output_text", "refusal"):
+        return ("type",), _unsupported(str(kind)[:60])
+    name = "refusal" if kind == "refusal" else "text"
+    if name not in part:
+        return (name,), "missing"
+    return None if isinstance(part[name], str) else ((name,), "string_type")
+
+
+Content = Annotated[str | list[TextPart | RefusalPart] | None, BeforeValidator(_check_content)]
+
+
 class CalledFunction(Strict):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: str | dict[str, JsonValue] | None = None
@@ -171,7 +229,7 @@ WITHOUT_EFFECT = {"refusal", "annotations", "cache_control"}
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | RefusalPart] | None = None
+    content: Content = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
@@ -221,6 +279,9 @@ class ChatRequest(Common):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    functions: Annotated[
+        Annotated[list[JsonValue], Field(max_length=0, description="Not supported")] | None, Unused
+    ] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None

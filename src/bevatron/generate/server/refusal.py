@@ -44,6 +44,7 @@ class Refusal(Exception):
 
 
 BAD = "invalid_request_error"
+UNSUPPORTED = "unsupported"  # a code, and the kind of a finding
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -69,7 +70,9 @@ def invalid(error: ValidationError) -> Refusal:
     first = found[0]
     param = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":
-        return bad(f"{param}: is not supported by this server; leave it out", param, "unsupported")
+        return bad(f"{param}: is not supported by this server; leave it out", param, UNSUPPORTED)
+    if first["type"] == UNSUPPORTED:
+        return bad(f"{param}: {first['msg']}", param, UNSUPPORTED)
     if first["type"] == "missing":
         return bad(f"{param}: is missing", param, "missing")
     message = str(first["msg"]).removeprefix("Value error, ")
