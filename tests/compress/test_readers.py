@@ -22,6 +22,7 @@ NEMOTRON = ModelSpec(
     norm=Norm("layernorm1p"),
     rope=Rope(partial=0.5),
 )
+IF_MODEL = "yes, if its converter takes the tokenizer: it reads tokenizer.model only of a Nemotron"
 WIDTH = Targets(hidden_size=3072, intermediate_size=9216)
 
 
@@ -52,6 +53,7 @@ def test_sglang_leaves_biases_of_a_llamas_mlp_out() -> None:
 def test_llama_cpp_takes_a_nemotrons_head_dim_from_its_hidden_size() -> None:
     same = pruned(NEMOTRON, "nemotron", Targets(intermediate_size=9216))
     assert same.pop("SGLang").startswith("by its fallback")
+    assert same.pop("llama.cpp") == IF_MODEL
     assert set(same.values()) == {"yes"}
     found = pruned(NEMOTRON, "nemotron")
     assert found["vLLM"] == found["TensorRT-LLM"] == "yes"
@@ -59,7 +61,7 @@ def test_llama_cpp_takes_a_nemotrons_head_dim_from_its_hidden_size() -> None:
     heads = pruned(NEMOTRON, "nemotron", Targets(num_attention_heads=16))
     assert heads["llama.cpp"].startswith("no: head_dim is not hidden_size")
     both = Targets(hidden_size=2048, num_attention_heads=16)
-    assert pruned(NEMOTRON, "nemotron", both)["llama.cpp"] == "yes"
+    assert pruned(NEMOTRON, "nemotron", both)["llama.cpp"] == IF_MODEL
     tied = pruned(replace(NEMOTRON, tie_word_embeddings=True), "nemotron", both)
     assert "tied" in tied["llama.cpp"]
 
@@ -89,6 +91,15 @@ def test_llama_cpp_wants_an_attention_in_the_first_layer_that_differs() -> None:
         (LayerSpec(None, None), False),
         (LayerSpec(Linear(), wide), True),
     ):
-        spec = ModelSpec(vocab_size=97, hidden_size=128, layers=(first, whole))
+        spec = ModelSpec(vocab_size=128256, hidden_size=128, layers=(first, whole))
         found = readers(spec, "llama_nemotron")["llama.cpp"]
         assert found == ("yes" if reads else "no: its first layer has no attention")
+
+
+def test_llama_cpp_reads_few_tokenizers_of_layers_that_differ() -> None:
+    layers = (LayerSpec(Attention(4, 2, 32), MLP(256)), LayerSpec(None, MLP(512)))
+    llama3, smaller = (ModelSpec(size, 128, layers) for size in (128256, 49152))
+    assert readers(llama3, "llama_nemotron")["llama.cpp"] == "yes"
+    found = readers(smaller, "llama_nemotron")
+    assert found.pop("llama.cpp").startswith("yes, if its converter takes the tokenizer")
+    assert set(found.values()) == {"yes"}

@@ -47,7 +47,7 @@ def test_every_kind_of_answer_is_predicted_somewhere(exports: dict[str, Export])
     for reader in ("vLLM", "llama.cpp"):
         said = [export.predicted[reader] for export in exports.values()]
         assert sum(s.startswith("no: ") for s in said) >= 3
-        assert sum(s == "yes" for s in said) >= 10
+        assert sum(s.startswith("yes") for s in said) >= 10
 
 
 @needs(VLLM)

@@ -148,11 +148,15 @@ def refusals(spec: ModelSpec) -> dict[str, list[str]]:
 
 
 def readers(spec: ModelSpec, family: str) -> dict[str, str]:
-    """What each of READERS makes of the export of this model: "yes", "no: " and what is in the
-    way, or what else has to be known. How it is known, see `refusals`."""
+    """What each of READERS makes of the export of this model: "yes", "yes, if" and what its
+    tokenizer has to be, "no: " and what is in the way, or what else has to be known. How it is
+    known, see `refusals`."""
     if family == "llama_nemotron":
         why = {reader: "; ".join(reasons) for reader, reasons in refusals(spec).items()}
-        return {reader: f"no: {why[reader]}" if reader in why else "yes" for reader in READERS}
+        found = {reader: f"no: {why[reader]}" if reader in why else "yes" for reader in READERS}
+        if found["llama.cpp"] == "yes" and spec.vocab_size != _DECILM_TOKENS:
+            found["llama.cpp"] = _IF_TOKENIZER_OF_DECILM
+        return found
     if family not in ("llama", "mistral", "nemotron", "nanochat"):
         return dict.fromkeys(READERS, f"not known: their classes for {family} were not looked at")
     if spec.head.kind != "causal_lm":
@@ -170,6 +174,11 @@ def readers(spec: ModelSpec, family: str) -> dict[str, str]:
     return found
 
 
+_DECILM_TOKENS = 128256
+_IF_TOKENIZER = "yes, if its converter takes the tokenizer: it reads"
+_IF_TOKENIZER_OF_DECILM = (
+    f"{_IF_TOKENIZER} a byte-level one of a DeciLM only with {_DECILM_TOKENS:,} tokens"
+)
 _HEAD_DIM = "head_dim is not hidden_size / num_attention_heads"
 _NO_MLP_BIAS = "it has biases in the MLP, which would be left out silently"
 _FALLBACK = "by its fallback to transformers' own class, for it has none"
@@ -185,7 +194,9 @@ def _llama_cpp_of_nemotron(spec: ModelSpec) -> str:
         reasons.append("it wants a head of its own, and this one is tied")
     if spec.rope.kind not in ("default", "linear"):
         reasons.append(f"its rope is {spec.rope.kind}")
-    return f"no: {'; '.join(reasons)}" if reasons else "yes"
+    if reasons:
+        return f"no: {'; '.join(reasons)}"
+    return f"{_IF_TOKENIZER} tokenizer.model only of a Nemotron"
 
 
 def _attentions(spec: ModelSpec) -> list[Attention]:

@@ -22,7 +22,7 @@ class PruneReport:
         parameters, before: exact counts; `sizes`: of the result, lists where its layers differ.
         dropped_layers: by their old index.
         exports_as: the transformers class of the result; None if there is none that says it.
-        readers: other program -> "yes", or why it will not read the export.
+        readers: other program -> "yes" (and if what), or why it will not read the export.
         bytes_read: of the tensors that are touched.
     """
 
