@@ -52,7 +52,8 @@ def make(folder: Path, kind: str, **changes: Any) -> Any:
     else:
         stem, more = CLASSES[kind]
         config = getattr(transformers, f"{stem}Config")(
-            **{**SMALL, "vocab_size": VOCAB, **more, **changes}
+            # a copy, for a configuration writes into what it is given
+            **copy.deepcopy({**SMALL, "vocab_size": VOCAB, **more, **changes})
         )
         model = save(getattr(transformers, f"{stem}ForCausalLM")(config), folder)
     tokenizer().save(str(folder / "tokenizer.json"))

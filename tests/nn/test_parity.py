@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -119,25 +120,27 @@ def assert_parity(model: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("variant", LLAMA)
 def test_llama(variant: str, tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**{**SMALL, **LLAMA[variant]})
+    config = transformers.LlamaConfig(**deepcopy({**SMALL, **LLAMA[variant]}))
     assert_parity(save(transformers.LlamaForCausalLM(config), tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("variant", NEMOTRON)
 def test_nemotron(variant: str, tmp_path: Path) -> None:
-    config = transformers.NemotronConfig(**{**SMALL, **NEMOTRON[variant]})
+    config = transformers.NemotronConfig(**deepcopy({**SMALL, **NEMOTRON[variant]}))
     assert_parity(save(transformers.NemotronForCausalLM(config), tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("variant", NANOCHAT)
 def test_nanochat(variant: str, tmp_path: Path) -> None:
-    config = transformers.NanoChatConfig(**{**SMALL, **NANOCHAT[variant]})
+    config = transformers.NanoChatConfig(**deepcopy({**SMALL, **NANOCHAT[variant]}))
     assert_parity(save(transformers.NanoChatForCausalLM(config), tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["plain", "head_dim", "tied", "rope-yarn"])
 def test_mistral_without_a_window(variant: str, tmp_path: Path) -> None:
-    config = transformers.MistralConfig(**{**SMALL, "sliding_window": None, **LLAMA[variant]})
+    config = transformers.MistralConfig(
+        **deepcopy({**SMALL, "sliding_window": None, **LLAMA[variant]})
+    )
     assert_parity(save(transformers.MistralForCausalLM(config), tmp_path), tmp_path)
 
 
