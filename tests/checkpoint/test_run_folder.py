@@ -152,6 +152,19 @@ def test_two_runs_in_one_folder_the_second_is_refused_by_name(
         assert names(run) == [".lock"]
 
 
+def test_files_of_something_else_are_told_from_a_runs(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "some")
+    assert folder.foreign() == []
+    folder.path.mkdir()
+    (folder.path / ".lock").touch()
+    assert folder.foreign() == []
+    for name in ("b.txt", "a.txt"):
+        (folder.path / name).touch()
+    assert folder.foreign() == ["a.txt", "b.txt"]
+    (folder.path / "starts.jsonl").touch()
+    assert folder.foreign() == []
+
+
 def test_a_folder_that_was_made_for_nothing_is_gone(run: RunFolder) -> None:
     with run.occupied():
         assert run.path.is_dir()

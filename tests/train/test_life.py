@@ -233,6 +233,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(config: Path, start: Start) 
     os.killpg(once.process.pid, signal.SIGINT)
     said = once.end()
     assert once.process.returncode == 130 and "saved; start again" in said
+    assert "stopped by SIGINT after step" in said, said
     assert gone(workers) and "Traceback" not in said
     twice = start(*arguments)
     twice.reach(small_run.losses(config.parent / "run")[-1][0] + 3)

@@ -60,6 +60,15 @@ class RunFolder:
         """The newest complete step folder: the manifest decides, `latest` is for people."""
         return folders[-1] if (folders := self.step_folders()) else None
 
+    def foreign(self) -> list[str]:
+        """Names of what lies here, sorted, if nothing of it is a run's. Hidden names do not count,
+        nor steps that were set aside, for which there are others or metrics."""
+        if not self.path.is_dir():
+            return []
+        names = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
+        own = (LATEST, METRICS, STARTS)
+        return [] if any(n in own or _NAME.fullmatch(n) for n in names) else names
+
     # --- one writer at a time ---------------------------------------------------------------------
 
     @contextmanager

@@ -40,6 +40,7 @@ from bevatron.train.stopping import Stopping
 from bevatron.train.trainer import Trainer
 from bevatron.train.validation import Validation
 from bevatron.train.watch import Watch
+from bevatron.train.workers import asked_by
 
 Say = Callable[[str], None]
 
@@ -335,7 +336,7 @@ class Run:
 
     def _say_why(self, say: Say) -> None:
         asked = self.stopping.asked
-        reason = asked.name if asked is not None else "a signal to another rank"
+        reason = asked_by(asked) if asked is not None else "a signal to another rank"
         self.meter.write({"step": self.step, "event": "stopped", "reason": reason})
         saved = "saved; start again to continue" if self.step else "nothing to save yet"
         say(f"stopped by {reason} after step {self.step}: {saved}")

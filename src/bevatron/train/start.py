@@ -38,6 +38,7 @@ from bevatron.train.new_head import with_head
 from bevatron.train.override import overridden
 
 Say = Callable[[str], None]
+FOREIGN_SHOWN = 3  # names of files that are not a run's
 SEEN_WITHIN_S = 60.0  # how long a network file system may hide a new file from other machines
 
 
@@ -184,6 +185,12 @@ def opened_run(config: RunConfig, say: Say) -> Iterator[Start]:
         on_all(lambda: stack.enter_context(folder.occupied()) if main else None)
         _check_shared(folder.path)
         start = _newest_good(folder, say)
+        if start is None and main and (names := folder.foreign()):
+            more = ", ..." if len(names) > FOREIGN_SHOWN else ""
+            say(
+                f"warning: run.dir {folder.path} holds what is no run's "
+                f"({', '.join(names[:FOREIGN_SHOWN])}{more}); steps and metrics go beside it"
+            )
         found: list[Start] = []
         if start is None:
             start = _branched(config)

@@ -28,6 +28,7 @@ from bevatron.train.stopping import ASKED, PARENT, SIGNALS, Stopping
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
 LAUNCHER = "BEVATRON_LAUNCHER"  # a folder of this launcher; absent under plain torchrun
 STOPPED = "stopped"  # the name of a file there: the run ended because it was asked to
+ASKED_BY = "asked-by"  # a file there: the name of the signal that the launcher got first
 # Of several ranks that fail, the first is the cause. One that only lost its peers waits, so that
 # the launcher sees the other one first; it is usually ended meanwhile.
 PATIENCE_S = 3.0
@@ -122,6 +123,8 @@ class _PassOn:
         if self.asked is None:
             self.asked = got
             os.environ[ASKED] = got.name
+            if (folder := os.environ.get(LAUNCHER)) is not None:
+                (Path(folder) / ASKED_BY).write_text(got.name, encoding="utf-8")
             if got is signal.SIGINT:
                 text = "saving after this step; Ctrl-C again stops at once without saving"
                 text = text if self.saves else "stopping all processes; Ctrl-C again: at once"
@@ -162,6 +165,16 @@ def say_stopped() -> None:
     """As a worker: tell the launcher that the run ended because it was asked to."""
     if (folder := os.environ.get(LAUNCHER)) is not None:
         (Path(folder) / STOPPED).touch()
+
+
+def asked_by(got: signal.Signals) -> str:
+    """As a worker: the name of the signal that the run was sent, of which the launcher may have
+    passed on another (SIGTERM for Ctrl-C)."""
+    folder = os.environ.get(LAUNCHER)
+    try:
+        return got.name if folder is None else (Path(folder) / ASKED_BY).read_text("utf-8")
+    except OSError:  # this process alone was sent it, or the launcher is gone
+        return got.name
 
 
 def last_words(message: str, status: int) -> NoReturn:
