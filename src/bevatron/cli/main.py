@@ -22,7 +22,7 @@ from bevatron.cli import convert, train, compress, generate  # noqa: F401  # iso
 def demo(
     source: Annotated[str | None, typer.Argument(help="HF folder or Hub id to start from.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Everything goes in here.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(min=5, help="Training steps at each layout.")] = 35,
+    steps: Annotated[int, typer.Option(min=5, help="Training steps at each layout.")] = 18,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete --dir first.")] = False,
 ) -> None:
     """The whole tour on real text: convert, train in 3D, resume, export, verify, generate."""
