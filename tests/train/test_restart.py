@@ -596,7 +596,7 @@ def test_a_reset_optimizer_is_as_before_its_first_update(
     for name, mean in first.items():  # (1 - 0.9) g and (1 - 0.95) g^2 of one gradient
         torch.testing.assert_close(mean.square() * 0.05, second[name] * 0.01)
     assert json.loads((step / "train_state.json").read_text())["optimizer_since"] == 2
-    assert "another optimizer; --reset-optimizer goes on with the weights" in found["refused"][0]
+    assert "another optimizer; --reset-optimizer goes on without its state" in found["refused"][0]
     assert "error" not in found["muon"][0] and len(found["muon"][1]) == 3
     assert "had been reset before, and is not again" in found["later"][0]
 
