@@ -84,15 +84,19 @@ def wide(folder: Path) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_request_that_memory_does_not_suffice_for_ends_alone(tmp_path: Path, tp: int) -> None:
+def test_a_request_that_memory_does_not_suffice_for_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp: int
+) -> None:
     """The others go on and give what they give alone, and so do later ones."""
     folder = wide(tmp_path)
-    with Engine.open(folder, max_tokens=1 << 20, max_batch=4, tp=tp) as engine:
+    # The large one's 5,010 positions at once: 2.5 GiB per layer, where all have 3 GiB.
+    monkeypatch.setattr(scheduler, "CHUNK", 1 << 13)
+    with Engine.open(folder, max_tokens=1 << 20, max_batch=3, tp=tp) as engine:
         expected = engine.complete([Request((5, 6), 30)])[0]
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         running = [engine.submit(Request((5, 6), 30)) for _ in range(2)]
-        resource.setrlimit(resource.RLIMIT_AS, (used + GIB, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 3 * GIB, hard))
         try:
             large = engine.submit(Request((1,) * 5000, 10))
             with pytest.raises(NoRoom, match="not enough memory for this request, which has 5,000"):
@@ -103,6 +107,8 @@ def test_a_request_that_memory_does_not_suffice_for_ends_alone(tmp_path: Path, t
         assert [stream.result().tokens for stream in running] == [expected.tokens] * 2
         assert later.tokens == expected.tokens
         assert engine.failure is None and engine.stats().running == 0
+        cache = engine.group.model.cache
+        assert {kv.shape[3] for kv in cache.layers.values()} == {cache.capacity}, "given back"
         assert engine.complete([Request((1,) * 600, 2)])[0].finish_reason == "length"
 
 

@@ -28,16 +28,21 @@ class SlotCache:
         }
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Have at least so many rows and positions; what is held in those that stay is kept.
+        """Have so many rows and positions; what is held in those that stay is kept.
 
         May fail for want of memory after some of the layers. Nothing is lost by that: the next call
-        goes on from what each layer has."""
+        goes on from what each layer has, and gives back what was taken in vain."""
         self.rows = self.capacity = 0
         for i, old in self.layers.items():
             r, g, two, c, d = old.shape
-            if r >= rows and c >= capacity:
+            if (r, c) == (rows, capacity):
                 continue
-            new = torch.zeros((rows, g, two, capacity, d), dtype=old.dtype, device=old.device)
+            try:
+                new = torch.zeros((rows, g, two, capacity, d), dtype=old.dtype, device=old.device)
+            except (RuntimeError, MemoryError):
+                if r >= rows and c >= capacity:
+                    continue  # larger than it need be, and no room for a smaller one beside it
+                raise
             r, c = min(rows, r), min(capacity, c)
             new[:r, :, :, :c] = old[:r, :, :, :c]
             self.layers[i] = new

@@ -34,7 +34,8 @@ def is_want_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device. (torch has no class for it on CPUs.)"""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return "DefaultCPUAllocator" in said or said.startswith("could not create a ")  # oneDNN
 
 
 class Rotations:

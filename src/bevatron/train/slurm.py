@@ -101,13 +101,15 @@ export PYTHONUNBUFFERED=1
 
 # Slurm's signal before the time limit comes to this shell alone; srun takes it to every node.
 asked=0
+signals=0
 step=
 pass_on() {{
   asked=1
+  signals=$((signals + 1))
   kill -USR1 "$step" 2>/dev/null
 }}
 trap pass_on USR1
-trap 'kill -TERM "$step" 2>/dev/null' TERM
+trap 'signals=$((signals + 1)); kill -TERM "$step" 2>/dev/null' TERM
 
 # The newest saved step; nothing if there is none.
 newest() {{ cat -- {latest} 2>/dev/null; }}
@@ -116,12 +118,12 @@ before=$(newest)
 srun --kill-on-bad-exit=1 {train} &
 step=$!
 if [ "$asked" = 1 ]; then pass_on; fi
-# A trapped signal ends `wait`, not srun.
-wait "$step"
-status=$?
-while kill -0 "$step" 2>/dev/null; do
+# A trapped signal ends `wait` with a status of its own, and not srun: ask again.
+while :; do
+  seen=$signals
   wait "$step"
   status=$?
+  [ "$signals" = "$seen" ] && break
 done
 
 # A run that has reached its last step ends with 0; one that was asked to save does not. Only what
