@@ -4,9 +4,9 @@ PYTHON ?= python3
 # Named by itself because a plain `pip install torch` may fetch gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 NEWEST_TORCH ?= torch
-# Tests run in so many processes at a time, a file in one of them.
+# Tests run in so many processes at a time, a file in one of them; if one of these dies, all end.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 BIN := .venv/bin
 LOCKED := -m pip install -q --no-build-isolation -c requirements.lock
 # What builds and installs the rest is locked as well.

@@ -68,7 +68,6 @@ def test_loading_saving_and_validating_show_how_far_they_are(tmp_path: Path) -> 
 
 
 NESTED = """
-import threading, time
 from bevatron import progress as p
 p.QUIET_S = 0
 with p.progress("outer", total=4, unit="steps") as outer:
@@ -76,7 +75,7 @@ with p.progress("outer", total=4, unit="steps") as outer:
         outer(1, loss=i)
         with p.progress("inner", total=2) as inner:
             inner()
-            time.sleep(0.3)
+            p._screens[0].live.refresh()  # which a thread does four times a second
             inner()
         outer()
 """

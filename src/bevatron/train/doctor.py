@@ -78,6 +78,7 @@ def _software() -> dict[str, Any]:
             out[name] = version(name)
         except PackageNotFoundError:
             out[name] = None
+    out["torch"] = torch.__version__  # with the build, which the package's version may lack
     out["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
         out["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
