@@ -27,17 +27,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from bevatron.checkpoint import tables
+from bevatron.checkpoint import rank_tables
 from bevatron.checkpoint.manifest import Chunk, TensorEntry, read_manifest
 from bevatron.checkpoint.run_folder import RunFolder
-from bevatron.families.published import preset
+from bevatron.families.published_models import preset
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.world import mesh, world
+from bevatron.parallel.process_groups import mesh, world
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import Pretrain
-from bevatron.train.saving import Saver
-from bevatron.train.start import Start
+from bevatron.train.run_start import Start
+from bevatron.train.save_steps import Saver
 from bevatron.train.trainer import Trainer
 
 SPEC = ModelSpec(32000, 512, (LayerSpec(Attention(8, 4, 64), MLP(1408)),) * 8)
@@ -146,7 +146,7 @@ def joined(folder: Path, ranks: int) -> None:
     ]
     names = [[p for i in stage for p in spec.layer_parameters(i)] for stage in stages]
     kinds = ("model", "optimizer/master", "optimizer/exp_avg", "optimizer/exp_avg_sq")
-    (folder / tables.FOLDER).mkdir()
+    (folder / rank_tables.FOLDER).mkdir()
     (folder / "optimizer").mkdir()
     for rank in range(ranks):
         stage, part = divmod(rank, shards)
@@ -159,10 +159,10 @@ def joined(folder: Path, ranks: int) -> None:
                 rows = (p.numel * low // shards, p.numel * high // shards)
                 chunk = Chunk((rows[0],), (rows[1] - rows[0],), file, 0, f"xxh3:{rank:032x}")
                 entries[f"{kind}/{p.name}"] = TensorEntry("F32", (p.numel,), (chunk,))
-        tables.leave_table(folder, rank, entries)
+        rank_tables.leave_table(folder, rank, entries)
     began, cpu = time.perf_counter(), time.process_time()
-    tables.wait_for_tables(folder, ranks, threading.Event())
-    merged = tables.merge_tables(folder, ranks, "llama", 1)
+    rank_tables.wait_for_tables(folder, ranks, threading.Event())
+    merged = rank_tables.merge_tables(folder, ranks, "llama", 1)
     (folder / "manifest.json").write_text(merged.to_json())
     wall, spent = time.perf_counter() - began, time.process_time() - cpu
     size = (folder / "manifest.json").stat().st_size / 1e6

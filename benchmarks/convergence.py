@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from real_text import bevatron, plot, prepare
 
-from bevatron.data.store import TokenStore
+from bevatron.data.token_store import TokenStore
 from bevatron.spec import MLP, Attention, Init, LayerSpec, ModelSpec, Norm, Rope
 from bevatron.spec.json import to_json
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from measured import measured
 
-from bevatron.bridge.shards import SHARD_SIZE, new_shards
+from bevatron.bridge.export_shards import SHARD_SIZE, new_shards
 from bevatron.families import for_spec
-from bevatron.families.published import preset
+from bevatron.families.published_models import preset
 
 CONVERT = "from bevatron.bridge.convert import {name} as f; f({a!r}, {b!r})"
 NO_SYNC = "import os; os.fsync = lambda fd: None; "
@@ -36,7 +36,9 @@ class Nothing:
     def update(self, data): pass
     def hexdigest(self): return "0" * 32
 xxhash.xxh3_128 = Nothing
-from bevatron.bridge import dtypes, exporter, importer
+from bevatron.bridge import cast
+from bevatron.bridge import export_hf
+from bevatron.bridge import import_hf
 dtypes.NonFinite.update = lambda self, data: None
 class Same(str):
     def __ne__(self, other): return False

@@ -106,7 +106,7 @@ def limit(shape: dict[str, Any], dtype: str, int8: bool) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from bevatron.generate.matrix import matrix
+    from bevatron.generate.matrix_product import matrix
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     h, f, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]

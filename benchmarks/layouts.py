@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bevatron.data.writer import StoreWriter
+from bevatron.data.token_store_writer import StoreWriter
 
 LAYOUTS = {
     "one process": (1, []),

@@ -23,11 +23,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from bevatron.nn.attend import make_mask
 from bevatron.nn.attention import Attention
-from bevatron.nn.comm import Comm
+from bevatron.nn.attention_kernels import make_mask
+from bevatron.nn.rank_communication import Comm
 from bevatron.nn.rope import rotation
-from bevatron.parallel.context import ContextParallel
+from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.spec import Attention as AttentionSpec
 from bevatron.spec import Rope
 

@@ -31,7 +31,7 @@ import yaml
 from measured import Measured, measured
 from real_text import bevatron, plot, prepare
 
-from bevatron.compress.scores import Scores
+from bevatron.compress.importance_scores import Scores
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec, Norm, Rope
 from bevatron.spec.json import to_json
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from measured import measured
 
-from bevatron.bridge.shards import new_shards
-from bevatron.compress.scores import Scores, expected, spec_hash
+from bevatron.bridge.export_shards import new_shards
+from bevatron.compress.importance_scores import Scores, expected, spec_hash
 from bevatron.families import by_name
-from bevatron.families.published import preset
+from bevatron.families.published_models import preset
 
 BLOCK = 32 << 20
 CASES = {

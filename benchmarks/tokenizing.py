@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from measured import measured
 
-from bevatron.data.store import TOKENS, TokenStore
+from bevatron.data.token_store import TOKENS, TokenStore
 from bevatron.data.tokenize import cores
 
 EOS = "<|end|>"

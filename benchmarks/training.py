@@ -80,7 +80,7 @@ def bevatron(shape: Shape, bf16: bool, compiled: bool) -> Step:
     import torch
 
     from bevatron.parallel.layout import Layout
-    from bevatron.parallel.world import mesh
+    from bevatron.parallel.process_groups import mesh
     from bevatron.spec import MLP, Attention, Init, LayerSpec, ModelSpec, Rope
     from bevatron.train.config import OptimizerConfig, TrainConfig
     from bevatron.train.hardware import tune_allocator
@@ -227,7 +227,7 @@ def child(name: str, shape: Shape, bf16: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     with ExitStack() as stack:
         if name.startswith("bevatron"):
-            from bevatron.parallel.world import world
+            from bevatron.parallel.process_groups import world
 
             stack.enter_context(world(torch.device("cpu")))
         serve(build(name, shape, bf16))

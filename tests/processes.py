@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.pipelining", "numpy"]
-PRELOAD += ["bevatron.train.trainer", "bevatron.train.run", "bevatron.cli.main"]
+PRELOAD += ["bevatron.train.trainer", "bevatron.train.training_loop", "bevatron.cli.main"]
 TIMEOUT_S = 900  # of a rank that hangs
 RUNS = 10  # gloo leaves three threads per process group behind, which wake up for ever
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.world import mesh
+from bevatron.parallel.process_groups import mesh
 from bevatron.train.config import MuonConfig, OptimizerConfig, TrainConfig
 from bevatron.train.objectives import Objective, Pretrain, Samples
 from bevatron.train.trainer import Trainer

@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bevatron.families.family import by_name
+from bevatron.families.registry import by_name
 from bevatron.spec.model import MLP, Attention, LayerSpec, Linear, ModelSpec, Norm, Rope
 
 DTYPES = {

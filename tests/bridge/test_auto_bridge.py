@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from bevatron import AutoBridge
 from bevatron.errors import BevatronError
 from bevatron.families import for_spec
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
 from tests.bridge import bridge_ranks as ranks
 from tests.bridge.hf_folders import (

@@ -16,15 +16,15 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bevatron.bridge.compare_tensors import verify
+from bevatron.bridge.conversion_preview import preview_export, preview_import
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.bridge.nanotron_config import read_model_config
-from bevatron.bridge.opened import open_weights
-from bevatron.bridge.preview import preview_export, preview_import
-from bevatron.bridge.verify import verify
+from bevatron.bridge.open_weights import open_weights
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import stop_tokens
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from tests.bridge import hf_folders
 from tests.bridge.nanotron_folders import llama, model_config, qwen2, read, whole, write
 
@@ -230,8 +230,8 @@ import sys
 from bevatron.bridge.convert import import_checkpoint, export_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.bridge.nanotron_config import read_model_config
-from bevatron.bridge.preview import preview_export, preview_import
-from bevatron.bridge.verify import verify
+from bevatron.bridge.conversion_preview import preview_export, preview_import
+from bevatron.bridge.compare_tensors import verify
 nt, native, out = {str(root)!r}, {str(tmp_path / "native")!r}, {str(tmp_path / "out")!r}
 import_checkpoint(nt, native)
 export_checkpoint(native, out, target_format="nanotron")
@@ -341,7 +341,7 @@ def test_layers_that_differ_are_refused_by_name(tmp_path):
     from dataclasses import replace
 
     from bevatron.bridge.nanotron_config import model_config as write_config
-    from bevatron.families.family import by_name
+    from bevatron.families.registry import by_name
     from bevatron.spec.model import LayerSpec, Rope
 
     spec = by_name("llama").spec(llama().config.to_dict())

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bevatron.bridge.conversion_preview import folded, preview_export, preview_import
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.preview import folded, preview_export, preview_import
 from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.safetensors_file import read_header
 from tests.bridge.hf_folders import make

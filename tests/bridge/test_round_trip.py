@@ -13,15 +13,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.verify import verify
-from bevatron.checkpoint.boxes import read_box, verify_chunk
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, read_manifest
+from bevatron.checkpoint.read_boxes import read_box, verify_chunk
 from bevatron.checkpoint.safetensors_file import read_header
 from bevatron.compress.prune import prune
-from bevatron.compress.sizes import Targets
+from bevatron.compress.pruned_spec import Targets
 from bevatron.errors import BevatronError
-from bevatron.families.family import by_name
+from bevatron.families.registry import by_name
 from bevatron.spec.json import from_json
 from bevatron.spec.model import MLP, Attention, LayerSpec, Linear
 from tests.bridge.hf_folders import (

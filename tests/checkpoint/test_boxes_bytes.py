@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from bevatron.checkpoint import boxes
-from bevatron.checkpoint.boxes import hash_tensor, read_box, runs, stream_rows, verify_chunk
+from bevatron.checkpoint import read_boxes
 from bevatron.checkpoint.manifest import CheckpointError, Chunk, TensorEntry
+from bevatron.checkpoint.read_boxes import hash_tensor, read_box, runs, stream_rows, verify_chunk
 
 NAMES = {1: "U8", 2: "BF16", 4: "F32", 8: "I64"}
 
@@ -52,8 +52,8 @@ SHAPES = [(), (1,), (13,), (7, 5), (1, 9), (2, 6, 5), (3, 4, 2, 5), (0, 4)]
 @pytest.mark.parametrize("seed", range(40))
 def test_any_box_from_any_chunking(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
-    monkeypatch.setattr(boxes, "BUFFER", rng.choice([8, 40, 4096]))
-    monkeypatch.setattr(boxes, "DIRECT", rng.choice([4, 32, 4096]))
+    monkeypatch.setattr(read_boxes, "BUFFER", rng.choice([8, 40, 4096]))
+    monkeypatch.setattr(read_boxes, "DIRECT", rng.choice([4, 32, 4096]))
     shape = rng.choice(SHAPES)
     dtype = rng.choice(["u1", "u2", "u4", "u8"])
     array = np.random.default_rng(seed).integers(0, 250, shape).astype(dtype)

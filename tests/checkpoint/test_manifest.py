@@ -15,7 +15,7 @@ from tests.checkpoint.test_boxes_bytes import split
 from tests.faults.refusal import command, refused
 
 from bevatron.bridge.convert import import_checkpoint
-from bevatron.bridge.native import open_native
+from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint.manifest import (
     CheckpointError,
     Chunk,

@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 from bevatron.compress.calibrate import Aggregation
 from bevatron.compress.importance import Pass, Plan, make_compute, measure
-from bevatron.data.sampler import Sampler
-from bevatron.data.store import TokenStore
-from bevatron.data.writer import StoreWriter
-from bevatron.parallel.init import fill
+from bevatron.data.sample_order import Sampler
+from bevatron.data.token_store import TokenStore
+from bevatron.data.token_store_writer import StoreWriter
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.place import place
-from bevatron.parallel.world import mesh
+from bevatron.parallel.placement import place
+from bevatron.parallel.process_groups import mesh
+from bevatron.parallel.random_weights import fill
 from tests.specs import ALL
 
 SAMPLES, SEQ_LEN = 7, 16

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.compress.search.asked import Options
 from bevatron.compress.search.search import Search
-from bevatron.compress.search.space import Axes, Goal
-from bevatron.compress.search.state import State
-from bevatron.data.writer import StoreWriter
+from bevatron.compress.search.search_request import Options
+from bevatron.compress.search.search_space import Axes, Goal
+from bevatron.compress.search.search_state import State
+from bevatron.data.token_store_writer import StoreWriter
 from tests.compress.test_distill_command import teacher
 
 SEQ_LEN, VAL_SAMPLES = 16, 6

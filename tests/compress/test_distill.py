@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from bevatron.compress.distill import Distill
-from bevatron.compress.divergence import Divergence
+from bevatron.compress.logit_divergence import Divergence
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.world import mesh
+from bevatron.parallel.process_groups import mesh
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
 from bevatron.train.trainer import Trainer

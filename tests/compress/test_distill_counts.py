@@ -11,13 +11,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from bevatron.checkpoint.shard import local
+from bevatron.checkpoint.rank_boxes import local
 from bevatron.compress.distill import Distill
-from bevatron.compress.divergence import Divergence
-from bevatron.compress.states import EMBEDDING, States, StatesLoss
+from bevatron.compress.distill_states import EMBEDDING, States, StatesLoss
+from bevatron.compress.logit_divergence import Divergence
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.world import mesh
+from bevatron.parallel.process_groups import mesh
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, forward_flops_per_token
 from bevatron.spec.json import to_json

@@ -11,9 +11,9 @@ import transformers
 
 from bevatron.bridge.convert import import_checkpoint
 from bevatron.compress.importance import measure
-from bevatron.compress.scores import Scores, expected
-from bevatron.data.sampler import Sampler
-from bevatron.data.store import TokenStore
+from bevatron.compress.importance_scores import Scores, expected
+from bevatron.data.sample_order import Sampler
+from bevatron.data.token_store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout
 from tests.bridge.hf_folders import MAKERS

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bevatron.cli.main import app
-from bevatron.compress.command import layout_of
-from bevatron.compress.page import page
-from bevatron.compress.scores import Scores
-from bevatron.compress.sizes import layers_to_keep
+from bevatron.compress.importance_command import layout_of
+from bevatron.compress.importance_page import page
+from bevatron.compress.importance_scores import Scores
+from bevatron.compress.pruned_spec import layers_to_keep
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError
 from tests.compress.calibration import write_tokens

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from bevatron.compress import logits, stored
-from bevatron.compress.divergence import Divergence, Output, distillation_sums, top_of
-from bevatron.compress.stored import IDS, TAIL, VALUES, Info, LogitsError, StoredLogits
+from bevatron.compress import store_logits, stored_logits
+from bevatron.compress.logit_divergence import Divergence, Output, distillation_sums, top_of
+from bevatron.compress.stored_logits import IDS, TAIL, VALUES, Info, LogitsError, StoredLogits
 from bevatron.errors import BevatronError
-from bevatron.nn.comm import LOCAL
+from bevatron.nn.rank_communication import LOCAL
 from bevatron.spec.json import to_json
 from bevatron.train.config_file import load_config
 from bevatron.train.launch import layout_of, prepared, work
@@ -57,7 +57,7 @@ def make(folder: Path, into: str, *overrides: str) -> None:
     said = objective(folder, f"logits: {folder}/{into}, top_k: 9")
     config = load_config(folder / "run.yaml", [said, *overrides])
     layout = layout_of(config, dist.get_world_size())
-    logits.make(f"{folder}/teacher", config, layout, dtype, torch.device("cpu"))
+    store_logits.make(f"{folder}/teacher", config, layout, dtype, torch.device("cpu"))
 
 
 def train(folder: Path, run: str, *overrides: str) -> None:
@@ -75,7 +75,7 @@ def test_what_is_stored_is_what_transformers_says(work_folder: Path) -> None:
         work_folder / "run.yaml", [objective(work_folder, f"logits: {work_folder}/stored")]
     )
     found.check(config)
-    samplers = logits.prepared(
+    samplers = store_logits.prepared(
         f"{work_folder}/teacher", config, layout_of(config, 1), "fp32"
     )[2]  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(work_folder / "teacher").double()
@@ -143,14 +143,14 @@ def test_every_layout_learns_the_same_from_them(
 def half_made(folder: Path) -> str:
     """Fail at the third file; returns the message."""
     monkeypatch = pytest.MonkeyPatch()
-    write, count = stored.write_block, iter(range(9))
+    write, count = stored_logits.write_block, iter(range(9))
 
     def full(*arguments: object) -> None:
         if next(count) == 2:
             raise OSError(28, "No space left on device", "the disk")
         write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(logits, "write_block", full)
+    monkeypatch.setattr(store_logits, "write_block", full)
     try:
         small_files(folder, "stopped")
     except BevatronError as error:
@@ -161,11 +161,11 @@ def half_made(folder: Path) -> str:
 
 
 def small_files(folder: Path, into: str) -> None:
-    before, logits.FILE_BYTES = logits.FILE_BYTES, 8 << 10
+    before, store_logits.FILE_BYTES = store_logits.FILE_BYTES, 8 << 10
     try:
         make(folder, into)
     finally:
-        logits.FILE_BYTES = before
+        store_logits.FILE_BYTES = before
 
 
 def test_making_goes_on_where_it_stopped(pool: Pool, work_folder: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_teacher_that_is_larger_than_16_bit_ids_is_stored_in_32(tmp_path: Path
         "values": np.zeros((2, 1, 2)),
         "ids": np.array([[[69_999, 0]], [[65_536, 1]]]),
     }
-    stored.write_block(tmp_path, info, info.blocks()[0], made)
+    stored_logits.write_block(tmp_path, info, info.blocks()[0], made)
     (tmp_path / "logits.json").write_text(info.to_json())
     found = StoredLogits.open(tmp_path).read("train", range(2), tokens)
     assert np.array_equal(found[IDS], made["ids"])

@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.native import open_native
+from bevatron.bridge.open_native import open_native
 from bevatron.compress import prune as pruning
 from bevatron.compress.importance import measure
-from bevatron.compress.options import parse_count, parse_layers, read_per_layer
+from bevatron.compress.importance_scores import Scores, ScoresError
 from bevatron.compress.prune import prune
-from bevatron.compress.scores import Scores, ScoresError
-from bevatron.compress.sizes import LayerTarget, PruneError, Targets
-from bevatron.compress.widths import shape
+from bevatron.compress.prune_targets import parse_count, parse_layers, read_per_layer
+from bevatron.compress.pruned_spec import LayerTarget, PruneError, Targets
+from bevatron.compress.pruned_widths import shape
 from bevatron.errors import BevatronError
 from bevatron.families import by_name
-from bevatron.families.published import preset
+from bevatron.families.published_models import preset
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import parameter_count
 from tests.bridge.hf_folders import make, rewrite

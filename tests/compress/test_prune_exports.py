@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.native import open_native
+from bevatron.bridge.open_native import open_native
 from bevatron.cli.main import app
 from bevatron.compress import prune as pruning
+from bevatron.compress.kept_indices import keep
 from bevatron.compress.prune import prune
-from bevatron.compress.sizes import LayerTarget, Targets
-from bevatron.compress.trim import keep
+from bevatron.compress.pruned_spec import LayerTarget, Targets
 from bevatron.errors import BevatronError
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from tests.compress.pruned import BOTH, IDS, native_logits, random_scores, sliced, source, stock
 
 LLAMA3 = {

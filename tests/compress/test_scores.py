@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bevatron.compress.scores import Scores, ScoresError, expected, spec_hash
+from bevatron.compress.importance_scores import Scores, ScoresError, expected, spec_hash
 from bevatron.errors import BevatronError
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 

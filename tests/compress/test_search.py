@@ -21,17 +21,17 @@ import transformers
 from typer.testing import CliRunner
 
 from bevatron.bridge.convert import export_checkpoint
-from bevatron.bridge.native import open_native
-from bevatron.checkpoint.lock import lock
+from bevatron.bridge.open_native import open_native
+from bevatron.checkpoint.folder_lock import lock
 from bevatron.cli.main import app
 from bevatron.compress.search import search as searching
-from bevatron.compress.search.asked import Asked
 from bevatron.compress.search.search import Search
-from bevatron.compress.search.state import State, ranked, stages_of, standing
-from bevatron.data.store import TokenStore
+from bevatron.compress.search.search_request import Asked
+from bevatron.compress.search.search_state import State, ranked, stages_of, standing
+from bevatron.data.token_store import TokenStore
 from bevatron.errors import BevatronError
-from bevatron.evaluate.opening import open_engine
 from bevatron.evaluate.perplexity import evaluate
+from bevatron.evaluate.scored_model import open_engine
 from bevatron.spec.count import parameter_count
 from bevatron.train import launch
 from bevatron.train.trainer import Trainer
@@ -198,12 +198,12 @@ def test_killed_after_every_result_it_ends_the_same_and_does_nothing_twice(
 @pytest.mark.parametrize(
     "where",
     [
-        "bevatron.compress.search.state:State.write",
+        "bevatron.compress.search.search_state:State.write",
         "bevatron.train.trainer:Trainer.step",
-        "bevatron.bridge.mover:Mover.write",
-        "bevatron.train.saving:Saver.save_if_due",
-        "bevatron.compress.search.runs:remove",
-        "bevatron.compress.search.page:write_page",
+        "bevatron.bridge.byte_mover:Mover.write",
+        "bevatron.train.save_steps:Saver.save_if_due",
+        "bevatron.compress.search.search_runs:remove",
+        "bevatron.compress.search.search_page:write_page",
     ],
 )
 def test_kill_9_anywhere(work: Path, done: State, tmp_path: Path, where: str) -> None:

@@ -13,14 +13,14 @@ import transformers
 from typer.testing import CliRunner
 
 from bevatron.cli.main import app
-from bevatron.compress.options import parse_share, parse_sizes
-from bevatron.compress.search.outline import dry_run, outline
-from bevatron.compress.search.space import Axes, Goal, Space, enumerate_space, grid
-from bevatron.compress.sizes import PruneError, Targets
-from bevatron.compress.widths import shape
+from bevatron.compress.prune_targets import parse_share, parse_sizes
+from bevatron.compress.pruned_spec import PruneError, Targets
+from bevatron.compress.pruned_widths import shape
+from bevatron.compress.search.search_preview import dry_run, outline
+from bevatron.compress.search.search_space import Axes, Goal, Space, enumerate_space, grid
 from bevatron.errors import BevatronError
 from bevatron.families import by_name, for_spec
-from bevatron.families.published import preset
+from bevatron.families.published_models import preset
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.spec.count import parameter_count
 from tests.compress.test_prune import random_scores

@@ -13,14 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from bevatron.checkpoint.manifest import read_manifest
-from bevatron.checkpoint.sharded import box_reader
+from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.compress.distill import Distill
-from bevatron.compress.divergence import Divergence
-from bevatron.compress.states import EMBEDDING, PROJECTION, States, StatesLoss, states_sum
+from bevatron.compress.distill_states import EMBEDDING, PROJECTION, States, StatesLoss, states_sum
+from bevatron.compress.logit_divergence import Divergence
 from bevatron.errors import BevatronError
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.world import mesh
+from bevatron.parallel.process_groups import mesh
 from bevatron.spec import MLP, Attention, LayerSpec
 from bevatron.spec.json import to_json
 from bevatron.spec.model import Norm

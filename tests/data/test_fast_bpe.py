@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-from bevatron.data import encoder as encoder_module
 from bevatron.data import fast_bpe
-from bevatron.data.encoder import Encoder, FastEncoder, choose
+from bevatron.data import text_encoder as encoder_module
 from bevatron.data.fast_bpe import (
     FastBpe,
     Unproven,
@@ -26,6 +25,7 @@ from bevatron.data.fast_bpe import (
     needles,
     translate,
 )
+from bevatron.data.text_encoder import Encoder, FastEncoder, choose
 from bevatron.errors import BevatronError
 
 pytest.importorskip("tiktoken")

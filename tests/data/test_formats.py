@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from bevatron.cli.main import app
-from bevatron.data import text as text_module
-from bevatron.data.rows import Rows
-from bevatron.data.store import TokenStore
+from bevatron.data import text_documents as text_module
+from bevatron.data.jsonl_rows import Rows
+from bevatron.data.token_store import TokenStore
 from bevatron.data.tokenize import tokenize
 from bevatron.errors import BevatronError
 from tests.data.test_tokenize import NOTE, POEM, documents, model  # noqa: F401  (a fixture)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from bevatron.data.answers import Answers
-from bevatron.data.labelled import Padded, SequenceLabels, TokenLabels
-from bevatron.data.rows import Rows
+from bevatron.data.jsonl_rows import Rows
+from bevatron.data.labelled_examples import Padded, SequenceLabels, TokenLabels
+from bevatron.data.question_answering import Answers
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
 from tests.labelled_data import save_tokenizer, write_rows

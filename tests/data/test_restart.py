@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from bevatron.data import tokenize as tokenize_module
-from bevatron.data.encoder import choose
-from bevatron.data.parts import DONE, Job, find_done, make_part
-from bevatron.data.sources import plan
-from bevatron.data.store import DOCUMENTS, FILE_NAME, TOKENS
+from bevatron.data.text_encoder import choose
+from bevatron.data.token_store import DOCUMENTS, FILE_NAME, TOKENS
 from bevatron.data.tokenize import tokenize
+from bevatron.data.tokenize_part import DONE, Job, find_done, make_part
+from bevatron.data.tokenize_sources import plan
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
 from tests.data.test_tokenize import model  # noqa: F401  (a fixture)
@@ -221,14 +221,14 @@ def test_a_worker_that_dies_or_fails_is_reported(
     with pytest.raises(BevatronError, match=r"bad\.jsonl: line 1 is not valid JSON"):
         tokenize([corpus], corpus.parent / "out", tokenizer=model, workers=2, part_bytes=PART)
     (corpus / "bad.jsonl").unlink()
-    from bevatron.data import workers
+    from bevatron.data import tokenize_workers
 
-    give = workers._Worker.give
+    give = tokenize_workers._Worker.give
 
-    def give_and_kill(self: workers._Worker, task: object) -> None:
+    def give_and_kill(self: tokenize_workers._Worker, task: object) -> None:
         give(self, task)  # type: ignore[arg-type]
         os.kill(self._process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(workers._Worker, "give", give_and_kill)
+    monkeypatch.setattr(tokenize_workers._Worker, "give", give_and_kill)
     with pytest.raises(BevatronError, match=r"ended with SIGKILL; .* use fewer --workers"):
         tokenize([corpus], corpus.parent / "out", tokenizer=model, workers=2, part_bytes=PART)

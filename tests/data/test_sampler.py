@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bevatron.data.permutation import Permutation, derive, mix, mix_array
-from bevatron.data.sampler import BLOCK, Place, Sampler, Shares
-from bevatron.data.store import TokenStore
+from bevatron.data.sample_order import BLOCK, Place, Sampler, Shares
+from bevatron.data.token_store import TokenStore
 from bevatron.errors import BevatronError
 from tests.data.test_store import write_store
 

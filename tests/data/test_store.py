@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bevatron.data.store import DOCUMENTS, FILE_NAME, TOKENS, TokenStore
-from bevatron.data.writer import StoreWriter
+from bevatron.data.token_store import DOCUMENTS, FILE_NAME, TOKENS, TokenStore
+from bevatron.data.token_store_writer import StoreWriter
 from bevatron.errors import BevatronError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bevatron.data import tables
+from bevatron.data import table_documents
 from bevatron.data.tokenize import tokenize
 from bevatron.errors import BevatronError
 from tests.data.test_tokenize import NOTE, POEM, documents, model  # noqa: F401  (a fixture)
@@ -31,7 +31,7 @@ def write_parquet(path: Path, texts: list[str | None], rows: int, field: str = "
 def test_each_row_of_parquet_is_a_document(tmp_path: Path, model: Path) -> None:  # noqa: F811
     """Row groups are parts, and a column of another name is found."""
     file = write_parquet(tmp_path / "x.parquet", TEXTS, rows=7, field="content")
-    assert len(tables.text_sizes(file, "parquet", "content")) == 7
+    assert len(table_documents.text_sizes(file, "parquet", "content")) == 7
     for name, part_bytes in [("whole", None), ("parts", 300)]:
         store = tokenize(
             [file],
@@ -115,7 +115,9 @@ def test_a_folder_of_which_a_split_is_asked_for_is_a_dataset(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("datasets")
-    monkeypatch.setattr(tables, "_commit", lambda name: pytest.fail("looked it up on the Hub"))
+    monkeypatch.setattr(
+        table_documents, "_commit", lambda name: pytest.fail("looked it up on the Hub")
+    )
     out = dataset.parent
     store = tokenize([dataset], out / "train", tokenizer=model, split="train", workers=1)
     assert documents(store, model) == FOUND
@@ -134,18 +136,18 @@ def test_a_name_is_a_dataset_only_if_no_path_is_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tables, "_commit", lambda name: "c0ffee")
+    monkeypatch.setattr(table_documents, "_commit", lambda name: "c0ffee")
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("a file")
-    assert tables.named("org/name", None) is None
-    assert tables.named("org/name", "train") is None
-    assert tables.named("nothing-here", "train") is None
-    assert tables.named("../org/other", None) is None
-    found = tables.named("org/other:config", "test")
-    assert found == tables.Dataset("org/other", "config", "test", "c0ffee", local=False)
-    found = tables.named("org/other", None)
-    assert found == tables.Dataset("org/other", None, "train", "c0ffee", local=False)
-    assert tables.Dataset.from_json(found.to_json()) == found
+    assert table_documents.named("org/name", None) is None
+    assert table_documents.named("org/name", "train") is None
+    assert table_documents.named("nothing-here", "train") is None
+    assert table_documents.named("../org/other", None) is None
+    found = table_documents.named("org/other:config", "test")
+    assert found == table_documents.Dataset("org/other", "config", "test", "c0ffee", local=False)
+    found = table_documents.named("org/other", None)
+    assert found == table_documents.Dataset("org/other", None, "train", "c0ffee", local=False)
+    assert table_documents.Dataset.from_json(found.to_json()) == found
 
 
 def test_a_name_that_the_hub_does_not_know_is_an_error(

@@ -11,12 +11,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bevatron.cli.main import app
-from bevatron.data import text as text_module
-from bevatron.data.parts import item_pieces
-from bevatron.data.sources import plan
-from bevatron.data.store import TokenStore
-from bevatron.data.text import document
+from bevatron.data import text_documents as text_module
+from bevatron.data.text_documents import document
+from bevatron.data.token_store import TokenStore
 from bevatron.data.tokenize import tokenize
+from bevatron.data.tokenize_part import item_pieces
+from bevatron.data.tokenize_sources import plan
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
 
@@ -143,7 +143,7 @@ def test_cutting_long_documents_changes_no_token(
     assert len(parts) > 25
     assert "".join(p.text for p in parts) == long
     assert [p.ends for p in parts] == [False] * (len(parts) - 1) + [True]
-    monkeypatch.setattr("bevatron.data.parts.BATCH", 2500)
+    monkeypatch.setattr("bevatron.data.tokenize_part.BATCH", 2500)
     cut = tokenize([file], tmp_path / "cut", tokenizer=model)
     assert cut.info.hash == whole.info.hash
     assert cut.info.documents == whole.info.documents == 1

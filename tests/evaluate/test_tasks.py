@@ -63,7 +63,7 @@ def answers(found: dict[str, Any]) -> dict[str, list[Any]]:
 def test_every_answer_is_that_of_lm_evals_own_class(
     model: Path, tasks: Path, options: dict[str, Any]
 ) -> None:
-    import bevatron.evaluate.harness  # noqa: F401
+    import bevatron.evaluate.lm_eval_model  # noqa: F401
 
     hf = {"pretrained": str(model / "hf"), "dtype": "float32"}
     expected = evaluate(tasks, "hf", hf, device="cpu", **options)
@@ -73,7 +73,7 @@ def test_every_answer_is_that_of_lm_evals_own_class(
 
 @pytest.mark.slow
 def test_layouts_change_no_answer(model: Path, tasks: Path) -> None:
-    import bevatron.evaluate.harness  # noqa: F401
+    import bevatron.evaluate.lm_eval_model  # noqa: F401
 
     native = {"pretrained": str(model / "native")}
     alone = evaluate(tasks, "bevatron", native)

@@ -14,7 +14,7 @@ import transformers
 from bevatron.errors import BevatronError
 from bevatron.families import FamilyError, by_name, for_config, for_spec
 from bevatron.families.llama_nemotron import width
-from bevatron.families.published import PRESETS, preset, read_blocks
+from bevatron.families.published_models import PRESETS, preset, read_blocks
 from bevatron.families.rope_fields import ROPE_FIELDS
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, Norm, Rope
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS, NANOCHAT, NEMOTRON

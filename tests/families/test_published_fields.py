@@ -20,7 +20,7 @@ from bevatron.families.config_fields import (
     check_accepted,
     spec_of,
 )
-from bevatron.families.family import FamilyError, by_name
+from bevatron.families.registry import FamilyError, by_name
 from bevatron.families.rope_fields import ROPE_FIELDS
 from tests.real.smollm2 import CONFIG as SMOLLM2
 

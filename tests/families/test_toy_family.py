@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
-from bevatron.bridge.verify import verify
-from bevatron.families import FamilyError, family, register
+from bevatron.families import FamilyError, register, registry
 from bevatron.families.config_fields import Field, flag, size
-from bevatron.families.uniform import Uniform
+from bevatron.families.uniform_family import Uniform
 from bevatron.families.weight_map import Names
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from bevatron.spec import MLP
 from tests.bridge.hf_folders import assert_same_folder
 
@@ -66,7 +66,7 @@ TOY = Uniform(
 def registered() -> Iterator[None]:
     register(TOY)
     yield
-    family._REGISTERED.remove(TOY)
+    registry._REGISTERED.remove(TOY)
 
 
 def make(path: Path) -> Path:

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.bridge import exporter, importer
+from bevatron.bridge import export_hf, import_hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.native import open_native
+from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint import new_folder
 from bevatron.compress import prune
-from bevatron.compress.scores import Scores, expected, spec_hash
-from bevatron.compress.sizes import Targets
+from bevatron.compress.importance_scores import Scores, expected, spec_hash
+from bevatron.compress.pruned_spec import Targets
 from bevatron.errors import BevatronError
 
 Contents = dict[str, bytes | None]
@@ -282,7 +282,7 @@ def full(verb: str, root: Path, option: str) -> tuple[int, list[str]]:
     if early or early is None:
         failures.append(f"the lack of room was not seen beforehand: {early}")
     # From here on as if others filled the disk after the check.
-    importer.check_space = exporter.check_space = prune.check_space = lambda *args: None
+    import_hf.check_space = export_hf.check_space = prune.check_space = lambda *args: None
     cases = 0
     while True:
         mount(disk, "remount", f"size={used + 4096 * (cases + 1)}")  # a size of 0 is no limit

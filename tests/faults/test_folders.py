@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.parallel.split import Load, split
+from bevatron.parallel.stage_split import Load, split
 from tests.bridge.hf_folders import assert_same_folder, edit_config, rewrite
 from tests.faults.refusal import (
     EMBED,

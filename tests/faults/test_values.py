@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.verify import verify
 from bevatron.checkpoint.manifest import ITEMSIZE, read_manifest
 from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import assert_same_folder, make, rewrite

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bevatron.generate.chat.answer import AnswerReader, Said, marker_tokens, opens_thoughts
-from bevatron.generate.chat.tools import ToolCall
+from bevatron.chat.answer_parts import AnswerReader, Said, marker_tokens, opens_thoughts
+from bevatron.chat.tool_calls import ToolCall
+from bevatron.generate.detokenize import TextStream, Vocabulary
 from bevatron.generate.request import Request
-from bevatron.generate.text import TextStream, Vocabulary
 from tests.generate.chat_templates import SPECIALS, tokenizer
 
 CALL = '{"name": "weather", "parameters": {"city": "Köln", "days": 2}}'

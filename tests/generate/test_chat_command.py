@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from bevatron.generate.options import model_name
 from bevatron.generate.request import Request
-from bevatron.parallel.world import choose_device, default_device
+from bevatron.generate.sampling_options import model_name
+from bevatron.parallel.process_groups import choose_device, default_device
 from tests.faults.refusal import command
 from tests.generate.chat_templates import reference, tokenizer
 from tests.generate.talkers import answer_of_transformers, make_talker
@@ -135,10 +135,10 @@ def test_every_verb_reads_generation_config_alike(tmp_path: Path) -> None:
     import transformers
 
     from bevatron.generate.engine import Engine
-    from bevatron.generate.options import in_words
     from bevatron.generate.request import Sampling
-    from bevatron.generate.server.serving import Serving
-    from bevatron.generate.server.settings import Settings
+    from bevatron.generate.sampling_options import in_words
+    from bevatron.generate.server.served_model import Serving
+    from bevatron.generate.server.server_settings import Settings
 
     folder = make_talker(tmp_path / "hf", "llama3")
     file = folder / "generation_config.json"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from bevatron.chat.chat_error import ChatError
+from bevatron.chat.chat_template import ChatTemplate
+from bevatron.chat.sandbox import budget
 from bevatron.errors import BevatronError
-from bevatron.generate.chat.error import ChatError
-from bevatron.generate.chat.sandbox import budget
-from bevatron.generate.chat.template import ChatTemplate
 from tests.generate.chat_templates import TEMPLATES, tokenizer
 
 USER = [{"role": "user", "content": "x" * 1000}]
@@ -228,7 +228,7 @@ def test_fault_69_templates_with_mistakes_say_where(source: str, says: str) -> N
 
 
 def test_fault_70_a_missing_template_says_what_to_do(tmp_path: Path) -> None:
-    from bevatron.bridge.opened import open_weights
+    from bevatron.bridge.open_weights import open_weights
     from tests.bridge.hf_folders import make
 
     folder = make(tmp_path / "hf")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bevatron.generate.chat.error import ChatError
-from bevatron.generate.chat.template import ChatTemplate
+from bevatron.chat.chat_error import ChatError
+from bevatron.chat.chat_template import ChatTemplate
 from tests.generate.chat_templates import (
     NANOCHAT,
     SPECIALS,
@@ -113,7 +113,7 @@ def test_the_last_message_is_continued_as_transformers_does(name: str, ends: str
 def test_templates_are_found_where_transformers_finds_them(tmp_path: Path) -> None:
     import transformers
 
-    from bevatron.bridge.opened import open_weights
+    from bevatron.bridge.open_weights import open_weights
     from tests.bridge.hf_folders import make
 
     folder = make(tmp_path / "hf")

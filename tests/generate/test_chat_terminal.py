@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from bevatron.chat.answer_parts import Said
 from bevatron.errors import BevatronError
-from bevatron.generate.chat.answer import Said
-from bevatron.generate.chat.conversation import Conversation
-from bevatron.generate.console import harmless, show
+from bevatron.generate.conversation import Conversation
+from bevatron.generate.terminal_text import harmless, show
 from tests.generate.chat_templates import reference
 from tests.generate.talkers import answer_of_transformers, make_parrot, make_talker
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bevatron.bridge.opened import open_weights
+from bevatron.bridge.open_weights import open_weights
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine
+from bevatron.generate.engine_processes import Plan, WorkerGroup, join
 from bevatron.generate.request import Generation, Request, Sampling
-from bevatron.generate.workers import Plan, WorkerGroup, join
 from tests.generate.engine_models import make
 from tests.generate.test_engine import prompts
 from tests.processes import Pool
@@ -147,7 +147,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, moment: str) -> None:
 def test_the_first_cause_is_told_when_a_worker_cannot_load(tmp_path: Path) -> None:
     make(tmp_path, "llama")
     code = (
-        "import sys, bevatron.generate.workers as w\n"
+        "import sys, bevatron.generate.engine_processes as w\n"
         "real = w._start\n"
         "def start(plan, rank, port):\n"
         "    import dataclasses\n"

@@ -156,8 +156,8 @@ def test_the_cache_fits_the_memory_that_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bevatron.generate import engine
-    from bevatron.generate.server.serving import Serving
-    from bevatron.generate.server.settings import Settings
+    from bevatron.generate.server.served_model import Serving
+    from bevatron.generate.server.server_settings import Settings
 
     folder = wide(tmp_path)
     for free, share in ((GIB, 0.7), (1 << 60, 0.25), (0, 0)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bevatron.generate import matrix as module
-from bevatron.generate.matrix import Halves, Plain, halves_factor, matrix
+from bevatron.generate import matrix_product as module
+from bevatron.generate.matrix_product import Halves, Plain, halves_factor, matrix
 
 
 @pytest.fixture(autouse=True)

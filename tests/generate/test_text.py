@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from bevatron.generate.text import UNKNOWN, TextStream, Vocabulary
+from bevatron.generate.detokenize import UNKNOWN, TextStream, Vocabulary
 from tests.generate.engine_models import tokenizer
 
 PIECES = ["▁the", "▁a", "b", "c", "▁", "ä", "日", "▁x", ".", ","]

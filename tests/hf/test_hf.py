@@ -22,11 +22,11 @@ from transformers import StaticCache
 
 from bevatron import hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.logits import compare_logits
 from bevatron.bridge.remote_code import AUTO_MAP, wont_read
+from bevatron.evaluate.compare_logits import compare_logits
 from bevatron.families import by_name
-from bevatron.families.published import preset
-from bevatron.generate.load import load_decoder
+from bevatron.families.published_models import preset
+from bevatron.parallel.whole_decoder import load_decoder
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
 from bevatron.spec.json import from_json, to_json
 from tests.nn.llama_nemotron_reference import (

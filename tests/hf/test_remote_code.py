@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bevatron.bridge.conversion_preview import preview_export
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.preview import preview_export
 from bevatron.bridge.remote_code import AUTO_MAP, marked, own_code, own_version
 from tests.hf.test_hf import BLOCKS, save
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.generate.chat.template import ChatTemplate
+from bevatron.chat.chat_template import ChatTemplate
 from bevatron.generate.engine import Engine
 from bevatron.generate.request import Generation, Request
 from tests.bridge.hf_folders import MAKERS

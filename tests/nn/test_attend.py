@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bevatron.nn import attend as module
-from bevatron.nn import tiles
-from bevatron.nn.attend import Mask, attend, make_mask
-from bevatron.nn.comm import Context, Run
-from bevatron.nn.tiles import tiled
+from bevatron.nn import attention_kernels as module
+from bevatron.nn import tiled_attention
+from bevatron.nn.attention_kernels import Mask, attend, make_mask
+from bevatron.nn.rank_communication import Context, Run
+from bevatron.nn.tiled_attention import tiled
 
 B, H, G, D, S = 2, 6, 3, 8, 48
 # Two rows of documents: several, one of a single token; one document that is all.
@@ -44,7 +44,7 @@ CONTEXTS = {
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5 queries and 7 keys: none fits into a document, and the last ones are cut."""
     for name, value in {"QUERIES": 5, "KEYS": 7, "SCORES": 1}.items():
-        monkeypatch.setattr(tiles, name, value)
+        monkeypatch.setattr(tiled_attention, name, value)
 
 
 def inputs(context: Context, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -135,16 +135,16 @@ def test_long_sequences_have_no_mask_and_small_tiles(monkeypatch: pytest.MonkeyP
     """16K tokens: no [T, S], be it of scores or of a mask."""
     monkeypatch.undo()
     sizes = []
-    scores = tiles._Block.scores
+    scores = tiled_attention._Block.scores
     monkeypatch.setattr(
-        tiles._Block, "scores", lambda *a: sizes.append((y := scores(*a)).numel()) or y
+        tiled_attention._Block, "scores", lambda *a: sizes.append((y := scores(*a)).numel()) or y
     )
     q, k, v = (torch.randn(1, n, 2**14, 4, requires_grad=True) for n in (2, 1, 1))
     documents = (torch.arange(2**14) // 1000)[None]
     mask = make_mask(Context(), q, 2**14, documents)
     assert mask is not None and mask.dense is None
     attend(q, k, v, mask).sum().backward()
-    assert max(sizes) <= tiles.SCORES
+    assert max(sizes) <= tiled_attention.SCORES
     least = 2 * 2 * 2**14 * 1000 / 2  # scores that are seen, forward and backward
     assert sum(sizes) < 1.5 * least
 

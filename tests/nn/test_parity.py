@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine
-from bevatron.generate.load import load_decoder
 from bevatron.generate.request import Request
+from bevatron.parallel.whole_decoder import load_decoder
 from tests.nn.llama_nemotron_reference import (
     BLOCKS,
     ReferenceLlamaNemotron,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bevatron.checkpoint.shard import box, is_first_copy
+from bevatron.checkpoint.rank_boxes import box, is_first_copy
 from bevatron.parallel.layout import Layout, LayoutError, check
 from tests.specs import ALL
 from tests.train_steps import GLOBAL_BATCH, SEQ_LEN, STEPS, Case, make_trainer, samples

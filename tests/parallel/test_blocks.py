@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bevatron.errors import BevatronError
-from bevatron.parallel import blocks
+from bevatron.parallel import compile_and_recompute
 from bevatron.parallel.layout import Layout
 from bevatron.spec import MLP, LayerSpec
 from bevatron.train.trainer import Trainer
@@ -27,7 +27,7 @@ SHORT = replace(HETEROGENEOUS, layers=tuple(HETEROGENEOUS.layers[i] for i in (0,
 def make(case: Case, backend: str) -> Trainer:
     ALL.update(many=MANY, short=SHORT)
     torch._dynamo.reset()
-    blocks.BACKEND = backend
+    compile_and_recompute.BACKEND = backend
     return make_trainer(case)
 
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from bevatron.checkpoint.manifest import Manifest, read_manifest
 from bevatron.checkpoint.run_folder import RunFolder
-from bevatron.checkpoint.sharded import box_reader, merge, write_rank
-from bevatron.nn import attend, tiles
-from bevatron.parallel import blocks
-from bevatron.parallel.agree import on_all
+from bevatron.checkpoint.save_and_load import box_reader, merge, write_rank
+from bevatron.nn import attention_kernels, tiled_attention
+from bevatron.parallel import compile_and_recompute
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.on_all_ranks import on_all
 from tests.processes import Pool
 from tests.train_steps import Case, make_trainer, samples, train
 
@@ -72,12 +72,27 @@ def test_every_spec_at_every_layout(pool: Pool, spec: str, name: str, documents:
 
 def train_in_tiles(case: Case) -> list[tuple[float, float]]:
     """As long sequences are: several tiles in each of these short ones, no mask as a whole."""
-    before = attend.DENSE, tiles.QUERIES, tiles.KEYS, tiles.SCORES
-    attend.DENSE, tiles.QUERIES, tiles.KEYS, tiles.SCORES = {"cpu": 0}, 3, 5, 1
+    before = (
+        attention_kernels.DENSE,
+        tiled_attention.QUERIES,
+        tiled_attention.KEYS,
+        tiled_attention.SCORES,
+    )
+    (
+        attention_kernels.DENSE,
+        tiled_attention.QUERIES,
+        tiled_attention.KEYS,
+        tiled_attention.SCORES,
+    ) = {"cpu": 0}, 3, 5, 1
     try:
         return train(case)
     finally:
-        attend.DENSE, tiles.QUERIES, tiles.KEYS, tiles.SCORES = before
+        (
+            attention_kernels.DENSE,
+            tiled_attention.QUERIES,
+            tiled_attention.KEYS,
+            tiled_attention.SCORES,
+        ) = before
 
 
 @pytest.mark.slow
@@ -150,13 +165,13 @@ def test_with_recomputing_and_other_micro_batches(pool: Pool, changes: dict[str,
 
 def train_by_runs(case: Case) -> list[tuple[float, float]]:
     """As accelerators do without documents: a fused call for each run of positions."""
-    with patch.object(attend, "NO_RUNS", set()):
+    with patch.object(attention_kernels, "NO_RUNS", set()):
         return train(case)
 
 
 def train_traced(case: Case, way: Callable[[Case], list[Any]]) -> list[tuple[float, float]]:
     """With layers compiled as far as the gradient's graph; the C++ after it takes minutes."""
-    with patch.object(blocks, "BACKEND", "aot_eager"):
+    with patch.object(compile_and_recompute, "BACKEND", "aot_eager"):
         return way(case)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bevatron.nn.comm import LOCAL
 from bevatron.nn.decoder import Decoder, Layer
+from bevatron.nn.rank_communication import LOCAL
 from bevatron.nn.rope import rotation
-from bevatron.parallel.blocks import KEPT, prepare
-from bevatron.parallel.footprint import bubble, head_bytes, layer_activations
+from bevatron.parallel.compile_and_recompute import KEPT, prepare
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.memory_footprint import bubble, head_bytes, layer_activations
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
 from bevatron.train import cross_entropy
 from bevatron.train.cross_entropy import cross_entropy_sum

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import bevatron.hf
 from bevatron.families import for_config
-from bevatron.parallel.init import fill
+from bevatron.parallel.random_weights import fill
 from bevatron.spec import LayerSpec, Linear, ModelSpec
 from bevatron.spec.json import from_json, to_json
 from bevatron.train.config_file import load_config
-from bevatron.train.start import find_start
+from bevatron.train.run_start import find_start
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}

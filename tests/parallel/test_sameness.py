@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bevatron.checkpoint.shard import local
+from bevatron.checkpoint.rank_boxes import local
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.replicas import check_replicas
+from bevatron.parallel.replica_check import check_replicas
 from tests.processes import Pool
 from tests.train_steps import Case, make_trainer, samples
 

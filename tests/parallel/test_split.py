@@ -10,7 +10,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 
 from bevatron.parallel.layout import SCHEDULES, Layout, LayoutError, check, check_documents
-from bevatron.parallel.split import TIME_SLACK, Load, given, in_flight, split, stage_ranges
+from bevatron.parallel.stage_split import TIME_SLACK, Load, given, in_flight, split, stage_ranges
 from bevatron.spec import Head, LayerSpec, ModelSpec, Rope
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 

@@ -12,11 +12,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.native import open_native
+from bevatron.bridge.open_native import open_native
 from bevatron.bridge.remote_code import readers, write_remote_code
 from bevatron.compress.prune import prune
-from bevatron.compress.sizes import LayerTarget, Targets
-from bevatron.generate.load import load_decoder
+from bevatron.compress.pruned_spec import LayerTarget, Targets
+from bevatron.parallel.whole_decoder import load_decoder
 from tests.bridge.hf_folders import MAKERS
 from tests.compress.pruned import random_scores
 from tests.hf.test_hf import save as save_llama_nemotron

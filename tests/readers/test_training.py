@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
+from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import import_checkpoint
-from bevatron.bridge.verify import verify
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from tests.readers.exports import CASES, PROMPT, make
 
 NAMES = ("llama-narrow", "nemotron", "differ-pruned")

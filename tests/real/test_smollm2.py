@@ -16,7 +16,7 @@ import transformers
 
 from bevatron.bridge.convert import import_checkpoint
 from bevatron.data.tokenize import tokenize
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from tests.commands import bevatron
 from tests.processes import Pool
 from tests.real import smollm2

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from bevatron.families.published import family_of, preset
+from bevatron.families.published_models import family_of, preset
 from bevatron.recipes import recipe
 from bevatron.spec import ModelSpec
 from bevatron.spec.model import MLP, Attention

@@ -11,17 +11,17 @@ import pytest
 import yaml
 
 from bevatron.cli.main import app
-from bevatron.compress.options import parse_layers
 from bevatron.compress.prune import prune
-from bevatron.compress.sizes import Targets
+from bevatron.compress.prune_targets import parse_layers
+from bevatron.compress.pruned_spec import Targets
 from bevatron.errors import BevatronError
-from bevatron.families.published import preset
+from bevatron.families.published_models import preset
 from bevatron.recipes import Recipe, find, recipe, recipes, sizes
 from bevatron.spec.count import parameter_count
 from bevatron.spec.json import to_json
-from bevatron.train.absent import check_present
 from bevatron.train.config_file import load_config, to_yaml
 from bevatron.train.launch import prepared, train
+from bevatron.train.missing_inputs import check_present
 from tests.bridge.hf_folders import make
 from tests.data.test_store import write_store
 from tests.train.tiny_run import SPEC

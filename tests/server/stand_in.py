@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from bevatron.generate.server.page import files
+from bevatron.generate.server.chat_page import files
 
 # Pieces of text, deltas, or {"error": ...}; then it is finished, if it ends.
 Answer = Iterable[str | dict[str, Any]]

@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from bevatron.generate.engine import Engine
-from bevatron.generate.server.app import make_app
-from bevatron.generate.server.serving import Serving
-from bevatron.generate.server.settings import Settings
+from bevatron.generate.server.routes import make_app
+from bevatron.generate.server.served_model import Serving
+from bevatron.generate.server.server_settings import Settings
 from tests.server.served import Served, make_model, make_obedient, served
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

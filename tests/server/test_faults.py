@@ -15,9 +15,9 @@ import httpx2 as httpx
 import pytest
 
 from bevatron.generate.engine import Engine
-from bevatron.generate.server.app import make_app
-from bevatron.generate.server.serving import Serving
-from bevatron.generate.server.settings import Settings
+from bevatron.generate.server.routes import make_app
+from bevatron.generate.server.served_model import Serving
+from bevatron.generate.server.server_settings import Settings
 from tests.server.served import CONTEXT, Served, make_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -360,8 +360,8 @@ def test_fault_80_loopback_and_a_key_compared_in_constant_time(
     assert httpx.get(url + "/v1/models", headers=right).status_code == 200
     assert httpx.get(url + "/health").status_code == 200
 
-    from bevatron.generate.server.gate import Gate
     from bevatron.generate.server.metrics import Metrics
+    from bevatron.generate.server.request_limits import Gate
 
     compared = []
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)

@@ -15,7 +15,7 @@ import httpx2 as httpx
 import pytest
 
 from bevatron.errors import BevatronError
-from bevatron.generate.server import command
+from bevatron.generate.server import serve_command
 from tests.server.served import Served, make_endless, served
 
 COMPLETIONS = "/v1/completions"
@@ -110,7 +110,7 @@ def test_a_port_in_use_and_a_missing_model_are_one_message(
 def start(ckpt: Path, **changes: Any) -> None:
     usual: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": None, "name": None}
     usual |= {"max_body": 1000, "timeout_s": 1, "grace_s": 1, "hosts": [], "origins": []}
-    command.serve(str(ckpt), **{**usual, "max_batch": 1, "queue": 1, **changes})
+    serve_command.serve(str(ckpt), **{**usual, "max_batch": 1, "queue": 1, **changes})
 
 
 def test_without_fastapi_the_message_says_what_to_install(

@@ -8,7 +8,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from bevatron.families import by_name
-from bevatron.families.published import PRESETS, preset
+from bevatron.families.published_models import PRESETS, preset
 from bevatron.nn.decoder import Decoder
 from bevatron.spec import SpecError
 from bevatron.spec.count import (

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bevatron.families.published import PRESETS, preset
+from bevatron.families.published_models import PRESETS, preset
 from bevatron.spec import ModelSpec, SpecError
 from bevatron.spec.json import from_json, to_json
 from tests.specs import ALL, HETEROGENEOUS

@@ -16,14 +16,14 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from bevatron.checkpoint.shard import local
+from bevatron.checkpoint.rank_boxes import local
 from bevatron.errors import BevatronError
 from bevatron.parallel.pipeline import Runner
 from bevatron.spec.json import to_json
 from bevatron.train.config_file import load_config
-from bevatron.train.feed import Feed
 from bevatron.train.launch import layout_of, work
-from bevatron.train.saving import Saver
+from bevatron.train.save_steps import Saver
+from bevatron.train.token_feed import Feed
 from bevatron.train.trainer import Trainer
 from tests.data.test_store import write_store
 from tests.specs import HOMOGENEOUS
@@ -143,7 +143,7 @@ def troubled(trouble: Trouble) -> Iterator[None]:
 def stepped(config: Path, batches: list[int]) -> dict[str, torch.Tensor]:
     """One process, no loop: the weights after one update from each of these batches (from 0)."""
     from bevatron.parallel.layout import Layout
-    from bevatron.parallel.world import mesh
+    from bevatron.parallel.process_groups import mesh
     from bevatron.train.objectives import Pretrain
 
     loaded, device = load_config(config, []), torch.device("cpu")

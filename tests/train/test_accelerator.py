@@ -10,9 +10,9 @@ import torch
 from bevatron.generate.engine import Engine
 from bevatron.generate.request import Request
 from bevatron.nn.decoder import Decoder
-from bevatron.parallel.init import fill
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.world import default_device, mesh, world
+from bevatron.parallel.process_groups import default_device, mesh, world
+from bevatron.parallel.random_weights import fill
 from bevatron.train.config import OptimizerConfig, TrainConfig
 from bevatron.train.objectives import Pretrain
 from bevatron.train.trainer import Trainer

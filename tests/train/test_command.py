@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.data.tokenize import tokenize
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from bevatron.spec import MLP, Attention, Head, LayerSpec, Linear, ModelSpec
 from bevatron.spec.json import to_json
 from tests.commands import ran as bevatron
@@ -224,8 +224,8 @@ def test_a_bug_in_a_started_process_is_one_line_and_its_own_status(
     (work / "buggy" / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import bevatron.train.run\n"
-        "    bevatron.train.run.Run.go = lambda *given: 1 / 0\n"
+        "    import bevatron.train.training_loop\n"
+        "    bevatron.train.training_loop.Run.go = lambda *given: 1 / 0\n"
     )
     path = f"{work / 'buggy'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     monkeypatch.setenv("PYTHONPATH", path)

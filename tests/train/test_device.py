@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.world import choose_device, default_device, world
+from bevatron.parallel.process_groups import choose_device, default_device, world
 from bevatron.train.hardware import training_device
 from tests.train import small_run
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from bevatron.cli.main import app
-from bevatron.train import collectives
+from bevatron.train import doctor_exchange
 from tests.commands import ran
 from tests.processes import Pool
 
@@ -45,19 +45,19 @@ def wrong() -> str:
     """An exchange whose result is off in one element, on the last rank."""
     import torch.distributed as dist
 
-    def all_reduce(x: torch.Tensor) -> collectives.Check:
-        right = collectives._all_reduce(x)
+    def all_reduce(x: torch.Tensor) -> doctor_exchange.Check:
+        right = doctor_exchange._all_reduce(x)
         if dist.get_rank() == 1:
             x[-1] += 1
         return right
 
-    collectives.EXCHANGES["all_reduce"] = all_reduce
+    doctor_exchange.EXCHANGES["all_reduce"] = all_reduce
     try:
-        collectives.measure(torch.device("cpu"))
+        doctor_exchange.measure(torch.device("cpu"))
     except Exception as error:
         return str(error)
     finally:
-        collectives.EXCHANGES["all_reduce"] = collectives._all_reduce
+        doctor_exchange.EXCHANGES["all_reduce"] = doctor_exchange._all_reduce
     return "right"
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevatron.checkpoint.shard import local
-from bevatron.nn import attend
+from bevatron.checkpoint.rank_boxes import local
+from bevatron.nn import attention_kernels
 from bevatron.nn.decoder import Decoder
 from bevatron.train.cross_entropy import IGNORE
 from bevatron.train.objectives import Pretrain, Samples
@@ -21,7 +21,7 @@ Gradients = dict[str, Tensor]
 
 def packed(case: Case, dense: bool) -> tuple[float, Gradients, Gradients, Samples]:
     """Loss and gradients of a step's packed samples as the trainer has them; its weights."""
-    before, attend.DENSE = attend.DENSE, {"cpu": 2**20 if dense else 0}
+    before, attention_kernels.DENSE = attention_kernels.DENSE, {"cpu": 2**20 if dense else 0}
     try:
         trainer = make_trainer(case)
         batch = samples(trainer, 0, documents=True)
@@ -29,7 +29,7 @@ def packed(case: Case, dense: bool) -> tuple[float, Gradients, Gradients, Sample
         (count,) = trainer.objective.count(extra)
         loss = trainer.runner.step(ids, extra, torch.tensor([1.0 / count])) / count
     finally:
-        attend.DENSE = before
+        attention_kernels.DENSE = before
     parameters = trainer.placed.parameters
     weights = {n: local(p.detach()) for n, p in parameters.items()}
     return float(loss), {n: local(p.grad) for n, p in parameters.items()}, weights, batch

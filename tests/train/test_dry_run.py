@@ -11,13 +11,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bevatron.checkpoint.shard import local
+from bevatron.checkpoint.rank_boxes import local
 from bevatron.cli.main import app
 from bevatron.errors import BevatronError
 from bevatron.families import by_name
 from bevatron.parallel.layout import Layout
 from bevatron.spec.json import to_json
-from bevatron.train import start as start_module
+from bevatron.train import run_start as start_module
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.dry_run import Plan, make_plan

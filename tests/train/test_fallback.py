@@ -15,7 +15,7 @@ import torch.distributed as dist
 from bevatron.bridge.convert import export_checkpoint
 from bevatron.errors import BevatronError
 from bevatron.train.config_file import load_config
-from bevatron.train.start import opened_run
+from bevatron.train.run_start import opened_run
 from tests.faults.refusal import contents
 from tests.processes import Pool
 from tests.train.tiny_run import check_steps, metrics, prepare, train

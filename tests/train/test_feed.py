@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bevatron.data import tokenizer as tokenizer_module
-from bevatron.data.store import FILE_NAME, TOKENS, TokenStore
-from bevatron.data.writer import StoreWriter
+from bevatron.data.token_store import FILE_NAME, TOKENS, TokenStore
+from bevatron.data.token_store_writer import StoreWriter
 from bevatron.errors import BevatronError
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig, StageConfig
-from bevatron.train.feed import Feed, check_data
-from bevatron.train.start import Start
+from bevatron.train.run_start import Start
+from bevatron.train.token_feed import Feed, check_data
 from tests.commands import bevatron
 from tests.data.test_store import write_store
 from tests.specs import ALL

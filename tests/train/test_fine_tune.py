@@ -18,13 +18,13 @@ import transformers
 from safetensors.torch import load_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.logits import compare_logits
 from bevatron.errors import BevatronError
+from bevatron.evaluate.compare_logits import compare_logits
 from bevatron.train.config_file import load_config
 from bevatron.train.labelled_feed import LabelledFeed, check_data
 from bevatron.train.launch import layout_of, train
 from bevatron.train.launch import work as work_
-from bevatron.train.start import find_start
+from bevatron.train.run_start import find_start
 from tests.labelled_data import save_llama, save_tokenizer, write_rows
 from tests.processes import Pool
 

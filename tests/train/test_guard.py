@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bevatron.checkpoint.manifest import read_manifest
-from bevatron.checkpoint.sharded import box_reader
+from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.errors import BevatronError
+from bevatron.train.bad_steps import Guard
 from bevatron.train.config import SafetyConfig
 from bevatron.train.config_file import load_config
-from bevatron.train.guard import Guard
 from tests.processes import Pool
 from tests.train import small_run
 

@@ -12,7 +12,7 @@ import transformers
 
 from bevatron.families import by_name
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.world import mesh
+from bevatron.parallel.process_groups import mesh
 from bevatron.spec import Head, ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
 from bevatron.train.config_objective import ObjectiveConfig

@@ -25,7 +25,7 @@ from bevatron.train import trackers
 from bevatron.train.config import LogConfig, RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.hardware import PEAK_BF16, peak_by_name
-from bevatron.train.meter import Meter, short
+from bevatron.train.step_metrics import Meter, short
 from bevatron.train.trackers import Trackers, check_trackers
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 

@@ -13,15 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from bevatron.checkpoint.shard import box, is_first_copy, local
+from bevatron.checkpoint.rank_boxes import box, is_first_copy, local
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.owners import Owners
+from bevatron.parallel.whole_tensors import Owners
 from bevatron.spec import Attention
 from bevatron.train.config import MuonConfig, OptimizerConfig
 from bevatron.train.muon import momentum_at
 from bevatron.train.optimizer import make_optimizer
-from bevatron.train.rules import MATRICES
 from bevatron.train.trainer import Trainer
+from bevatron.train.update_rules import MATRICES
 from tests.processes import Pool
 from tests.specs import ALL
 from tests.train.test_resume import LARGE, SAVED_AT, resume, save_after, whole_run
@@ -305,7 +305,7 @@ def test_the_fused_kernel_is_adamw(pool: Pool) -> None:
 @pytest.mark.parametrize("spec", ALL)
 def test_every_parameter_has_a_rule(spec: str) -> None:
     """Matrices of layers and nothing else by Muon; the roles that decay are those not listed."""
-    from bevatron.train.rules import groups
+    from bevatron.train.update_rules import groups
 
     config = OptimizerConfig(name="muon", lr=0.02, no_decay=["norm", "score"])
     model = ALL[spec]

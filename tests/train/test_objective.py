@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bevatron.nn.comm import LOCAL
+from bevatron.nn.rank_communication import LOCAL
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.tensor import TensorParallel
-from bevatron.train import chunked, cross_entropy
+from bevatron.parallel.tensor_parallel import TensorParallel
+from bevatron.train import chunked_loss, cross_entropy
 from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z, cross_entropy_sum
 from bevatron.train.objectives import Pretrain
 from tests.processes import Pool
@@ -87,7 +87,7 @@ def test_a_mean_in_bf16_is_the_sum_over_the_count(
     elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1/count has no place in bf16 (1/3 is off by 0.2%), and must not be rounded to it."""
-    monkeypatch.setattr(chunked, "SCALED", elements)
+    monkeypatch.setattr(chunked_loss, "SCALED", elements)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 32, 24, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(50, 24, generator=generator).bfloat16().requires_grad_()

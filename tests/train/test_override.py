@@ -13,7 +13,7 @@ import pytest
 from bevatron.errors import BevatronError
 from bevatron.spec import ModelSpec, Rope
 from bevatron.spec.json import from_json
-from bevatron.train.override import OverrideConfig, overridden
+from bevatron.train.model_override import OverrideConfig, overridden
 from tests.commands import bevatron
 from tests.data.test_store import write_store
 from tests.generate.engine_models import VOCAB, make

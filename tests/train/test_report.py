@@ -19,11 +19,11 @@ from bevatron.data.tokenize import tokenize
 from bevatron.errors import BevatronError
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import to_json
-from bevatron.train.guard import event
+from bevatron.train.bad_steps import event
 from bevatron.train.launch import train
 from bevatron.train.report import report
 from bevatron.train.report.curves import downsample, log_ticks, short, smooth, ticks
-from bevatron.train.report.record import Series, read_run
+from bevatron.train.report.run_reading import Series, read_run
 from tests.specs import HOMOGENEOUS
 
 CONFIG = """\

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.run_folder import hash_file
-from bevatron.checkpoint.sharded import box_reader
-from bevatron.data.sampler import Sampler
-from bevatron.data.store import TokenStore
+from bevatron.checkpoint.save_and_load import box_reader
+from bevatron.data.sample_order import Sampler
+from bevatron.data.token_store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.train.config import BranchConfig, RunConfig
 from bevatron.train.config_file import checked, load_config
@@ -30,7 +30,7 @@ from bevatron.train.config_reference import every_key
 from bevatron.train.launch import layout_of
 from bevatron.train.launch import work as train_
 from bevatron.train.restart import EFFECTS, allows, compare, effect_of, lines, refuse
-from bevatron.train.start import Start
+from bevatron.train.run_start import Start
 from bevatron.train.trainer import Trainer
 from tests.commands import bevatron as command
 from tests.faults.refusal import contents

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from bevatron.checkpoint.manifest import Manifest, read_manifest
 from bevatron.checkpoint.run_folder import RunFolder
-from bevatron.checkpoint.sharded import box_reader, merge, write_rank
-from bevatron.parallel.agree import on_all
+from bevatron.checkpoint.save_and_load import box_reader, merge, write_rank
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.on_all_ranks import on_all
 from tests.parallel.layouts import case
 from tests.processes import Pool
 from tests.train_steps import STEPS, Case, make_trainer, samples

@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from bevatron.bridge.exporter import export_checkpoint
-from bevatron.bridge.opened import open_weights
+from bevatron.bridge.export_hf import export_checkpoint
+from bevatron.bridge.open_weights import open_weights
 from bevatron.checkpoint.manifest import read_manifest
+from bevatron.checkpoint.rank_boxes import local
 from bevatron.checkpoint.run_folder import RunFolder
-from bevatron.checkpoint.shard import local
-from bevatron.checkpoint.sharded import box_reader
+from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import stop_tokens
-from bevatron.parallel.agree import on_all
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.on_all_ranks import on_all
 from bevatron.train.config import RunConfig
-from bevatron.train.saving import Saver
-from bevatron.train.start import Start
+from bevatron.train.run_start import Start
+from bevatron.train.save_steps import Saver
 from bevatron.train.trainer import Trainer
 from tests.faults.refusal import contents
 from tests.processes import Pool

@@ -15,7 +15,7 @@ import transformers
 
 import bevatron
 from bevatron.bridge.convert import import_checkpoint
-from bevatron.generate.load import load_decoder
+from bevatron.parallel.whole_decoder import load_decoder
 from tests.commands import bevatron as command
 from tests.processes import Pool
 from tests.train.tiny_run import check_steps, metrics, prepare, train

@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from bevatron.checkpoint.run_folder import RunFolder
-from bevatron.data.sampler import Sampler
-from bevatron.data.store import TokenStore
-from bevatron.generate.load import load_decoder
+from bevatron.data.sample_order import Sampler
+from bevatron.data.token_store import TokenStore
+from bevatron.parallel.whole_decoder import load_decoder
 from bevatron.train.config_file import load_config
 from bevatron.train.launch import layout_of, work
 from tests.data.test_store import write_store

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.hf_folder import fetch_config, locate, read_config
-from bevatron.bridge.importer import understand
+from bevatron.bridge.import_hf import understand
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.spec.model import ModelSpec

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bevatron.bridge.unchanged import Stamp, stamps
-from bevatron.checkpoint.files import is_url
+from bevatron.bridge.source_changes import Stamp, stamps
 from bevatron.checkpoint.safetensors_file import Header, Stored, read_header
+from bevatron.checkpoint.storage import is_url
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 

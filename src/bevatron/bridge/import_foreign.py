@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bevatron
-from bevatron.bridge.dtypes import FLOATS, Converter, NonFinite
-from bevatron.bridge.foreign import Foreign
-from bevatron.bridge.hashes import Advance
-from bevatron.bridge.importer import check_space, copy_file, main_dtype, read_back
-from bevatron.bridge.mover import Mover
-from bevatron.bridge.native import Native
-from bevatron.bridge.plan import lay_out, row_elements
+from bevatron.bridge.byte_mover import Mover
+from bevatron.bridge.cast import FLOATS, Converter, NonFinite
+from bevatron.bridge.conversion_plan import lay_out, row_elements
+from bevatron.bridge.conversion_report import ConversionReport, non_finite_notes, shown_progress
+from bevatron.bridge.foreign_checkpoint import Foreign
+from bevatron.bridge.import_hf import check_space, copy_file, main_dtype, read_back
+from bevatron.bridge.open_native import Native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, fingerprint
-from bevatron.bridge.report import ConversionReport, non_finite_notes, shown_progress
-from bevatron.bridge.unchanged import unchanged
-from bevatron.checkpoint.boxes import HASH_BUFFER, hash_range, new_hasher, spell, stream_rows
-from bevatron.checkpoint.files import open_file
+from bevatron.bridge.source_changes import unchanged
+from bevatron.bridge.tensor_hashes import Advance
 from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, TensorEntry
 from bevatron.checkpoint.new_folder import check_target, new_folder
-from bevatron.families.family import by_name
+from bevatron.checkpoint.read_boxes import HASH_BUFFER, hash_range, new_hasher, spell, stream_rows
+from bevatron.checkpoint.storage import open_file
+from bevatron.families.registry import by_name
 from bevatron.families.weight_map import Entry, Rows
 from bevatron.spec.json import to_json
 

@@ -8,15 +8,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from bevatron.bridge.dtypes import FLOATS
-from bevatron.bridge.foreign import Foreign
+from bevatron.bridge.cast import FLOATS
+from bevatron.bridge.foreign_checkpoint import Foreign
 from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
-from bevatron.bridge.importer import main_dtype, understand
+from bevatron.bridge.import_hf import main_dtype, understand
 from bevatron.bridge.nanotron import is_nanotron, open_nanotron
-from bevatron.bridge.native import open_native
-from bevatron.checkpoint.files import located
+from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint.locate import is_native, resolve
 from bevatron.checkpoint.manifest import ITEMSIZE
+from bevatron.checkpoint.storage import located
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import check_accepted

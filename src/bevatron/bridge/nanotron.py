@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bevatron.bridge.dtypes import FLOATS
-from bevatron.bridge.foreign import Foreign
+from bevatron.bridge.cast import FLOATS
+from bevatron.bridge.conversion_plan import row_elements
+from bevatron.bridge.foreign_checkpoint import Foreign
 from bevatron.bridge.hf_folder import TOKENIZER_FILES, SourceError, confined, shown
 from bevatron.bridge.nanotron_config import NAME as CONFIG
 from bevatron.bridge.nanotron_config import hf_config, read_model_config
@@ -29,12 +30,11 @@ from bevatron.bridge.nanotron_format import (
     parse_shape,
     parse_slices,
 )
-from bevatron.bridge.plan import row_elements
-from bevatron.bridge.unchanged import stamps
+from bevatron.bridge.source_changes import stamps
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.safetensors_file import Stored, read_header
 from bevatron.checkpoint.strict_json import read_object
-from bevatron.families.family import FamilyError
+from bevatron.families.registry import FamilyError
 from bevatron.spec.model import Attention, ModelSpec, Shape
 
 LATEST = "latest.txt"

@@ -22,7 +22,7 @@ from bevatron.families.config_fields import (
     require,
     shown,
 )
-from bevatron.families.family import FamilyError, by_name
+from bevatron.families.registry import FamilyError, by_name
 from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
 
 Config = Mapping[str, Any]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bevatron.errors import BevatronError
-from bevatron.families.family import by_name
+from bevatron.families.registry import by_name
 from bevatron.families.weight_map import Entry
 from bevatron.spec.model import ModelSpec, Shape
 

@@ -10,21 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bevatron.bridge.hashes import hashes_of_native, prove
+from bevatron.bridge.byte_mover import Mover
+from bevatron.bridge.conversion_plan import Task
+from bevatron.bridge.conversion_report import shown_progress
 from bevatron.bridge.hf_folder import TOKENIZER_FILES
-from bevatron.bridge.importer import copy_file
-from bevatron.bridge.mover import Mover
+from bevatron.bridge.import_hf import copy_file
 from bevatron.bridge.nanotron import LATEST, METADATA, TOKENIZER, open_nanotron
 from bevatron.bridge.nanotron_config import NAME as CONFIG
 from bevatron.bridge.nanotron_config import model_config
 from bevatron.bridge.nanotron_format import KEY, VERSION, parameters, spell_metadata
-from bevatron.bridge.native import Native
-from bevatron.bridge.plan import Task
-from bevatron.bridge.report import shown_progress
+from bevatron.bridge.open_native import Native
+from bevatron.bridge.tensor_hashes import hashes_of_native, prove
 from bevatron.checkpoint.manifest import TensorEntry
 from bevatron.checkpoint.run_folder import read_train_state
 from bevatron.checkpoint.safetensors_file import Stored, write_header
-from bevatron.families.family import FamilyError, by_name
+from bevatron.families.registry import FamilyError, by_name
 
 
 def plan_nanotron(native: Native, dtype: str | None) -> tuple[tuple[Task, ...], dict[str, bytes]]:

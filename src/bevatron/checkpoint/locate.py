@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bevatron.checkpoint.files import located
 from bevatron.checkpoint.manifest import FILE_NAME, CheckpointError
+from bevatron.checkpoint.storage import located
 
 STEP = re.compile(r"step-\d{8,}")
 

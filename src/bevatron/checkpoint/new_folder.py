@@ -18,8 +18,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from bevatron.checkpoint.files import check_free, is_remote, threads_are_free, uploaded
-from bevatron.checkpoint.lock import lock
+from bevatron.checkpoint.folder_lock import lock
+from bevatron.checkpoint.storage import check_free, is_remote, threads_are_free, uploaded
 from bevatron.errors import BevatronError
 
 SYNC_EVERY_S = 0.2

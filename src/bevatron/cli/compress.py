@@ -55,7 +55,7 @@ def importance(
 ) -> None:
     """Score heads, neurons, channels and layers on calibration text, for pruning; also under
     torchrun."""
-    from bevatron.compress.command import importance as score
+    from bevatron.compress.importance_command import importance as score
 
     score(
         ckpt,
@@ -90,7 +90,7 @@ def logits(
 ) -> None:
     """Store a teacher's likeliest next tokens for the samples of a run, which then distils without
     the teacher; also under torchrun. Stopped, the same command goes on from there."""
-    from bevatron.compress.logits import logits as make
+    from bevatron.compress.store_logits import logits as make
 
     make(
         teacher,
@@ -141,9 +141,9 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Prune a model in width and depth, by importance, into a smaller native checkpoint."""
-    from bevatron.compress.options import parse_count, parse_layers, read_per_layer
     from bevatron.compress.prune import prune as make
-    from bevatron.compress.sizes import Targets
+    from bevatron.compress.prune_targets import parse_count, parse_layers, read_per_layer
+    from bevatron.compress.pruned_spec import Targets
     from bevatron.recipes import sizes
 
     if recipe is not None:  # what is given here goes before what it says
@@ -249,8 +249,8 @@ def search(
 ) -> None:
     """Search the architecture to prune to: compare all shapes near a parameter count by their loss
     after pruning, then after a short distillation. Killed, the same command goes on."""
-    from bevatron.compress.options import parse_count, parse_share, parse_sizes
-    from bevatron.compress.search.space import Axes, Goal
+    from bevatron.compress.prune_targets import parse_count, parse_share, parse_sizes
+    from bevatron.compress.search.search_space import Axes, Goal
 
     axes = Axes(
         num_layers=parse_sizes("--num-layers", num_layers),
@@ -261,13 +261,13 @@ def search(
     share = parse_share("--within", within)
     goal = Goal(parse_count(params), share, multiple, depth_by, max_candidates)
     if dry_run:
-        from bevatron.compress.search.outline import dry_run as plan
+        from bevatron.compress.search.search_preview import dry_run as plan
 
         stages = {"steps": steps, "short": short, "long_steps": long_steps, "long": long}
         found = plan(ckpt, axes, goal, scores=scores, **stages)
     else:
-        from bevatron.compress.search.asked import Options
         from bevatron.compress.search.search import Search
+        from bevatron.compress.search.search_request import Options
 
         options = Options(
             axes,
@@ -295,6 +295,6 @@ def search(
     if as_json:
         show(found, True)
     else:
-        from bevatron.compress.search.table import print_table
+        from bevatron.compress.search.search_table import print_table
 
         print_table(found, folder)

@@ -45,7 +45,7 @@ def import_(
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "overwrite": overwrite}
     options |= {"source_format": source_format, "accept": accept_field or ()}
     if dry_run:
-        from bevatron.bridge.preview import preview_import
+        from bevatron.bridge.conversion_preview import preview_import
 
         seen = preview_import(src, dst, **options)
         print(json.dumps(seen.to_dict()) if as_json else seen.text())
@@ -77,7 +77,7 @@ def export(
     options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
     options |= {"overwrite": overwrite, "target_format": target_format}
     if dry_run:
-        from bevatron.bridge.preview import preview_export
+        from bevatron.bridge.conversion_preview import preview_export
 
         seen = preview_export(src, dst, **options)
         print(json.dumps(seen.to_dict()) if as_json else seen.text())
@@ -95,7 +95,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare two models: every tensor by its hash, then logits. Status 0 only if they agree."""
-    from bevatron.bridge.verify import verify as compare
+    from bevatron.bridge.compare_tensors import verify as compare
 
     report = compare(a, b, logits=logits, accept=accept_field or ())
     print(json.dumps(report.to_dict()) if as_json else report.text())
@@ -113,7 +113,7 @@ def inspect(
 ) -> None:
     """Say what a model is: family, layers, bytes, dtype, step; or what a token store is."""
     if (Path(path) / "store.json").is_file():
-        from bevatron.data.store import TokenStore
+        from bevatron.data.token_store import TokenStore
 
         show(TokenStore.open(Path(path)).describe(), as_json)
         return

@@ -75,7 +75,7 @@ def generate(
     from bevatron.generate.prompts import read_prompts
 
     prompts = read_prompts(prompt, file, chat=chat, system=system)  # before torch is imported
-    from bevatron.generate.command import generate as complete
+    from bevatron.generate.generate_command import generate as complete
 
     complete(
         ckpt,
@@ -129,7 +129,7 @@ def chat(
 
     Sampled as the model's generation_config.json says, unless flags say otherwise.
     """
-    from bevatron.generate.chat.terminal import chat as talk
+    from bevatron.generate.chat_terminal import chat as talk
 
     talk(
         ckpt,
@@ -194,7 +194,7 @@ def serve(
     What a request does not say of sampling, the model's generation_config.json says.
     SIGTERM or Ctrl-C: refuse new requests, let running ones end, then end; twice: at once.
     """
-    from bevatron.generate.server.command import serve as start
+    from bevatron.generate.server.serve_command import serve as start
 
     start(
         ckpt,
@@ -256,7 +256,7 @@ def eval_(
         raise BevatronError(f"CKPT comes first: `bevatron eval CKPT {ckpt} ...`")
     model: dict[str, Any] = {"tp": tp, "pp": pp, "dtype": dtype, "int8": int8}
     if tasks is not None:
-        from bevatron.evaluate.tasks import run_tasks
+        from bevatron.evaluate.lm_eval_tasks import run_tasks
 
         for option, value in (("--data", data), ("--seq-len", seq_len), ("--stride", stride)):
             if value is not None:
@@ -264,8 +264,8 @@ def eval_(
         limited = [] if limit is None else ["--limit", str(limit)]
         run_tasks(ckpt, tasks, model, [*limited, *context.args], device=device, as_json=as_json)
         return
-    from bevatron.evaluate.opening import open_engine
     from bevatron.evaluate.perplexity import check_data, evaluate
+    from bevatron.evaluate.scored_model import open_engine
 
     unknown = [argument for argument in context.args if argument.startswith("-")]
     if unknown:

@@ -50,7 +50,7 @@ def tokenize(
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped token store. Killed, the same command goes on from there."""
-    from bevatron.data.encoder import ENGINES
+    from bevatron.data.text_encoder import ENGINES
     from bevatron.data.tokenize import tokenize as make
 
     known("--engine", engine, *ENGINES)
@@ -150,7 +150,7 @@ def train(
     from bevatron.recipes import find
     from bevatron.train.config_reference import known_keys
     from bevatron.train.launch import train as start
-    from bevatron.train.workers import ONE_NODE, Nodes
+    from bevatron.train.run_processes import ONE_NODE, Nodes
 
     if print_config:
         print(_printed(config, overrides or []), end="")

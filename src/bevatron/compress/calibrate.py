@@ -24,13 +24,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bevatron.compress.scores import CHANNELS, INFLUENCE, Floats, expected, heads_name, neurons_name
+from bevatron.compress.importance_scores import (
+    CHANNELS,
+    INFLUENCE,
+    Floats,
+    expected,
+    heads_name,
+    neurons_name,
+)
 from bevatron.errors import BevatronError
 from bevatron.nn.attention import Attention
 from bevatron.nn.mlp import MLP
 from bevatron.nn.norm import Norm
-from bevatron.parallel.agree import on_all
-from bevatron.parallel.place import Placed
+from bevatron.parallel.on_all_ranks import on_all
+from bevatron.parallel.placement import Placed
 
 KINDS = ("mean", "l2", "var")
 

@@ -1,7 +1,7 @@
 """Reading the rows and columns of a tensor that stay, a few megabytes at a time.
 
-No torch: a tensor is boxes in files (`checkpoint/boxes.py`), its elements are bits. Memory is one
-block, or one tensor where rows change their order or heads are merged.
+No torch: a tensor is boxes in files (`checkpoint/read_boxes.py`), its elements are bits. Memory is
+one block, or one tensor where rows change their order or heads are merged.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bevatron.bridge.dtypes import Converter
-from bevatron.checkpoint.boxes import read_box
+from bevatron.bridge.cast import Converter
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
-from bevatron.compress.sizes import PruneError
-from bevatron.compress.trim import PAD, Index, Pairs, query_rows
+from bevatron.checkpoint.read_boxes import read_box
+from bevatron.compress.kept_indices import PAD, Index, Pairs, query_rows
+from bevatron.compress.pruned_spec import PruneError
 from bevatron.spec.model import Attention
 
 BLOCK = 16 << 20  # bytes

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bevatron.bridge.opened import Opened
-from bevatron.compress.divergence import Divergence, Output, Top, distillation_sums
-from bevatron.compress.states import States, states_of
-from bevatron.compress.stored import IDS, TAIL, VALUES, StoredLogits
+from bevatron.bridge.open_weights import Opened
+from bevatron.compress.distill_states import States, states_of
+from bevatron.compress.logit_divergence import Divergence, Output, Top, distillation_sums
+from bevatron.compress.stored_logits import IDS, TAIL, VALUES, StoredLogits
 from bevatron.errors import BevatronError
-from bevatron.nn.comm import Comm
-from bevatron.nn.heads import Compute
+from bevatron.nn.output_heads import Compute
+from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config_objective import ObjectiveConfig
 from bevatron.train.objectives import BLANK, Pretrain, Samples, Vector, mean_over
-from bevatron.train.start import open_teacher
+from bevatron.train.run_start import open_teacher
 
 TOP = (VALUES, IDS, TAIL)
 

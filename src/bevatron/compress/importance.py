@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bevatron.bridge.dtypes import parse_dtype
-from bevatron.bridge.opened import Opened, open_weights
-from bevatron.checkpoint.sharded import DTYPES
+from bevatron.auto_bridge.model_provider import PRECISION
+from bevatron.bridge.cast import parse_dtype
+from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.checkpoint.save_and_load import DTYPES
 from bevatron.compress.calibrate import Aggregation, Calibration
-from bevatron.compress.scores import (
+from bevatron.compress.importance_scores import (
     LOSS,
     LOSS_WITHOUT,
     Floats,
@@ -31,19 +32,18 @@ from bevatron.compress.scores import (
     spec_hash,
     weights_hash,
 )
-from bevatron.data.sampler import Sampler
-from bevatron.data.store import StoreError, TokenStore
+from bevatron.data.sample_order import Sampler
+from bevatron.data.token_store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
-from bevatron.nn.comm import Comm
-from bevatron.nn.heads import Compute
-from bevatron.parallel.agree import on_all
+from bevatron.nn.output_heads import Compute
+from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.layout import Layout, LayoutError, check
+from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.pipeline import pass_down
-from bevatron.parallel.place import Placed, place, reshard
-from bevatron.parallel.provider import PRECISION
-from bevatron.parallel.weights import stream
-from bevatron.parallel.world import default_device, mesh, world
+from bevatron.parallel.placed_weights import stream
+from bevatron.parallel.placement import Placed, place, reshard
+from bevatron.parallel.process_groups import default_device, mesh, world
 from bevatron.progress import Advance, progress
 from bevatron.spec import ModelSpec
 from bevatron.train.cross_entropy import IGNORE

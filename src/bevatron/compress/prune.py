@@ -11,27 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.bridge.dtypes import FLOATS, NonFinite
-from bevatron.bridge.importer import check_space
-from bevatron.bridge.mover import Mover
-from bevatron.bridge.native import CONFIG
-from bevatron.bridge.on_paper import open_on_paper
-from bevatron.bridge.opened import Opened, open_weights
-from bevatron.bridge.plan import lay_out
+from bevatron.bridge.byte_mover import Mover
+from bevatron.bridge.cast import FLOATS, NonFinite
+from bevatron.bridge.conversion_plan import lay_out
+from bevatron.bridge.conversion_report import shown_progress
+from bevatron.bridge.import_hf import check_space
+from bevatron.bridge.open_native import CONFIG
+from bevatron.bridge.open_sizes import open_on_paper
+from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.bridge.remote_code import readers
-from bevatron.bridge.report import shown_progress
-from bevatron.bridge.unchanged import stamps, unchanged
-from bevatron.checkpoint.boxes import new_hasher, spell, verify_chunk
-from bevatron.checkpoint.files import located
+from bevatron.bridge.source_changes import stamps, unchanged
 from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_looked_at, check_target, new_folder
+from bevatron.checkpoint.read_boxes import new_hasher, spell, verify_chunk
+from bevatron.checkpoint.storage import located
 from bevatron.compress.cutting import MERGES, Change, blocks, cut_shape, merge
-from bevatron.compress.outcome import PruneReport, class_of, family_of, sizes_of
-from bevatron.compress.scores import Scores, weights_hash
-from bevatron.compress.sizes import DEPTH_BY, PruneError, Shape, Targets
-from bevatron.compress.trim import Index, Kept, cut, keep, source_of
-from bevatron.compress.widths import shape
-from bevatron.families.family import by_name
+from bevatron.compress.importance_scores import Scores, weights_hash
+from bevatron.compress.kept_indices import Index, Kept, cut, keep, source_of
+from bevatron.compress.prune_report import PruneReport, class_of, family_of, sizes_of
+from bevatron.compress.pruned_spec import DEPTH_BY, PruneError, Shape, Targets
+from bevatron.compress.pruned_widths import shape
+from bevatron.families.registry import by_name
 from bevatron.spec.count import parameter_count
 from bevatron.spec.json import to_json
 from bevatron.spec.model import Attention, ModelSpec

@@ -11,15 +11,15 @@ from itertools import islice
 from pathlib import Path
 
 from bevatron.checkpoint.new_folder import check_target, new_folder
-from bevatron.data.encoder import Choice, Engine, choose
-from bevatron.data.formats import DATASET, KNOWN
-from bevatron.data.parts import DONE, Done, Job, find_done, item_pieces, make_part
-from bevatron.data.sources import Part, plan
-from bevatron.data.store import TokenStore
-from bevatron.data.text import Unfit
+from bevatron.data.file_formats import DATASET, KNOWN
+from bevatron.data.text_documents import Unfit
+from bevatron.data.text_encoder import Choice, Engine, choose
+from bevatron.data.token_store import TokenStore
+from bevatron.data.token_store_writer import StoreWriter
+from bevatron.data.tokenize_part import DONE, Done, Job, find_done, item_pieces, make_part
+from bevatron.data.tokenize_sources import Part, plan
+from bevatron.data.tokenize_workers import in_workers
 from bevatron.data.tokenizer import CONFIGS, OpenTokenizer, open_tokenizer
-from bevatron.data.workers import in_workers
-from bevatron.data.writer import StoreWriter
 from bevatron.errors import BevatronError, failed
 
 PROBES, PROBE = 64, 4096  # pieces of the text itself on which engines are compared; characters

@@ -13,14 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from bevatron.data.sources import find_files
-from bevatron.data.store import FILE_NAME, TokenStore
-from bevatron.data.tables import NAME
-from bevatron.data.text import utf8_bytes
+from bevatron.data.table_documents import NAME
+from bevatron.data.text_documents import utf8_bytes
+from bevatron.data.token_store import FILE_NAME, TokenStore
 from bevatron.data.tokenize import tokenize
+from bevatron.data.tokenize_sources import find_files
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError
-from bevatron.evaluate.windows import windows
+from bevatron.evaluate.sliding_windows import windows
 from bevatron.generate.engine import Engine, tokenizer_file
 from bevatron.progress import progress
 

@@ -3,7 +3,7 @@
 A family is data about names and fields; it holds no tensors and no modules.
 """
 
-from bevatron.families.family import (
+from bevatron.families.registry import (
     Family,
     FamilyError,
     by_name,

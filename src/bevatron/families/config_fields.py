@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from bevatron.families.family import Config, Family, FamilyError
+from bevatron.families.registry import Config, Family, FamilyError
 from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000  # a config.json that says more is not genuine

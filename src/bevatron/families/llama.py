@@ -7,8 +7,8 @@ Defaults are those of transformers 5.23's LlamaConfig. Layers that differ from o
 from __future__ import annotations
 
 from bevatron.families.config_fields import Field, flag, size
-from bevatron.families.family import Family
-from bevatron.families.uniform import Uniform
+from bevatron.families.registry import Family
+from bevatron.families.uniform_family import Uniform
 
 FIELDS = {
     "vocab_size": size(32000),

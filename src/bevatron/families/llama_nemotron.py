@@ -28,9 +28,9 @@ from bevatron.families.config_fields import (
     write_fields,
     wrong,
 )
-from bevatron.families.family import Config, Family, FamilyError
-from bevatron.families.heads import ALL_HEADS, architectures, read_head, write_head
+from bevatron.families.head_fields import ALL_HEADS, architectures, read_head, write_head
 from bevatron.families.llama import FIELDS as LLAMA
+from bevatron.families.registry import Config, Family, FamilyError
 from bevatron.families.rope_fields import ROPE_FIELDS, read_rope, write_rope
 from bevatron.families.weight_map import Entry, Names, weight_map
 from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, SpecError

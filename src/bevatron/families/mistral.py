@@ -7,9 +7,9 @@ takes an absent one for 4096.
 from __future__ import annotations
 
 from bevatron.families.config_fields import size
-from bevatron.families.family import Family
 from bevatron.families.llama import FIELDS
-from bevatron.families.uniform import Uniform
+from bevatron.families.registry import Family
+from bevatron.families.uniform_family import Uniform
 from bevatron.families.weight_map import Names
 
 FAMILY: Family = Uniform(

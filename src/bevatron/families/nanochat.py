@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bevatron.families.config_fields import Field, check, flag, size
-from bevatron.families.family import Config, Family
-from bevatron.families.uniform import Uniform
+from bevatron.families.registry import Config, Family
+from bevatron.families.uniform_family import Uniform
 from bevatron.families.weight_map import Names
 from bevatron.spec.model import MLP, Attention, Init, ModelSpec, Norm
 

@@ -7,8 +7,8 @@ them at zero, the identity, as those who trained these models did.
 from __future__ import annotations
 
 from bevatron.families.config_fields import Field, flag, size
-from bevatron.families.family import Family
-from bevatron.families.uniform import Uniform
+from bevatron.families.registry import Family
+from bevatron.families.uniform_family import Uniform
 from bevatron.spec.model import MLP, Norm
 
 FIELDS = {

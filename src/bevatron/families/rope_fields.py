@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bevatron.families.config_fields import Field, Values, check, flag, shown, size, wrong
-from bevatron.families.family import Config, FamilyError
+from bevatron.families.registry import Config, FamilyError
 from bevatron.spec.model import ROPE_NEEDS, Rope
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from bevatron.bridge.dtypes import parse_dtype
-from bevatron.bridge.opened import Opened, open_weights
-from bevatron.checkpoint.sharded import DTYPES
+from bevatron.bridge.cast import parse_dtype
+from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.checkpoint.save_and_load import DTYPES
 from bevatron.errors import BevatronError, UnexpectedError, failure
-from bevatron.generate.cache import CAPACITY
-from bevatron.generate.model import Model, is_want_of_memory
-from bevatron.generate.options import recommended
+from bevatron.generate.answer_stream import Stream
+from bevatron.generate.decoding_model import Model, is_want_of_memory
+from bevatron.generate.detokenize import Vocabulary
+from bevatron.generate.engine_processes import Group, open_group
+from bevatron.generate.engine_step import Output, Step
+from bevatron.generate.kv_cache import CAPACITY
 from bevatron.generate.request import (
     Generation,
     Loglikelihood,
@@ -26,12 +29,9 @@ from bevatron.generate.request import (
     Sampling,
     Stats,
 )
+from bevatron.generate.sampling_options import recommended
 from bevatron.generate.scheduler import Scheduler
-from bevatron.generate.step import Output, Step
-from bevatron.generate.stream import Stream
-from bevatron.generate.text import Vocabulary
-from bevatron.generate.workers import Group, open_group
-from bevatron.parallel.world import choose_device
+from bevatron.parallel.process_groups import choose_device
 from bevatron.train.hardware import free_bytes
 
 __all__ = ["Engine", "Generation", "generate"]

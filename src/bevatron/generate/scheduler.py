@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from bevatron.generate.cache import CAPACITY
+from bevatron.generate.answer_stream import Stream
+from bevatron.generate.detokenize import TextStream, Vocabulary
+from bevatron.generate.engine_step import Output, Scores, Segment, Step
+from bevatron.generate.kv_cache import CAPACITY
 from bevatron.generate.request import NoRoom, Piece, Request, TokenLogprob
 from bevatron.generate.sampling import Chooser, choose
-from bevatron.generate.step import Output, Scores, Segment, Step
-from bevatron.generate.stream import Stream
-from bevatron.generate.text import TextStream, Vocabulary
 
 RESERVE = 512  # tokens of an answer that room is set aside for
 CHUNK = 1024  # prompt tokens of a step

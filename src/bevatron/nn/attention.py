@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevatron.nn.attend import Mask, attend
-from bevatron.nn.comm import Comm, empty
+from bevatron.nn.attention_kernels import Mask, attend
 from bevatron.nn.norm import rms
+from bevatron.nn.rank_communication import Comm, empty
 from bevatron.nn.rope import rotate
 from bevatron.spec import Attention as AttentionSpec
 

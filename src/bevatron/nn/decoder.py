@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevatron.nn.attend import Mask, make_mask
 from bevatron.nn.attention import Attention
-from bevatron.nn.comm import LOCAL, Comm, empty
-from bevatron.nn.heads import Compute, Scores, Vocabulary, pool, softcap
+from bevatron.nn.attention_kernels import Mask, make_mask
 from bevatron.nn.mlp import MLP, Linear
 from bevatron.nn.norm import Norm, rms
+from bevatron.nn.output_heads import Compute, Scores, Vocabulary, pool, softcap
+from bevatron.nn.rank_communication import LOCAL, Comm, empty
 from bevatron.nn.rope import rotation
 from bevatron.spec import MLP as MLPSpec
 from bevatron.spec import Attention as AttentionSpec
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
     """The layers `layers` of a model, with its embedding and its head if asked for.
 
     Parameters have the spec's names and global shapes and are uninitialised; build it under
-    `torch.device("meta")` and fill it from a checkpoint or with `bevatron.parallel.init`.
+    `torch.device("meta")` and fill it from a checkpoint or with `bevatron.parallel.random_weights`.
 
     Attributes:
         left_out: layers that a forward passes by, to see what they are worth.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevatron.nn.attention import Projection
-from bevatron.nn.comm import Comm
+from bevatron.nn.rank_communication import Comm
 from bevatron.spec import MLP as MLPSpec
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevatron.nn.comm import Comm, empty
+from bevatron.nn.rank_communication import Comm, empty
 from bevatron.spec import Norm as NormSpec
 
 

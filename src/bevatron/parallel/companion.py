@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from bevatron.bridge.opened import Opened
-from bevatron.checkpoint.sharded import box_reader
-from bevatron.nn.comm import Comm
+from bevatron.bridge.open_weights import Opened
+from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.nn.decoder import EMBEDDING, Tap
-from bevatron.nn.heads import Vocabulary
-from bevatron.parallel.footprint import unsharded
+from bevatron.nn.output_heads import Vocabulary
+from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.layout import Layout
+from bevatron.parallel.memory_footprint import unsharded
 from bevatron.parallel.pipeline import Batch, micro_batches, pass_down
-from bevatron.parallel.place import Placed, Stage, place, reshard
-from bevatron.parallel.weights import fill_random, stream
+from bevatron.parallel.placed_weights import fill_random, stream
+from bevatron.parallel.placement import Placed, Stage, place, reshard
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import to_json
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bevatron.checkpoint.shard import copies, local
-from bevatron.parallel.place import Placed
+from bevatron.checkpoint.rank_boxes import copies, local
+from bevatron.parallel.placement import Placed
 
 
 def squared_norm(placed: Placed) -> Tensor:

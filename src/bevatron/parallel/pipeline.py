@@ -18,7 +18,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.place import Placed, reshard
+from bevatron.parallel.placement import Placed, reshard
 
 Batch = dict[str, Tensor]
 

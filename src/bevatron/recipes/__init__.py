@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bevatron.errors import BevatronError
-from bevatron.families.published import preset
+from bevatron.families.published_models import preset
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import parameter_count
 from bevatron.train.config import PruneConfig, RunConfig

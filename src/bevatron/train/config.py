@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from bevatron.spec.model import Role
 from bevatron.train.config_objective import ObjectiveConfig, Section
-from bevatron.train.override import OverrideConfig
+from bevatron.train.model_override import OverrideConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 EVERY = 500  # steps between two saves, and between two validations, unless a run says otherwise

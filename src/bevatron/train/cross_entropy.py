@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevatron.nn.comm import Comm
-from bevatron.train.chunked import CHUNK_LOGITS, sums_of_chunks
+from bevatron.nn.rank_communication import Comm
+from bevatron.train.chunked_loss import CHUNK_LOGITS, sums_of_chunks
 
 IGNORE = -100
 

@@ -182,7 +182,7 @@ def _warnings(machine: dict[str, Any]) -> list[str]:
 
 
 def _exchange_as_rank(timeout_s: float) -> dict[str, Any]:
-    from bevatron.train.collectives import measured
+    from bevatron.train.doctor_exchange import measured
 
     try:
         return {"ok": True, **measured(timeout_s)}
@@ -197,7 +197,7 @@ def _exchange(count: int, timeout_s: float, more: dict[str, str] | None = None) 
         port = probe.getsockname()[1]
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(more or {})}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bevatron.train.collectives", str(timeout_s)]
+    command = [sys.executable, "-m", "bevatron.train.doctor_exchange", str(timeout_s)]
     command.append(str(os.getpid()))
     ranks = [
         subprocess.Popen(

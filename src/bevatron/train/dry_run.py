@@ -1,7 +1,7 @@
 """What a run of any size would be, without starting it: `bevatron train CONFIG --dry-run`.
 
 The mesh, the stages and the placement are built by the code that a run uses, on a world on paper
-(`parallel/paper.py`) and with tensors that have shapes and no memory, once per rank of the
+(`parallel/fake_world.py`) and with tensors that have shapes and no memory, once per rank of the
 pipeline, as the first of the ranks at its place. What cannot be placed is refused as it would be
 there.
 """
@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from bevatron.parallel import footprint
+from bevatron.parallel import memory_footprint
+from bevatron.parallel.fake_world import paper_mesh, paper_world
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.paper import paper_mesh, paper_world
-from bevatron.parallel.place import Placed
-from bevatron.parallel.split import end_loads, in_flight, layer_cost, layer_load, stage_ranges
-from bevatron.parallel.world import mesh
+from bevatron.parallel.placement import Placed
+from bevatron.parallel.process_groups import mesh
+from bevatron.parallel.stage_split import end_loads, in_flight, layer_cost, layer_load, stage_ranges
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, forward_flops_per_token, parameter_count
-from bevatron.train.chunked import CHUNK_LOGITS
+from bevatron.train.chunked_loss import CHUNK_LOGITS
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import Objective
-from bevatron.train.rules import groups
-from bevatron.train.start import Start, find_start
+from bevatron.train.run_start import Start, find_start
 from bevatron.train.trainer import Trainer
+from bevatron.train.update_rules import groups
 
 GIB = 2**30
 
@@ -157,7 +157,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
         flops_per_step=tokens * flops_per_token(spec, seq_len, causal=True) + teachers,
         teacher_flops_per_step=teachers,
         schedule=layout.schedule,
-        bubble=footprint.bubble(layout, micro_batches),
+        bubble=memory_footprint.bubble(layout, micro_batches),
         imbalance=max(flops) * len(flops),
         stages=stages,
         optimizer=[str(group) for group in groups(spec, config.optimizer)],
@@ -220,7 +220,7 @@ def _stage(
     ]
 
     def kept(i: int, recompute: str) -> float:
-        return footprint.layer_activations(spec, i, layout, itemsize, recompute)
+        return memory_footprint.layer_activations(spec, i, layout, itemsize, recompute)
 
     per_token = sum(
         flights[n] * kept(i, train.recompute) for n in placed.mine for i in placed.stages[n]
@@ -228,22 +228,24 @@ def _stage(
     layers = [i for n in placed.mine for i in placed.stages[n]]
     if train.recompute != "none":  # one layer at a time is there in full again
         per_token += max((kept(i, "none") for i in layers), default=0.0)
-    weights = footprint.local_bytes(list(parameters.values()))
+    weights = memory_footprint.local_bytes(list(parameters.values()))
     companions = list(trainer.objective.companions.values())
     stages = [stage.decoder for c in companions for stage in c.placed.mine.values()]
-    frozen = sum(footprint.local_bytes(list(decoder.parameters())) for decoder in stages)
+    frozen = sum(memory_footprint.local_bytes(list(decoder.parameters())) for decoder in stages)
     forward = sum(_mine(c.placed, _forward_times(c.spec, config)) for c in companions)
     states = {id(state): state for _, state in trainer.optimizer.states().values()}
-    head = footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
+    head = memory_footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)
     return StagePlan(
         stage=placed.mesh.get_local_rank("pp"),
         layers=layers,
         parameters=sum(p.numel() for p in parameters.values()),
-        parameters_per_rank=weights // footprint.FP32,
+        parameters_per_rank=weights // memory_footprint.FP32,
         weights=weights + frozen,
-        gradients=footprint.gradient_bytes(parameters, spec, layout, itemsize, micro_batches),
+        gradients=memory_footprint.gradient_bytes(
+            parameters, spec, layout, itemsize, micro_batches
+        ),
         optimizer=sum(s.numel() * s.element_size() for s in states.values()),
-        gathered=itemsize * footprint.gathered_elements(parameters, layout.regathers),
+        gathered=itemsize * memory_footprint.gathered_elements(parameters, layout.regathers),
         in_flight=sum(flights[n] for n in placed.mine),
         activations=int(tokens * per_token),
         head=int(head) if placed.is_last else 0,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.world import choose_device
+from bevatron.parallel.process_groups import choose_device
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, by words of the device's name. From the makers'
 # data sheets; NVIDIA's print the double, which needs 2:4 sparsity, for everything since the A100.

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevatron.nn.comm import Comm
-from bevatron.nn.heads import Compute, at, last_token
+from bevatron.nn.output_heads import Compute, at, last_token
+from bevatron.nn.rank_communication import Comm
 from bevatron.spec import Head, ModelSpec
 from bevatron.train.cross_entropy import IGNORE
 from bevatron.train.objectives import NONE, Samples, Stored, Taps, Vector, mean_over

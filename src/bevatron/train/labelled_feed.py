@@ -10,22 +10,22 @@ import numpy as np
 import torch
 
 from bevatron.checkpoint.run_folder import hash_file
-from bevatron.data.answers import Answers
-from bevatron.data.labelled import Arrays, Labelled, Padded, SequenceLabels, TokenLabels
+from bevatron.data.jsonl_rows import Rows
+from bevatron.data.labelled_examples import Arrays, Labelled, Padded, SequenceLabels, TokenLabels
 from bevatron.data.permutation import Permutation, derive
-from bevatron.data.rows import Rows
-from bevatron.data.store import TokenStore
+from bevatron.data.question_answering import Answers
+from bevatron.data.token_store import TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
-from bevatron.train import feed
+from bevatron.train import token_feed
 from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig, SourceConfig
 from bevatron.train.config_objective import UNLABELLED
-from bevatron.train.feed import Feed, own_tokenizer
 from bevatron.train.head_objectives import problem_type
 from bevatron.train.objectives import Stored
 from bevatron.train.read_ahead import Batch, ReadAhead
-from bevatron.train.start import Start, tokenizer_of
+from bevatron.train.run_start import Start, tokenizer_of
+from bevatron.train.token_feed import Feed, own_tokenizer
 
 ROWS = 1024  # that are tokenized at once where windows are counted
 SHUFFLE = 3  # tells these permutations from the sampler's
@@ -51,7 +51,7 @@ def check_data(config: RunConfig, start: Start) -> None:
     if config.objective.name not in UNLABELLED:
         Rows([Path(source.path) for source in sources], _labelled(config, start).check)
         return
-    feed.check_data(config, start)
+    token_feed.check_data(config, start)
 
 
 def hash_source(config: RunConfig, path: str) -> str:

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
-from bevatron.train.absent import check_present, stand_in
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
-from bevatron.train.stopping import Stopping
-from bevatron.train.workers import ONE_NODE, Nodes, launch, reporting, say_stopped
+from bevatron.train.missing_inputs import check_present, stand_in
+from bevatron.train.run_processes import ONE_NODE, Nodes, launch, reporting, say_stopped
+from bevatron.train.stop_signals import Stopping
 
 if TYPE_CHECKING:
     import torch
 
     from bevatron.train.objectives import Objective
-    from bevatron.train.start import Start
+    from bevatron.train.run_start import Start
 
 
 def train(
@@ -152,7 +152,7 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
     """All that needs no process group: the start, the layout, the objective, the data. Data that
     does not exist is noted in `absent` if it is given."""
     from bevatron.train.labelled_feed import check_data
-    from bevatron.train.start import find_start
+    from bevatron.train.run_start import find_start
     from bevatron.train.trackers import check_trackers
 
     check_trackers(config.log)
@@ -170,7 +170,7 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
     if config.data.document_mask:
         check_documents(start.spec, config.data.seq_len)
     _check_companions(config, layout, start)
-    from bevatron.parallel.split import stage_ranges
+    from bevatron.parallel.stage_split import stage_ranges
 
     stage_ranges(
         start.spec,
@@ -191,8 +191,8 @@ def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
     """The frozen models that the objective brings must run at the layout and read the same ids;
     what one of them said before must be of this run's samples."""
     from bevatron.data.tokenizer import TOKENIZER
-    from bevatron.train.feed import check_companion, own_tokenizer
     from bevatron.train.objectives import objective_of
+    from bevatron.train.token_feed import check_companion, own_tokenizer
 
     own = None if config.data.allow_other_tokenizer else own_tokenizer(config, start)
     objective = objective_of(config.objective, start.spec)
@@ -221,7 +221,7 @@ def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
 
 def _beyond_contexts(config: RunConfig, start: Start, objective: Objective) -> list[str]:
     """A line for each model whose context is shorter than the samples."""
-    from bevatron.train.override import beyond_context
+    from bevatron.train.model_override import beyond_context
 
     specs = {"the model": start.spec}
     specs |= {f"objective.{name}": c.spec for name, c in objective.companions.items()}
@@ -243,8 +243,8 @@ def _reset_step(config: RunConfig, start: Start | None) -> int:
     """The step at which the optimizer is reset: where the run goes on. A worker of another launcher
     that starts it again (`start` is None) finds in the step whether that has been done."""
     if start is None:
-        from bevatron.checkpoint.whole import read_state
-        from bevatron.train.start import find_start
+        from bevatron.checkpoint.step_state import read_state
+        from bevatron.train.run_start import find_start
 
         found = find_start(config)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and found.resumed is not None:
@@ -269,8 +269,8 @@ def work(
     worker = "RANK" in os.environ
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    from bevatron.parallel.agree import on_all
-    from bevatron.parallel.world import world
+    from bevatron.parallel.on_all_ranks import on_all
+    from bevatron.parallel.process_groups import world
     from bevatron.train.hardware import training_device, tune_allocator
 
     # Whoever hangs is named before its collectives give up.
@@ -303,13 +303,13 @@ def _run(
     """Inside the process group."""
     import torch.distributed as dist
 
-    from bevatron.parallel.agree import on_all
-    from bevatron.parallel.world import job_store
+    from bevatron.parallel.on_all_ranks import on_all
+    from bevatron.parallel.process_groups import job_store
+    from bevatron.train.hang_watch import Watch
     from bevatron.train.hardware import why_on_cpu
     from bevatron.train.objectives import objective_of
-    from bevatron.train.run import Run
-    from bevatron.train.start import opened_run
-    from bevatron.train.watch import Watch
+    from bevatron.train.run_start import opened_run
+    from bevatron.train.training_loop import Run
 
     def say(text: str) -> None:
         if dist.get_rank() == 0:

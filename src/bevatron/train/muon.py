@@ -6,8 +6,8 @@ weight decay.
 
 A fused weight is several matrices, each made orthogonal on its own and whole: Q [H*D, h], K and V
 [G*D, h] (not one QKV, not per head), gate and up [f, h]. The momentum is cut like the parameter.
-For the rest of the update every matrix is put together on one rank (`parallel/owners.py`), which
-computes exactly what one process would.
+For the rest of the update every matrix is put together on one rank (`parallel/whole_tensors.py`),
+which computes exactly what one process would.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bevatron.checkpoint.shard import local
-from bevatron.parallel.owners import Owners
+from bevatron.checkpoint.rank_boxes import local
+from bevatron.parallel.whole_tensors import Owners
 from bevatron.spec import Attention, ModelSpec
 from bevatron.train.config import MuonConfig
-from bevatron.train.rules import Rule
+from bevatron.train.update_rules import Rule
 
 # The quintic a*x + b*x^3 + c*x^5, steep at zero: singular values end between about 0.7 and 1.2.
 A, B, C = 3.4445, -4.7750, 2.0315

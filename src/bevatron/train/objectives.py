@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bevatron.nn.comm import Comm
 from bevatron.nn.decoder import Tap
-from bevatron.nn.heads import Compute
+from bevatron.nn.output_heads import Compute
+from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig

@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bevatron.checkpoint.shard import local
-from bevatron.parallel.place import Placed
+from bevatron.checkpoint.rank_boxes import local
+from bevatron.parallel.placement import Placed
 from bevatron.train.config import OptimizerConfig
 from bevatron.train.muon import Muon
-from bevatron.train.rules import Rule, rule
+from bevatron.train.update_rules import Rule, rule
 
 FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with a kernel for all of AdamW's update
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from bevatron.checkpoint.files import threads_are_free
+from bevatron.checkpoint.storage import threads_are_free
 from bevatron.train.batches import Batches
 from bevatron.train.objectives import Samples
 

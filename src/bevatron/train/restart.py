@@ -16,8 +16,8 @@ from bevatron.data.tokenizer import TOKENIZER
 from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig, SourceConfig, flat
 from bevatron.train.config_objective import UNLABELLED
-from bevatron.train.schedule import learning_rate
-from bevatron.train.start import Start
+from bevatron.train.learning_rate import learning_rate
+from bevatron.train.run_start import Start
 
 # nothing: no number depends on it. rounding: sums are added up otherwise. aside: the steps' numbers
 # stay, something else is said. free: the numbers move, and they may. fixed: they move, and may not

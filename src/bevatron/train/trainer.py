@@ -1,6 +1,6 @@
 """One rank's share of training: parameters placed, gradients accumulated, clipped and applied.
 
-No files and no loop here; `run.py` has those.
+No files and no loop here; `training_loop.py` has those.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bevatron.checkpoint.shard import local
-from bevatron.checkpoint.sharded import ReadBox, Saved, load
-from bevatron.parallel.context import ContextParallel
+from bevatron.checkpoint.rank_boxes import local
+from bevatron.checkpoint.save_and_load import ReadBox, Saved, load
+from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.gradients import clip, drop, squared_norm
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.pipeline import Runner
-from bevatron.parallel.place import NOTHING, place
-from bevatron.parallel.replay import check_replay
-from bevatron.parallel.weights import fill_random, load_weights
+from bevatron.parallel.placed_weights import fill_random, load_weights
+from bevatron.parallel.placement import NOTHING, place
+from bevatron.parallel.replayed_step import check_replay
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
 from bevatron.train.objectives import Objective, Samples, Vector

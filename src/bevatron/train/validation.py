@@ -9,11 +9,11 @@ import numpy as np
 
 from bevatron.progress import progress
 from bevatron.train.config import RunConfig
-from bevatron.train.meter import Meter
+from bevatron.train.hang_watch import Watch
 from bevatron.train.read_ahead import ReadAhead
-from bevatron.train.stopping import Stopping
+from bevatron.train.step_metrics import Meter
+from bevatron.train.stop_signals import Stopping
 from bevatron.train.trainer import Trainer
-from bevatron.train.watch import Watch
 
 
 class Validation:

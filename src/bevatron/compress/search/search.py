@@ -18,17 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.lock import lock
+from bevatron.checkpoint.folder_lock import lock
 from bevatron.checkpoint.new_folder import make_parents, remove_empty
 from bevatron.checkpoint.run_folder import LOCK_PATIENCE_S
-from bevatron.compress.command import importance
+from bevatron.compress.importance_command import importance
+from bevatron.compress.importance_scores import Scores
 from bevatron.compress.prune import prune
-from bevatron.compress.scores import Scores
-from bevatron.compress.search import runs
-from bevatron.compress.search.asked import Asked, Options
-from bevatron.compress.search.page import write_page
-from bevatron.compress.search.space import Candidate, depths
-from bevatron.compress.search.state import LONG, PRUNED, SHORT, SearchError, State
+from bevatron.compress.search import search_runs
+from bevatron.compress.search.search_page import write_page
+from bevatron.compress.search.search_request import Asked, Options
+from bevatron.compress.search.search_space import Candidate, depths
+from bevatron.compress.search.search_state import LONG, PRUNED, SHORT, SearchError, State
 from bevatron.errors import BevatronError
 
 SCORES, BEST = "scores.safetensors", "best"
@@ -67,7 +67,7 @@ class Search:
                 "wait for it, stop it, or name another folder",
                 patience_s=LOCK_PATIENCE_S,
             ):
-                runs.clear(self.folder)
+                search_runs.clear(self.folder)
                 model: dict[str, Any] = {"path": self.ckpt, "family": self.asked.family.name}
                 model["parameters"] = self.asked.parameters
                 model["validation"] = [str(path) for path in self.options.validation]
@@ -162,7 +162,7 @@ class Search:
         """Do what the stage asks of a candidate; its loss afterwards."""
         pruned, kind = self._place(name, PRUNED), stage["name"]
         run = self._place(name, kind)
-        if not (kind != PRUNED and runs.is_finished(run, stage["steps"])):
+        if not (kind != PRUNED and search_runs.is_finished(run, stage["steps"])):
             if not pruned.is_dir():
                 prune(self.ckpt, pruned, self.chosen[name].targets, scores=scores)
             if kind != PRUNED:
@@ -174,7 +174,9 @@ class Search:
 
         run = self._place(name, kind).resolve()
         config = run.with_name(f"{kind}.yaml")
-        runs.write(self.asked.config_of(self._place(name, PRUNED).resolve(), run, steps), config)
+        search_runs.write(
+            self.asked.config_of(self._place(name, PRUNED).resolve(), run, steps), config
+        )
         processes = self.asked.layout.world_size
         try:
             train(config, [], nproc=processes if processes > 1 else None)
@@ -183,8 +185,8 @@ class Search:
 
     def _loss(self, model: str | Path) -> float:
         """Nats per token of held-out text, as `bevatron eval` gives them."""
-        from bevatron.evaluate.opening import open_engine
         from bevatron.evaluate.perplexity import evaluate
+        from bevatron.evaluate.scored_model import open_engine
 
         options = self.options
         _free_memory()
@@ -220,10 +222,10 @@ class Search:
                 for k, stage in enumerate(self.stages)
             )
             if not wanted and not (last == 0 and leads):
-                runs.remove(self._place(name, PRUNED))
+                search_runs.remove(self._place(name, PRUNED))
             for k, stage in enumerate(self.stages[1:], 1):
                 if stage["name"] in losses and not (k == last and leads):
-                    runs.drop_weights(self._place(name, stage["name"]))
+                    search_runs.drop_weights(self._place(name, stage["name"]))
             _remove_if_empty(self._place(name, PRUNED).parent)
 
     def _may_enter(self, name: str, number: int) -> bool:

@@ -13,15 +13,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from bevatron.errors import BevatronError
+from bevatron.generate.answer_stream import Stream
 from bevatron.generate.engine import Engine
 from bevatron.generate.request import NoRoom, Piece, QueueFull, Request
-from bevatron.generate.server.gate import Receive, Scope, Send
+from bevatron.generate.server.error_answers import Refusal, bad, gone, stopping
 from bevatron.generate.server.metrics import Metrics
-from bevatron.generate.server.refusal import Refusal, bad, gone, stopping
-from bevatron.generate.stream import Stream
+from bevatron.generate.server.request_limits import Receive, Scope, Send
 
 if TYPE_CHECKING:
-    from bevatron.generate.server.serving import Serving
+    from bevatron.generate.server.served_model import Serving
 
 Result = TypeVar("Result")
 LAST_EVENT = b"data: [DONE]\n\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 from bevatron.checkpoint.new_folder import replace_text
 from bevatron.errors import BevatronError
-from bevatron.train.report.record import read_run, unique_names
+from bevatron.train.report.run_reading import read_run, unique_names
 
 
 def report(
@@ -26,7 +26,7 @@ def report(
     unique_names(records)
     if as_json:
         return {"runs": [r.to_dict() for r in records]}
-    from bevatron.train.report.page import page
+    from bevatron.train.report.report_page import page
 
     target = output or (records[0].path if len(records) == 1 else Path()) / "report.html"
     if target.is_dir():

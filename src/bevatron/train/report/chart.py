@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from bevatron.train.report.curves import downsample, extent, kept, log_ticks, short, ticks
-from bevatron.train.report.record import Event, Floats, Series
+from bevatron.train.report.run_reading import Event, Floats, Series
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 26, 42
 

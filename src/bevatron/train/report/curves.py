@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from bevatron.train.report.record import Floats, Series
+from bevatron.train.report.run_reading import Floats, Series
 
 POINTS = 1500
 

@@ -1,0 +1,299 @@
+"""Hugging Face folder -> native checkpoint: plan, move bytes, hash, commit."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bevatron.bridge.byte_mover import Mover
+from bevatron.bridge.cast import FLOATS, Converter, NonFinite, parse_dtype
+from bevatron.bridge.conversion_plan import ImportPlan, Task, plan_import, row_elements
+from bevatron.bridge.conversion_report import (
+    ConversionReport,
+    accepted_notes,
+    non_finite_notes,
+    shown_progress,
+)
+from bevatron.bridge.foreign_checkpoint import Foreign
+from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
+from bevatron.bridge.nanotron import is_nanotron, open_nanotron
+from bevatron.bridge.open_native import Native
+from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
+from bevatron.bridge.provenance import describe, fingerprint
+from bevatron.bridge.source_changes import unchanged
+from bevatron.bridge.tensor_hashes import hashes_of_native, prove
+from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.checkpoint.read_boxes import Hasher, new_hasher, spell
+from bevatron.checkpoint.safetensors_file import DTYPES
+from bevatron.checkpoint.storage import is_remote, located
+from bevatron.errors import BevatronError
+from bevatron.families.config_fields import check_accepted, spec_of
+from bevatron.families.registry import Family, for_config
+from bevatron.spec.json import to_json
+from bevatron.spec.model import ModelSpec
+
+
+def import_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    show_progress: bool = True,
+    source_format: str = "auto",
+    accept: Collection[str] = (),
+) -> ConversionReport:
+    """Convert an HF folder or Hub id, or a Nanotron checkpoint, into a native one at `dst`.
+
+    Args:
+        source_format: hf, nanotron, or auto, which looks at the folder.
+        dtype: bf16, fp16 or fp32 for all parameters; None keeps each as it is.
+        revision: of a Hub id.
+        overwrite: replace `dst`, which stays until the new one is complete.
+        accept: fields of config.json that are not understood and that the user says do nothing.
+    Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
+    """
+    started = time.perf_counter()
+    dst = located(dst)
+    to = parse_dtype(dtype) if dtype else None
+    check_target(dst, overwrite=overwrite)
+    if foreign := open_foreign(src, source_format, revision, accept):
+        from bevatron.bridge.import_foreign import import_foreign  # it builds on this module
+
+        options = {"overwrite": overwrite, "show_progress": show_progress}
+        return import_foreign(foreign, dst, dtype=to, **options)
+    source = open_hf(src, revision)
+    check_target(dst, overwrite=overwrite, apart_from=source.path)
+    check_accepted(source.config, accept)
+    family, spec, accepted = read_spec(source, accept)
+    plan = plan_import(str(source.path), family, spec, source.tensors(), to)
+    check_space(dst, written_bytes(plan.tasks))
+    with (
+        new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder,
+        unchanged(source.path, source.stamps),
+    ):
+        (folder / "model").mkdir()
+        shown = shown_progress("importing", source.nbytes, show_progress)
+        with shown as advance, Mover(advance) as mover:
+            chunks, hashes, non_finite, notes = _move_tensors(source, plan, mover, folder)
+            check_copies(source, plan.duplicates, mover, hashes)
+        _copy_others(source, folder / "source")
+        manifest = Manifest(family.name, 0, chunks)
+        native = Native.made(folder, manifest, spec, family)
+        verified = read_back(native, hashes, to, show_progress)
+        record = replace(
+            describe(source, family.name, plan, hashes),
+            dtype=to,
+            accepted=accepted,
+            weights=fingerprint(manifest),
+            non_finite=non_finite,
+            verified=verified,
+        )
+        (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
+        (folder / "spec.json").write_text(to_json(spec), encoding="utf-8")
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return ConversionReport(
+        source=source.name,
+        target=str(dst),
+        family=family.name,
+        parameters=sum(p.numel for p in spec.parameters()),
+        tensors=len(source.tensors()),
+        nbytes=source.nbytes,
+        dtype=main_dtype((t.to, t.entry.native.numel) for t in plan.tasks),
+        step=0,
+        files=len(source.others),
+        seconds=round(time.perf_counter() - started, 3),
+        verified=verified,
+        skipped=dict(source.skipped),
+        non_finite=non_finite,
+        notes=accepted_notes(accepted) + non_finite_notes(non_finite) + notes,
+    )
+
+
+def open_foreign(
+    src: str | Path, source_format: str, revision: str | None, accept: Collection[str] = ()
+) -> Foreign | None:
+    """`src` as a checkpoint of another format, or None if it is a Hugging Face one."""
+    if source_format != "nanotron" and not (source_format == "auto" and is_nanotron(located(src))):
+        return None
+    if revision is not None:
+        raise SourceError(f"{src}: is read from disk, so --revision has no meaning; drop it")
+    if accept:
+        raise SourceError(
+            f"{src}: is a Nanotron checkpoint, and --accept-field is about config.json; drop it"
+        )
+    return open_nanotron(src)
+
+
+def read_back(
+    native: Native, hashes: dict[str, str], dtype: str | None, show_progress: bool = True
+) -> dict[str, Any]:
+    """Read all native files again and compare with the source, tensor by tensor; where the dtype
+    changed there is only the hash of what was written to compare with."""
+    total = sum(t.nbytes for _, _, t in native.entries())
+    with shown_progress("verifying", total, show_progress) as advance:
+        found, damage = hashes_of_native(native, advance)
+    same = {n: h for n, h in hashes.items() if n in found} if dtype is None else {}
+    return prove(found, same, damage, str(native.folder))
+
+
+def read_spec(
+    source: HFFolder, accept: Collection[str] = ()
+) -> tuple[Family, ModelSpec, dict[str, Any]]:
+    """The family and spec that the folder's config.json means, and the fields that were accepted;
+    errors name the folder."""
+    try:
+        return understand(source.config, accept)
+    except BevatronError as error:
+        raise type(error)(f"{source.path}: {error}") from error
+
+
+def understand(
+    config: Mapping[str, Any], accept: Collection[str] = ()
+) -> tuple[Family, ModelSpec, dict[str, Any]]:
+    """The family and spec that a config.json means, and which of the fields to `accept` it needed
+    for that. Raises BevatronError naming what it does not understand."""
+    if config.get("quantization_config"):
+        raise SourceError(
+            "config.json has a quantization_config; quantised checkpoints are not supported: use "
+            "the original one"
+        )
+    family = for_config(config)
+    return family, *spec_of(family, config, accept)
+
+
+def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:
+    """The floating dtype of most elements, as config.json spells it."""
+    counts: Counter[str] = Counter()
+    for dtype, numel in tensors:
+        if dtype in FLOATS:
+            counts[dtype] += numel
+    return FLOATS[counts.most_common(1)[0][0]]
+
+
+def written_bytes(tasks: Iterable[Task]) -> int:
+    """What the tasks' native tensors take after conversion."""
+    return sum(t.entry.native.numel * DTYPES[t.to] for t in tasks)
+
+
+def check_space(dst: Path, nbytes: int) -> None:
+    """Refuse early what cannot fit on the disk."""
+    place = Path(tempfile.gettempdir()) if is_remote(dst) else dst.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise BevatronError(
+            f"{dst}: needs {nbytes / 1e9:.2f} GB, but {place} has only {free / 1e9:.2f} GB free; "
+            "free some space or name another disk"
+        )
+
+
+def _move_tensors(
+    source: HFFolder, plan: ImportPlan, mover: Mover, folder: Path
+) -> tuple[dict[str, TensorEntry], dict[str, str], dict[str, int], list[str]]:
+    """Execute the plan: manifest entries, hashes of the source tensors, how many of their values
+    are not finite, and notes."""
+    for file, header in plan.headers.items():
+        mover.write(folder / file, 0, header)
+    entries: dict[str, TensorEntry] = {}
+    hashes: dict[str, str] = {}
+    non_finite: dict[str, int] = {}
+    notes: list[str] = []
+    for task in plan.tasks:
+        dtypes = [task.dtype_of(i) for i in range(len(task.entry.sources))]
+        convert = [Converter(d, task.to) if d != task.to else None for d in dtypes]
+        watch = [NonFinite(d) for d in dtypes] if dtypes[0] in FLOATS else []
+        digest, found = _move_one(source, plan, task, mover, folder, convert, watch)
+        hashes |= found
+        non_finite |= {n: w.count for n, w in zip(found, watch, strict=False) if w.count}
+        file, at = plan.places[task.native]
+        shape = task.entry.native.shape
+        chunk = Chunk((0,) * len(shape), shape, file, at, digest)
+        entries[task.native] = TensorEntry(task.to, shape, (chunk,))
+        if overflows := sum(c.overflows for c in convert if c):
+            notes.append(
+                f"{task.entry.native.name}: {overflows} values are too large for "
+                f"{FLOATS[task.to]} and became infinite; use bf16"
+            )
+    return entries, hashes, non_finite, notes
+
+
+def _move_one(
+    source: HFFolder,
+    plan: ImportPlan,
+    task: Task,
+    mover: Mover,
+    folder: Path,
+    convert: Sequence[Converter | None],
+    watch: Sequence[NonFinite],
+) -> tuple[str, dict[str, str]]:
+    """Move one native tensor; its hash, and those of the HF tensors that it consists of."""
+    file, at = plan.places[task.native]
+    row = row_elements(task.entry)
+    read = [new_hasher() for _ in task.entry.sources]
+    same = len(read) == 1 and convert[0] is None
+    written: Hasher = read[0] if same else new_hasher()
+    for part in task.entry.rows:
+        from_file, stored = task.tensors[part.source][0]
+        itemsize = DTYPES[task.dtype_of(part.source)]
+        begin = stored.begin + part.source_start * row * itemsize
+        mover.move(
+            (source.path / from_file, begin),
+            part.count * row * itemsize,
+            ((folder / file, at + part.native_start * row * DTYPES[task.to]),),
+            read_hashers=(read[part.source],),
+            written_hashers=() if same else (written,),
+            convert=convert[part.source],
+            watch=watch[part.source] if watch else None,
+        )
+    hashes = {s.name: spell(h) for s, h in zip(task.entry.sources, read, strict=True)}
+    return spell(written), hashes
+
+
+def check_copies(
+    source: HFFolder, duplicates: Mapping[str, str], mover: Mover, hashes: dict[str, str]
+) -> None:
+    """Refuse a tensor that must be a copy of another (a tied head that is stored as well) and has
+    other values: transformers would compute with the one, a tied model with the other.
+
+    Args:
+        duplicates: tensor -> the one that it must be a copy of.
+        hashes: what is known of the tensors' hashes, to which this adds those that it needs.
+    """
+    tensors = source.tensors()
+    for name, other in duplicates.items():
+        for each in (name, other):
+            if each not in hashes:
+                file, stored = tensors[each]
+                place, hasher = (source.path / file, stored.begin), new_hasher()
+                mover.move(place, stored.nbytes, (), read_hashers=(hasher,))
+                hashes[each] = spell(hasher)
+        if hashes[name] != hashes[other]:
+            raise SourceError(
+                f"{source.path}: config.json ties {name} to {other} (tie_word_embeddings), but "
+                f"their values differ; set it to false to keep both, or remove {name}"
+            )
+
+
+def _copy_others(source: HFFolder, folder: Path) -> None:
+    folder.mkdir()
+    for name in source.folders:
+        (folder / name).mkdir()
+    with Mover(lambda n: None) as mover:
+        for name in source.others:
+            copy_file(mover, source.path / name, folder / name)
+
+
+def copy_file(mover: Mover, source: Path, target: Path) -> None:
+    """Copy a file byte for byte."""
+    mover.write(target, 0, b"")
+    mover.move((source, 0), source.stat().st_size, ((target, 0),))

@@ -1,0 +1,193 @@
+"""One way to open weights, wherever they lie: native checkpoint, run, HF folder, Hub id, or a
+checkpoint of Nanotron.
+
+An HF folder is a native checkpoint whose chunks lie in HF's shards: the weight map's moved rows are
+chunks, so every reader of boxes (training, generating) reads HF folders as they are, each rank
+only the bytes that it owns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from bevatron.bridge.byte_mover import Mover
+from bevatron.bridge.conversion_plan import Task, plan_import, row_elements
+from bevatron.bridge.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, open_hf
+from bevatron.bridge.import_hf import check_copies, read_spec
+from bevatron.bridge.nanotron import TOKENIZER, is_nanotron, open_nanotron
+from bevatron.bridge.open_native import open_native
+from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
+from bevatron.bridge.provenance import Provenance, describe
+from bevatron.checkpoint.locate import is_native
+from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.storage import copy_tree, located
+from bevatron.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Weights to read boxes of.
+
+    Attributes:
+        folder: that the manifest's chunks are relative to.
+        source: the folder with the source's other files (config.json, tokenizer, ...), if any;
+            `others`: which files those are, or None for all that lie there.
+        native: whether `folder` is a native checkpoint.
+        provenance: what an import recorded, or would record but for hashes; None for a model made
+            from random weights.
+        made: file name -> text of what `source` lacks: the config.json of another format's model.
+    """
+
+    folder: Path
+    spec: ModelSpec
+    manifest: Manifest
+    source: Path | None
+    others: tuple[str, ...] | None
+    native: bool
+    provenance: Provenance | None
+    made: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.manifest.weights().items()}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most of the weights' bytes, in safetensors' spelling."""
+        sizes: dict[str, int] = {}
+        for entry in self.manifest.weights().values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+        return max(sizes, key=lambda d: sizes[d])
+
+    @property
+    def of_a_run(self) -> bool:
+        """Whether this is a full step of a training run, with the state of its optimizer."""
+        return any(name.startswith("optimizer/") for name in self.manifest.tensors)
+
+    def copy_source(self, target: Path) -> None:
+        """Copy the source's other files, byte for byte, into the new folder `target`."""
+        if self.source is not None and self.others is None:
+            copy_tree(self.source, target, _copy)
+            return
+        if self.source is None and not self.made:
+            return
+        target.mkdir()
+        for name in self.provenance.folders if self.provenance else ():
+            (target / name).mkdir(parents=True, exist_ok=True)
+        for name in self.others or ():
+            assert self.source is not None
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source / name, target / name)
+        for name, text in self.made.items():
+            (target / name).write_text(text, encoding="utf-8")
+
+    def source_text(self, name: str) -> str | None:
+        """The text of one of the source's other files, if there is one of that name."""
+        if name in self.made:
+            return self.made[name]
+        path = self.source / name if self.source else None
+        return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None
+
+    def copy_origin(self, folder: Path) -> None:
+        """Give a new native checkpoint what it keeps of where its model came from: the source's
+        other files, and the provenance, so that an export can be written as the source was."""
+        self.copy_source(folder / "source")
+        if self.provenance is not None:
+            (folder / PROVENANCE).write_text(self.provenance.to_json(), encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write)
+
+
+def open_weights(
+    path: str | Path,
+    revision: str | None = None,
+    *,
+    copies: bool = True,
+    accept: Collection[str] = (),
+) -> Opened:
+    """Open what `path` means.
+
+    Args:
+        revision: of a Hub id.
+        copies: whether to read a tied head that an HF folder stores as well, and compare it. Where
+            many processes open the same folder, one of them does.
+        accept: fields of an HF folder's config.json that are said to do nothing.
+    Raises BevatronError if it is none of these, is damaged, or is a tied model whose stored head is
+    another one.
+    """
+    if is_native(located(path)):
+        native = open_native(path)
+        source = native.folder / "source"
+        found = source if source.is_dir() else None
+        record = native.provenance
+        return Opened(native.folder, native.spec, native.manifest, found, None, True, record)
+    if is_nanotron(located(path)):
+        foreign = open_nanotron(path)
+        return Opened(
+            foreign.path,
+            foreign.spec,
+            foreign.manifest,
+            foreign.path / TOKENIZER if foreign.others else None,
+            tuple(foreign.others.values()),
+            native=False,
+            provenance=None,
+            made={"config.json": foreign.config_text()},
+        )
+    hf = open_hf(path, revision)
+    family, spec, accepted = read_spec(hf, accept)
+    plan = plan_import(str(hf.path), family, spec, hf.tensors(), None)
+    if copies:
+        with Mover(lambda nbytes: None) as mover:
+            check_copies(hf, plan.duplicates, mover, {})
+    tensors = {task.native: _chunks(task) for task in plan.tasks}
+    record = replace(describe(hf, family.name, plan, {}), accepted=accepted)
+    manifest = Manifest(family.name, 0, tensors)
+    return Opened(hf.path, spec, manifest, hf.path, hf.others, False, record)
+
+
+def _chunks(task: Task) -> TensorEntry:
+    """A native tensor as chunks of HF's files. Their hashes are empty: HF records none."""
+    width = row_elements(task.entry)
+    shape = task.entry.native.shape
+    chunks = []
+    for rows in task.entry.rows:
+        file, stored = task.tensors[rows.source][0]
+        at = stored.begin + rows.source_start * width * ITEMSIZE[task.dtype]
+        offset, size = _box(rows.native_start * width, rows.count * width, shape)
+        chunks.append(Chunk(offset, size, file, at, ""))
+    return TensorEntry(task.dtype, shape, tuple(chunks))
+
+
+def _box(start: int, count: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A run of whole slices along the first dimension, as offset and shape of a box."""
+    tail = shape[1:]
+    elements = math.prod(tail)
+    return (start // elements, *[0] * len(tail)), (count // elements, *tail)
+
+
+def copy_tokenizer(
+    tokenizer: Path, target: Path, ids: Mapping[str, int | None] = MappingProxyType({})
+) -> None:
+    """Keep a random model's tokenizer with it, so that it can be exported and talked to.
+
+    Args:
+        ids: of bos, eos and padding (`bos_token_id`, ...), for a generation_config.json if the
+            folder has none."""
+    target.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, target / name)
+    known = {name: value for name, value in ids.items() if value is not None}
+    if known and not (target / GENERATION_CONFIG).exists():
+        (target / GENERATION_CONFIG).write_text(
+            json.dumps(known, indent=2) + "\n", encoding="utf-8"
+        )

@@ -1,0 +1,359 @@
+"""A checkpoint's own chat template: messages in, text or token ids out.
+
+The template is somebody else's program, and messages are somebody else's text: neither is trusted.
+What the text of special tokens in messages becomes is in `encode_chat.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
+
+from bevatron.bridge.open_weights import Opened
+from bevatron.chat.chat_error import ChatError
+from bevatron.chat.chat_messages import (
+    Message,
+    checked_messages,
+    checked_tools,
+    merge_system,
+    plain,
+)
+from bevatron.chat.encode_chat import Encoder
+from bevatron.chat.sandbox.budget import Budget
+from bevatron.chat.sandbox.evaluate import ENVIRONMENT, evaluate
+from bevatron.chat.sandbox.functions import shortened
+
+FILE = "chat_template.jinja"
+LARGEST = 512 * 1024  # characters of a template; published ones have up to 20,000
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# Ends of turns that generation_config.json often leaves out, by name; others are found out by
+# rendering. <|eom_id|> ends a message after which Llama 3.1 wants a tool's result.
+ENDS = ("<|eot_id|>", "<|eom_id|>", "<|assistant_end|>", "<|im_end|>")
+PROBE = "bevatron-probe"
+Chat = tuple[list[Message], Any, Any, dict[str, Any]]  # messages, tools, documents, variables
+MISTAKES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+
+
+class ChatTemplate:
+    """A template (or named ones: `default`, `tool_use`) with the tokenizer that it is for.
+
+    Args:
+        sources: name -> the template's text.
+        tokenizer: a tokenizers.Tokenizer.
+        tokens: the variables that hold special tokens, such as bos_token.
+        where: how messages call the template, such as the path of its file.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        tokenizer: Any,
+        tokens: Mapping[str, str] | None = None,
+        where: str = "chat template",
+    ) -> None:
+        self.sources = dict(sources)
+        self.tokenizer = tokenizer
+        self.tokens = dict(tokens or {})
+        self.where = where
+        self._trees: dict[str, nodes.Template] = {}
+
+    @classmethod
+    def of(cls, opened: Opened, tokenizer: Any) -> ChatTemplate | None:
+        """The template among a checkpoint's source files, or None if there is none."""
+        config = _json(opened, "tokenizer_config.json")
+        tokens = special_tokens(_json(opened, "special_tokens_map.json") | config)
+        found: dict[str, str] = {}
+        if text := _text(opened, FILE):
+            found["default"] = text
+        extra = opened.source / "additional_chat_templates" if opened.source else None
+        if extra is not None and extra.is_dir():
+            for path in sorted(extra.iterdir()):
+                if path.suffix == ".jinja":
+                    found[path.stem] = _text(opened, f"{extra.name}/{path.name}") or ""
+        if found:
+            return cls(found, tokenizer, tokens, f"{opened.source or opened.folder}/{FILE}")
+        where = f"{opened.source or opened.folder}/tokenizer_config.json"
+        stored = config.get("chat_template")
+        if isinstance(stored, str):
+            found["default"] = stored
+        elif isinstance(stored, list):
+            for entry in stored:
+                if not (isinstance(entry, dict) and isinstance(entry.get("template"), str)):
+                    raise ChatError(f"{where}: chat_template has an entry without a template")
+                found[str(entry.get("name"))] = entry["template"]
+        elif isinstance(stored, dict):
+            found |= {str(k): v for k, v in stored.items() if isinstance(v, str)}
+        elif stored is not None:
+            raise ChatError(f"{where}: chat_template is neither a text nor a list of named ones")
+        return cls(found, tokenizer, tokens, where) if found else None
+
+    @classmethod
+    def needed(cls, opened: Opened, tokenizer: Any, file: str | Path | None = None) -> ChatTemplate:
+        """That of `file` if one is given, else the checkpoint's own; ChatError if there is none."""
+        own = cls.of(opened, tokenizer)
+        if file is not None:
+            try:
+                text = Path(file).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ChatError(f"{file}: cannot be read as a chat template ({error})") from error
+            config = _json(opened, "tokenizer_config.json")
+            tokens = special_tokens(_json(opened, "special_tokens_map.json") | config)
+            return cls({"default": text}, tokenizer, tokens, str(file))
+        if own is None:
+            raise ChatError(
+                f"{opened.folder}: has no chat template ({FILE}, or chat_template in "
+                "tokenizer_config.json), as base models have none; complete plain text with "
+                "`bevatron generate --prompt`, or pass one with --chat-template FILE"
+            )
+        return own
+
+    def render(
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        documents: Any = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """The text for a chat, as transformers' apply_chat_template(tokenize=False) gives it.
+
+        A system message goes before the first user message where the template has no system role.
+
+        Raises ChatError for whatever is wrong with the template, messages or tools.
+        """
+        chat = self._prepared(messages, tools, documents, template_kwargs)
+        return self._render(chat, add_generation_prompt, continue_final_message, _now())
+
+    def encode(
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        documents: Any = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """The token ids of `render`: special tokens that the template writes are tokens, those in
+        messages, tools and variables are text."""
+        chat = self._prepared(messages, tools, documents, template_kwargs)
+        now = _now()
+
+        def rendered(chat: Chat) -> str:
+            return self._render(chat, add_generation_prompt, continue_final_message, now)
+
+        name = self._name(chat[1])
+        return self._encoder(name).encode(chat, rendered)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+        return "tool_use" in self.sources or "tools" in self._variables("default")
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether a system message gets into the text, rather than lost or refused."""
+        chat = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
+        try:
+            return PROBE in self._evaluate(chat, None, None, {}, True, _now())
+        except ChatError:
+            return False
+
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens that end the assistant's turn: what the template writes after an answer, and the
+        ends that the tokenizer has by name."""
+        names = {name for name in ENDS if self.tokenizer.token_to_id(name) is not None}
+        if "<|assistant_end|>" in names:  # NanoChat's next document
+            names.add("<|bos|>")
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+        try:
+            text = self._evaluate([*chat, chat[0]], None, None, {}, True, _now())
+        except ChatError:
+            text = ""
+        after = text.partition(PROBE)[2].lstrip()
+        names.update(t for t in self._encoder("default").control if after.startswith(t))
+        ids = (self.tokenizer.token_to_id(name) for name in names)
+        return frozenset(id for id in ids if id is not None)
+
+    def _prepared(
+        self, messages: Any, tools: Any, documents: Any, variables: Mapping[str, Any]
+    ) -> Chat:
+        checked = checked_tools(tools)
+        chat = checked_messages(messages, self._source(self._name(checked)))
+        if checked is not None and not self.takes_tools:
+            raise ChatError(f"{self.where}: this model's chat template has no place for tools")
+        if any(m["role"] == "system" for m in chat) and not self.has_system_role:
+            chat = merge_system(chat)
+        given = (chat, checked, plain(documents, "documents"), plain(variables, "variables"))
+        return self._speechless(*given), *given[1:]
+
+    def _speechless(
+        self, chat: list[Message], tools: Any, documents: Any, variables: dict[str, Any]
+    ) -> list[Message]:
+        """Messages without content, as they stand beside tool calls, for templates that would print
+        None there, or fail: those get an empty text."""
+        if all(message["content"] is not None for message in chat):
+            return chat
+        empty = [{**m, "content": ""} if m["content"] is None else m for m in chat]
+        rest = (tools, documents, variables, True, _now())
+        try:
+            with_null = self._evaluate(chat, *rest)
+        except ChatError:
+            return empty
+        try:
+            printed = with_null.count("None") > self._evaluate(empty, *rest).count("None")
+            return empty if printed else chat
+        except ChatError:
+            return chat
+
+    def _render(
+        self,
+        given: Chat,
+        add_generation_prompt: bool,
+        continue_final: bool,
+        now: Callable[[], datetime],
+    ) -> str:
+        if not continue_final:
+            return self._evaluate(*given, add_generation_prompt, now)
+        chat, tools, documents, variables = given
+        # As transformers: what the template writes after the last message is cut off.
+        final, tag = chat[-1]["content"], "CONTINUE_FINAL_MESSAGE_TAG "
+        if not final:
+            raise ChatError("continue_final_message: the last message has no text to continue")
+        tagged = [*chat[:-1], {**chat[-1], "content": final + tag}]
+        text = self._evaluate(tagged, tools, documents, variables, False, now)
+        at = text.rfind(tag.strip())
+        if at < 0 or final.strip() not in text:
+            raise ChatError(
+                "continue_final_message: the chat template does not write the last message as it is"
+            )
+        kept = text[:at]
+        return kept if text[at : at + len(tag)] == tag else kept.rstrip()
+
+    def _evaluate(
+        self,
+        chat: list[Message],
+        tools: Any,
+        documents: Any,
+        variables: dict[str, Any],
+        add_generation_prompt: bool,
+        now: Callable[[], datetime],
+    ) -> str:
+        given = {**self.tokens, **variables, "messages": chat, "tools": tools}
+        given |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
+        tree = self._tree(self._name(tools))
+        try:
+            return evaluate(tree, given, Budget(_characters(given)), now)
+        except ChatError as error:
+            raise ChatError(f"{self.where}: {error}") from error
+        except MISTAKES as error:
+            kind = "nests too deeply" if isinstance(error, RecursionError) else "fails"
+            raise ChatError(f"{self.where}: the chat template {kind}: {_said(error)}") from error
+
+    def _name(self, tools: Any) -> str:
+        return "tool_use" if tools is not None and "tool_use" in self.sources else "default"
+
+    def _source(self, name: str) -> str:
+        if name not in self.sources:
+            known = ", ".join(sorted(self.sources))
+            raise ChatError(f"{self.where}: has no chat template named 'default', but {known}")
+        return self.sources[name]
+
+    def _tree(self, name: str) -> nodes.Template:
+        if name not in self._trees:
+            source = self._source(name)
+            if len(source) > LARGEST:
+                raise ChatError(
+                    f"{self.where}: the chat template has {len(source):,} characters, expected at "
+                    f"most {LARGEST:,}"
+                )
+            try:
+                self._trees[name] = ENVIRONMENT.parse(source)
+            except TemplateSyntaxError as error:
+                raise ChatError(
+                    f"{self.where}: the chat template has a mistake in line {error.lineno}: "
+                    f"{shortened(error.message or '')}"
+                ) from error
+            except MISTAKES as error:
+                raise ChatError(
+                    f"{self.where}: the chat template cannot be parsed ({_said(error)})"
+                ) from error
+        return self._trees[name]
+
+    def _variables(self, name: str) -> set[str]:
+        try:
+            return meta.find_undeclared_variables(self._tree(name))
+        except MISTAKES:  # such as unknown filters, which evaluation will name
+            return {"tools"} if "tools" in self._source(name) else set()
+
+    def _encoder(self, name: str) -> Encoder:
+        tree = self._tree(name)
+        literals = [node.data for node in tree.find_all(nodes.TemplateData)]
+        literals += [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
+        return Encoder.cached(self.tokenizer, tuple(literals))
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... of tokenizer_config.json: each a text, or an object with one."""
+    found = {}
+    for kind in NAMED_TOKENS:
+        value = config.get(f"{kind}_token")
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[f"{kind}_token"] = value
+    return found
+
+
+def _characters(value: Any) -> int:
+    """About how many characters an input has."""
+    if isinstance(value, str):
+        return len(value) + 16
+    if isinstance(value, dict):
+        return sum(_characters(k) + _characters(v) for k, v in value.items())
+    return sum(map(_characters, value)) if isinstance(value, list) else 16
+
+
+def _now() -> Callable[[], datetime]:
+    """One moment for all renderings of a chat."""
+    moment = datetime.now()
+    return lambda: moment
+
+
+def _said(error: BaseException) -> str:
+    return shortened(str(error) or type(error).__name__)
+
+
+def _text(opened: Opened, name: str) -> str | None:
+    try:
+        return opened.source_text(name)
+    except (OSError, ValueError) as error:
+        raise ChatError(f"{opened.source}/{name}: cannot be read ({error})") from error
+
+
+def _json(opened: Opened, name: str) -> dict[str, Any]:
+    text = _text(opened, name)
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ChatError(f"{opened.source}/{name}: is no JSON ({error})") from error
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,179 @@
+"""Token ids of a rendered chat, in which special tokens that a user wrote stay text.
+
+`<|eot_id|>` in a message is seven characters and two brackets, not the end of a turn; otherwise a
+user, or a page that the model is to summarise, could write turns of the system. A special token is
+one only where the template wrote its first character. To know that, the chat is rendered a second
+time with the first characters of special tokens exchanged, in everything that users write, for
+private ones. This also holds when a template cuts something out of a message and so joins the
+halves of a special token.
+
+Templates of models that think look for `</think>` in what the assistant said. Where that is a
+special token, what the assistant said keeps it: the model wrote it as a token itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+from bevatron.chat.answer_parts import THINK, THINK_END
+from bevatron.chat.chat_error import ChatError
+from bevatron.chat.chat_messages import REASONING
+
+PRIVATE = 0x10F000  # where the stand-ins begin
+BREAK = "\U0010fffd\U0010fffc\U0010fffd"  # stands for a token of the template
+
+
+class Encoder:
+    """Of one tokenizer for one template, of which it gets all literal texts."""
+
+    def __init__(self, tokenizer: Any, literals: tuple[str, ...]) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        text = "\0".join(literals)
+        # Added tokens that are not special are the template's if it writes them, as transformers
+        # sees it; the rest (such as runs of spaces) are a part of text.
+        self.control = frozenset(
+            token.content
+            for token in added
+            if token.content
+            and (token.special or (token.content.strip() and token.content in text))
+        )
+        self.literals = tuple(text for text in literals if len(text) > 1)
+        self.thoughts = tuple(t for t in (THINK, THINK_END) if t in self.control and t in text)
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.starts = {token[0] for token in self.control}
+
+    @classmethod
+    def cached(cls, tokenizer: Any, literals: tuple[str, ...]) -> Encoder:
+        return _cached(tokenizer, literals)
+
+    def encode(self, chat: Any, render: Callable[[Any], str]) -> list[int]:
+        """The ids of `render(chat)`, `chat` being a tuple of messages, tools and plain data."""
+        text = render(chat)
+        written = "".join(_strings(chat))
+        if not any(start in written for start in self.starts):
+            return self._ids(self.tokenizer, text)
+        marks = self._marks(written + text)
+        marked = self._marked(chat, render, text, marks)
+        if marked is None:
+            if self.pattern.search(written):
+                raise ChatError(
+                    "a message has the text of a special token, and the chat template looks into "
+                    "messages in a way that makes it impossible to keep the two apart"
+                )
+            return self._ids(self.tokenizer, text)
+        private = set(marks.values())
+        pieces, tokens, at = [], [], 0
+        for match in self.pattern.finditer(text):
+            if marked[match.start()] in private:
+                continue
+            pieces.append(text[at : match.start()])
+            tokens.append(match.group())
+            at = match.end()
+        pieces.append(text[at:])
+        if not any(self.pattern.search(piece) for piece in pieces):
+            return self._ids(self.tokenizer, text)
+        return self._joined(pieces, tokens)
+
+    def _marks(self, seen: str) -> dict[str, str]:
+        free = (chr(code) for code in range(PRIVATE, PRIVATE + 0xF00) if chr(code) not in seen)
+        return {start: next(free) for start in sorted(self.starts)}
+
+    def _marked(
+        self, chat: Any, render: Callable[[Any], str], text: str, marks: dict[str, str]
+    ) -> str | None:
+        """`text` with stand-ins where users wrote the first character of a special token, or None
+        if the template treats messages differently with them."""
+        back = str.maketrans({mark: start for start, mark in marks.items()})
+        # Some templates look for texts such as </think> in messages: second try, without those.
+        looked_for = [
+            re.escape(literal)
+            for literal in self.literals
+            if literal[0] in marks and not any(t.startswith(literal) for t in self.control)
+        ]
+        everywhere = "|".join(map(re.escape, marks))
+        elsewhere = f"(?!{'|'.join(looked_for) or '(?!)'})(?:{everywhere})"
+        thoughts = "|".join(map(re.escape, self.thoughts)) or "(?!)"
+        for pattern in (everywhere, elsewhere):
+            other = partial(re.compile(pattern).sub, lambda m: marks[m.group()])
+            said = partial(
+                re.compile(f"(?!{thoughts})(?:{pattern})").sub, lambda m: marks[m.group()]
+            )
+            try:
+                marked = render(_changed_chat(chat, said, other))
+            except ChatError:
+                continue
+            if marked.translate(back) == text:
+                return marked
+        return None
+
+    def _joined(self, pieces: list[str], tokens: list[str]) -> list[int]:
+        """Pieces of text with tokens between them, encoded in one go: each text as it is encoded
+        beside a special token."""
+        if any(BREAK in piece for piece in pieces):
+            raise ChatError("a message has characters that are reserved for inner use")
+        plain = _without_special_tokens(self.tokenizer, self.control)
+        ids = self._ids(plain, BREAK.join(pieces))
+        at = plain.token_to_id(BREAK)
+        left = iter(tokens)
+        return [self.tokenizer.token_to_id(next(left)) if id == at else id for id in ids]
+
+    @staticmethod
+    def _ids(tokenizer: Any, text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+@lru_cache(maxsize=8)
+def _cached(tokenizer: Any, literals: tuple[str, ...]) -> Encoder:
+    return Encoder(tokenizer, literals)
+
+
+@lru_cache(maxsize=4)
+def _without_special_tokens(tokenizer: Any, control: frozenset[str]) -> Any:
+    """A copy to which `control` is text, and BREAK a token."""
+    from tokenizers import AddedToken, Tokenizer
+
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in control
+    copy = Tokenizer.from_str(json.dumps(raw))
+    copy.encode_special_tokens = True  # the library's name for: special tokens are text
+    copy.add_tokens([AddedToken(BREAK, normalized=False, special=False)])
+    return copy
+
+
+def _strings(value: Any) -> list[str]:
+    """All texts in plain data, keys among them."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [s for pair in value.items() for part in pair for s in _strings(part)]
+    return [s for item in value for s in _strings(item)] if isinstance(value, list | tuple) else []
+
+
+def _changed_chat(chat: Any, said: Callable[[str], str], other: Callable[[str], str]) -> Any:
+    """A chat with all texts changed: by `said` what the assistant said, by `other` the rest."""
+    messages, *rest = chat
+    changed = [_changed(message, other) for message in messages]
+    for message, made in zip(messages, changed, strict=True):
+        if message["role"] == "assistant":
+            for key in ("content", *REASONING):
+                if isinstance(message.get(key), str):
+                    made[key] = said(message[key])
+    return (changed, *(_changed(value, other) for value in rest))
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with all texts changed, keys among them."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _changed(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_changed(item, change) for item in value)
+    return value

@@ -1,0 +1,144 @@
+"""`bevatron importance`: check, then measure here or in processes of its own, write and draw.
+
+The same command runs in one process, starts N of its own, or is one of torchrun's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bevatron.errors import BevatronError
+from bevatron.parallel.layout import Layout, LayoutError
+
+Show = Callable[[dict[str, Any]], None]
+
+
+def importance(
+    ckpt: str,
+    out: Path,
+    data: Sequence[Path],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp_shard: int | None = None,
+    nproc: int | None = None,
+    html: Path | None = None,
+    as_json: bool = False,
+    show: Show = lambda found: None,
+    **options: Any,
+) -> None:
+    """Measure and write the scores to `out`, and a page of them to `html`.
+
+    Args:
+        tp, pp, dp_shard: of the layout; what is left of the processes is data-parallel.
+        nproc: processes to start; None under torchrun, or for as many as the layout needs.
+        options: of `importance.measure`.
+        show: gets what `--json` prints, on the first rank; in processes that are started, the
+            command line's does, with `as_json`.
+    Raises BevatronError with one message, whichever rank failed.
+    """
+    worker = "RANK" in os.environ
+    least = tp * pp * (dp_shard or 1)
+    count = int(os.environ["WORLD_SIZE"]) if worker else nproc or least
+    layout = layout_of(count, tp, pp, dp_shard)
+    if not worker:
+        _check(ckpt, [out, *([html] if html is not None else [])], data, layout, options)
+    if not worker and count > 1:
+        from bevatron.train.run_processes import launch
+
+        arguments = ["importance", ckpt, str(out), "--tp", str(tp), "--pp", str(pp)]
+        arguments += ["--dp-shard", str(layout.dp_shard)]
+        arguments += [text for path in data for text in ("--data", str(path))]
+        arguments += [text for n in options.pop("spans", ()) for text in ("--span", str(n))]
+        arguments += ["--html", str(html)] if html is not None else []
+        for name, value in options.items():
+            if value is not None:
+                arguments += [f"--{name.replace('_', '-')}", str(value)]
+        launch([*arguments, *["--json"] * as_json], count, saves=False)
+        return
+    _work(ckpt, out, data, layout, html, show, options, worker)
+
+
+def layout_of(count: int, tp: int, pp: int, dp_shard: int | None) -> Layout:
+    """Over `count` processes; what no size was given for is data-parallel, sharded unless
+    `dp_shard` says how far. Raises LayoutError."""
+    if count % (tp * pp * (dp_shard or 1)):
+        sizes = f"tp {tp} x pp {pp}" + (f" x dp-shard {dp_shard}" if dp_shard else "")
+        raise LayoutError(
+            f"{count} processes cannot be divided by {sizes}; start a multiple of "
+            f"{tp * pp * (dp_shard or 1)} (--nproc), or change the sizes"
+        )
+    left = count // (tp * pp)
+    shard = dp_shard or left
+    return Layout(pp=pp, dp_replicate=left // shard, dp_shard=shard, tp=tp)
+
+
+def _check(
+    ckpt: str, targets: Sequence[Path], data: Sequence[Path], layout: Layout, options: Any
+) -> None:
+    """All that would fail, before anything is started."""
+    from bevatron.bridge.open_weights import open_weights
+    from bevatron.compress.importance import make_plan, open_sampler, precision_of
+
+    for path in targets:
+        if path.is_dir():
+            raise BevatronError(f"{path}: is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise BevatronError(f"{path}: its folder {path.parent} does not exist; make it first")
+    opened = open_weights(ckpt)
+    names = ("samples", "seq_len", "aggregation", "layers", "spans", "loss_samples", "seed")
+    plan = make_plan(opened.spec, **{name: options[name] for name in names})
+    precision_of(opened, options["dtype"])
+    open_sampler(opened, data, plan, layout)
+
+
+def _work(
+    ckpt: str,
+    out: Path,
+    data: Sequence[Path],
+    layout: Layout,
+    html: Path | None,
+    show: Show,
+    options: dict[str, Any],
+    worker: bool,
+) -> None:
+    """One rank."""
+    import torch.distributed as dist
+
+    from bevatron.compress.importance import measure
+    from bevatron.compress.verb_processes import one_rank
+    from bevatron.parallel.on_all_ranks import on_all
+
+    began = time.monotonic()
+    with one_rank(worker):
+        scores = measure(ckpt, data, layout=layout, **options)
+
+        def write() -> None:
+            if dist.get_rank() == 0:
+                scores.write(out)
+                if html is not None:
+                    from bevatron.compress.importance_page import write_page
+
+                    write_page(scores, html)
+
+        on_all(write)
+        if dist.get_rank() == 0:
+            found: dict[str, Any] = {"path": str(out), "layout": str(layout)}
+            for name in ("samples", "seq_len", "tokens", "aggregation", "loss"):
+                value = scores.metadata.get(name)
+                if value is not None and name != "aggregation":
+                    found[name] = float(value) if name == "loss" else int(value)
+                elif value is not None:
+                    found[name] = value
+            found["seconds"] = round(time.monotonic() - began, 3)
+            found["page"] = str(html) if html is not None else None
+            found["block_influence"] = scores.block_influence.tolist()
+            for n in (1, *scores.spans):
+                losses = scores.loss_without(n)
+                if losses is not None:
+                    found[f"loss_without_{n}"] = losses.tolist()
+            show(found)

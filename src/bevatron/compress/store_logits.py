@@ -1,0 +1,285 @@
+"""`bevatron logits`: a teacher's logits for the samples of a run, which then trains without it.
+
+The teacher runs at the layout of the run's configuration. Each data-parallel rank makes one file at
+a time, so what was finished before a stop is not made again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.checkpoint.folder_lock import lock
+from bevatron.checkpoint.new_folder import replace_text, sync
+from bevatron.compress.distill import check_teacher
+from bevatron.compress.logit_divergence import Output, top_of
+from bevatron.compress.stored_logits import (
+    FILE_BYTES,
+    MAKING,
+    NAME,
+    Arrays,
+    Block,
+    Info,
+    LogitsError,
+    check_file,
+    mean_tail_mass,
+    needed,
+    order_of,
+    read_info,
+    write_block,
+)
+from bevatron.compress.verb_processes import one_rank
+from bevatron.data.sample_order import Sampler
+from bevatron.data.tokenizer import TOKENIZER
+from bevatron.errors import BevatronError
+from bevatron.parallel.companion import Companion
+from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
+from bevatron.parallel.on_all_ranks import on_all
+from bevatron.parallel.process_groups import mesh
+from bevatron.progress import Advance, progress
+from bevatron.train.batches import Batches
+from bevatron.train.config import RunConfig
+from bevatron.train.config_file import load_config
+from bevatron.train.launch import layout_of
+from bevatron.train.token_feed import make_samplers, open_stores
+
+TOP_K = 64
+
+
+def logits(
+    teacher: str,
+    config_path: Path,
+    overrides: Sequence[str],
+    *,
+    dtype: str = "fp16",
+    nproc: int | None = None,
+    as_json: bool = False,
+    show: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> None:
+    """Fill the folder `objective.logits` of a run configuration.
+
+    Args:
+        teacher: native checkpoint, run, HF folder or Hub id.
+        dtype: fp16 or fp32, of the log-probabilities.
+        nproc: processes to start; None under torchrun, or for one process.
+        show: gets what `--json` prints, on the first rank.
+    Raises BevatronError with one message, whichever rank failed.
+    """
+    worker = "RANK" in os.environ
+    config = load_config(config_path, list(overrides))
+    count = int(os.environ["WORLD_SIZE"]) if worker else nproc or 1
+    layout = layout_of(config, count)
+    if not worker:
+        prepared(teacher, config, layout, dtype)
+    if not worker and count > 1:
+        from bevatron.train.run_processes import launch
+
+        arguments = ["logits", teacher, str(config_path), *overrides, "--dtype", dtype]
+        launch([*arguments, *["--json"] * as_json], count, saves=False)
+        return
+    # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    began = time.monotonic()
+    with one_rank(worker, config.train.device) as device:
+        info = make(teacher, config, layout, dtype, device)
+        if dist.get_rank() == 0:
+            found: dict[str, Any] = {"path": config.objective.logits, "layout": str(layout)}
+            for name in ("train", "validation", "seq_len", "top_k", "dtype", "tail_mass"):
+                found[name] = getattr(info, name)
+            found["bytes"] = sum(info.nbytes(b.end - b.begin) for b in info.blocks())
+            show({**found, "seconds": round(time.monotonic() - began, 3)})
+
+
+def make(teacher: str, config: RunConfig, layout: Layout, dtype: str, device: torch.device) -> Info:
+    """Inside the process group. Collective."""
+    ready: list[tuple[Opened, Info, dict[str, Sampler]]] = []
+    on_all(lambda: ready.append(prepared(teacher, config, layout, dtype)))
+    opened, info, samplers = ready[0]
+    companion = Companion(opened.spec, opened)
+    grid = mesh(layout, device)
+    companion.place(
+        layout,
+        grid,
+        device=device,
+        precision=config.train.precision,
+        seq_len=info.seq_len,
+        micro_batch=config.train.micro_batch,
+        compile_layers=config.train.compile,
+    )
+    companion.fill()
+    folder = Path(str(config.objective.logits))
+    main = dist.get_rank() == 0
+    with ExitStack() as stack:
+        begun = on_all(lambda: stack.enter_context(_begun(folder, info)) if main else None)[0]
+        assert begun is not None
+        info = begun
+        missing = on_all(lambda: _missing(folder, info) if main else [])[0]
+        maker = Maker(companion, info, folder, samplers, config.data.document_mask, device)
+        total = sum(block.end - block.begin for block in missing)
+        with progress("storing logits", total, "samples", show=main) as shown:
+            maker.run(missing, shown)
+        return on_all(lambda: _finish(folder, info) if main else info)[0]
+
+
+def prepared(
+    teacher: str, config: RunConfig, layout: Layout, dtype: str
+) -> tuple[Opened, Info, dict[str, Sampler]]:
+    """The teacher, what will be stored, and the samples. Raises BevatronError for what cannot be
+    made or would not be used."""
+    objective, data = config.objective, config.data
+    if objective.name != "distill" or objective.logits is None:
+        raise BevatronError(
+            "objective.logits: is not set; name the folder to fill, as in `objective: {name: "
+            "distill, logits: FOLDER}`, which the run will read"
+        )
+    if layout.cp > 1:
+        raise LayoutError(f"parallel.cp: is {layout.cp}, but logits are stored at cp 1 alone")
+    if dtype not in ("fp16", "fp32"):
+        raise BevatronError(f"--dtype: is {dtype}, expected fp16 or fp32")
+    opened = open_weights(teacher)
+    spec, top_k = opened.spec, objective.top_k or min(TOP_K, opened.spec.vocab_size - 1)
+    check_teacher(str(teacher), opened, top_k)
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    check(layout, spec, seq_len=data.seq_len, global_batch=batch, micro=micro)
+    if data.document_mask:
+        check_documents(spec, data.seq_len)
+    own = opened.source if opened.source and (opened.source / TOKENIZER).is_file() else None
+    stores = open_stores(data, spec, own)
+    training, validation = make_samplers(data, stores, Batches.of(batch), config.train.seed)
+    samplers = {"train": training} | ({"validation": validation} if validation else {})
+    counts = needed(config)
+    info = Info(
+        model=str(teacher),
+        teacher=Companion(spec, opened).fingerprint(),
+        vocab_size=spec.vocab_size,
+        seq_len=data.seq_len,
+        top_k=top_k,
+        temperature=objective.temperature,
+        dtype=dtype,  # type: ignore[arg-type]  # checked above
+        order=order_of(config),
+        train=counts["train"],
+        validation=counts["validation"],
+        per_file=1,
+    )
+    each = (info.nbytes(2) - info.nbytes(1)) * micro
+    per_file = max(1, FILE_BYTES // each)
+    per_file = micro * min(per_file, -(-info.train // (layout.dp * micro)))
+    return opened, info.model_copy(update={"per_file": per_file}), samplers
+
+
+@contextmanager
+def _begun(folder: Path, info: Info) -> Iterator[Info]:
+    """Begin the folder, or go on with it: how what is in it was begun. Holds it meanwhile."""
+    if (folder / NAME).exists():
+        raise LogitsError(f"{folder}: is finished already; remove it to make it anew")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", f"{folder}: is being made", "wait for it"):
+        found = [path for path in folder.iterdir() if path.name != ".lock"]
+        if not (folder / MAKING).is_file():
+            if found:
+                raise LogitsError(f"{folder}: is not empty; name a new folder in objective.logits")
+            replace_text(folder / MAKING, info.to_json())
+        before = read_info(folder / MAKING)
+        now = info.model_copy(update={"per_file": before.per_file, "model": before.model})
+        if now != before:
+            names = [n for n in type(info).model_fields if getattr(now, n) != getattr(before, n)]
+            raise LogitsError(
+                f"{folder}: was begun with other values of {', '.join(names)}; use the old ones, "
+                "or remove it to make it anew"
+            )
+        yield before
+
+
+def _missing(folder: Path, info: Info) -> list[Block]:
+    out = []
+    for block in info.blocks():
+        try:
+            check_file(folder / block.name, info, block)
+        except LogitsError:
+            out.append(block)
+    return out
+
+
+def _finish(folder: Path, info: Info) -> Info:
+    info = info.model_copy(update={"tail_mass": mean_tail_mass(folder, info)})
+    replace_text(folder / NAME, info.to_json())
+    (folder / MAKING).unlink()
+    sync(folder)
+    return info
+
+
+class Maker:
+    """Runs a placed teacher over samples."""
+
+    def __init__(
+        self,
+        teacher: Companion,
+        info: Info,
+        folder: Path,
+        samplers: dict[str, Sampler],
+        documents: bool,
+        device: torch.device,
+    ) -> None:
+        self.teacher, self.info, self.folder, self.samplers = teacher, info, folder, samplers
+        self.documents, self.device = documents, device
+        placed = teacher.placed
+        own, layout = placed.mesh.get_local_rank, placed.layout
+        self.dp, self.dp_rank = layout.dp, own("dp_replicate") * layout.dp_shard + own("dp_shard")
+        self.writes = placed.is_last and own("tp") == 0
+
+    def run(self, blocks: Sequence[Block], advance: Advance) -> None:
+        """Make these files, one on every data-parallel rank at a time. Collective."""
+        for begin in range(0, len(blocks), self.dp):
+            together = blocks[begin : begin + self.dp]
+            # All ranks make as many forwards, for they share parameters.
+            length = max(block.end - block.begin for block in together)
+            mine = together[min(self.dp_rank, len(together) - 1)]
+            keep = self.writes and self.dp_rank < len(together)
+            self._write(mine, self._rows(mine, length, advance), keep)
+            advance(sum(block.end - block.begin for block in together))
+
+    def _write(self, block: Block, made: Arrays, keep: bool) -> None:
+        on_all(lambda: write_block(self.folder, self.info, block, made) if keep else None)
+
+    def _rows(self, block: Block, length: int, advance: Advance) -> Arrays:
+        """What a file holds, on ranks with the last stage; elsewhere its tokens alone.
+
+        Args:
+            length: samples to take, at least the file's own; more of them are thrown away."""
+        parts: list[Arrays] = []
+        micro, count = self.teacher.micro_batch, block.end - block.begin
+        for begin in range(0, length, micro):
+            at = np.arange(begin, begin + micro, dtype=np.int64) + block.begin
+            parts.append(self._micro_batch(block.kind, np.minimum(at, block.end - 1)))
+            advance(0)
+        return {n: np.concatenate([part[n] for part in parts])[:count] for n in parts[0]}
+
+    def _micro_batch(self, kind: str, positions: np.ndarray[Any, np.dtype[np.int64]]) -> Arrays:
+        sampler, info, spec = self.samplers[kind], self.info, self.teacher.spec
+        tokens = sampler.samples(positions)
+        batch = {}
+        if self.documents:
+            documents = torch.from_numpy(sampler.documents(positions)[:, :-1])
+            batch["documents"] = documents.to(self.device)
+        made: Arrays = {"tokens": tokens}
+        ids = torch.from_numpy(tokens[:, :-1]).to(self.device)
+        hidden = self.teacher.run(ids, batch).get(None)
+        if hidden is not None:
+            comm = self.teacher.placed.stage.decoder.comm
+            with torch.no_grad():
+                end = Output(comm.enter(hidden), self.teacher.head(), spec.logit_softcap)
+                top = top_of(end, comm, spec.vocab_size, info.temperature, info.top_k)
+            for name, flat in (("values", top.values), ("ids", top.ids), ("tail", top.tail)):
+                made[name] = flat.unflatten(0, tokens[:, 1:].shape).cpu().numpy()
+        self.teacher.release()
+        return made

@@ -1,0 +1,265 @@
+"""One rank's weights as the engine uses them, read straight from where they lie.
+
+Tensor parallelism cuts as training does (`bevatron.parallel.tensor_parallel.placement`). KV groups
+that the ranks do not divide: each rank reads the rows of its own query heads and, beside every one of them,
+those of the key and value that it needs, so that a head is a group of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import Shard
+
+from bevatron.bridge.open_weights import Opened
+from bevatron.checkpoint.save_and_load import DTYPES, box_reader
+from bevatron.generate.matrix_product import Matrix, matrix
+from bevatron.nn.norm import rms
+from bevatron.parallel.tensor_parallel import placement
+from bevatron.progress import Advance, progress
+from bevatron.spec import MLP, Attention, Linear
+from bevatron.spec import Norm as NormSpec
+
+NormFunction = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class AttentionWeights:
+    """Rows of qkv: [groups][queries.., key, value][head_dim], of this rank."""
+
+    groups: int
+    queries: int
+    head_dim: int
+    qk_norm: bool
+    qkv: Matrix
+    qkv_bias: Tensor | None
+    o: Matrix
+    o_bias: Tensor | None
+
+
+@dataclass
+class MLPWeights:
+    """`up` has the gate's rows first if there is one."""
+
+    gated: bool
+    activation: str
+    up: Matrix
+    up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+
+
+@dataclass
+class LayerWeights:
+    """Of each sublayer its norm and itself, or the matrix in its place; nothing if it is absent."""
+
+    attention_norm: NormFunction
+    attention: AttentionWeights | None
+    attention_linear: Matrix | None
+    mlp_norm: NormFunction
+    mlp: MLPWeights | None
+    mlp_linear: Matrix | None
+
+
+@dataclass
+class ModelWeights:
+    """`dtype`: of the activations too; embed, head and final_norm where this stage has them."""
+
+    dtype: torch.dtype
+    embed: Tensor | None
+    layers: dict[int, LayerWeights]
+    final_norm: NormFunction | None
+    head: Matrix | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a model a rank has."""
+
+    layers: range
+    first: bool
+    last: bool
+    tp: int = 1
+    tp_rank: int = 0
+
+    def holds(self, name: str) -> bool:
+        """Whether a parameter is in this part, whole or cut."""
+        if name.startswith("layers."):
+            return int(name.split(".")[1]) in self.layers
+        return self.last if name.startswith(("head.", "final_norm.")) else self.first
+
+    def bounds(self, n: int) -> tuple[int, int]:
+        """This rank's range of a dimension of size n, cut as training cuts it."""
+        step = -(-n // self.tp)
+        return min(n, step * self.tp_rank), min(n, step * (self.tp_rank + 1))
+
+
+class Reader:
+    """Reads this rank's part of each parameter, in the dtype and on the device that are asked for.
+
+    Args:
+        batches: whether several sequences will run at once.
+        advance: gets the elements that have been read.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        share: Share,
+        dtype: torch.dtype,
+        device: torch.device,
+        batches: bool,
+        int8: bool,
+        advance: Advance,
+    ) -> None:
+        self.advance = advance
+        self.spec, self.share, self.dtype, self.device = opened.spec, share, dtype, device
+        self.batches, self.int8 = batches, int8
+        self.parameters = {p.name: p for p in opened.spec.parameters()}
+        self.read = box_reader(opened.folder, opened.manifest, "model/")
+
+    def box(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        values = self.read(name, offset, shape).to(self.device, self.dtype)
+        self.advance(values.numel())
+        return values
+
+    def part(self, name: str) -> Tensor:
+        """This rank's part of a parameter."""
+        parameter = self.parameters[name]
+        offset, shape = [0] * len(parameter.shape), list(parameter.shape)
+        place = placement(parameter, self.spec, self.share.tp)
+        if self.share.tp > 1 and isinstance(place, Shard):
+            first, last = self.share.bounds(shape[place.dim])
+            offset[place.dim], shape[place.dim] = first, last - first
+        return self.box(name, tuple(offset), tuple(shape))
+
+    def matrix(self, weight: Tensor) -> Matrix:
+        return matrix(weight.flatten(0, -2), batches=self.batches, int8=self.int8)
+
+    def bias(self, name: str) -> Tensor | None:
+        if name not in self.parameters:
+            return None
+        return self.part(name).flatten()
+
+    def model(self) -> ModelWeights:
+        share, spec = self.share, self.spec
+        layers = {i: self.layer(i) for i in share.layers}
+        needs_embedding = share.first or (share.last and spec.tied)
+        embed = self.part("embed.weight") if needs_embedding else None
+        head = None
+        if share.last:
+            weight = embed if spec.tied else self.part("head.weight")
+            assert weight is not None
+            head = self.matrix(weight)
+        norm = self.norm("final_norm") if share.last else None
+        return ModelWeights(self.dtype, embed if share.first else None, layers, norm, head)
+
+    def norm(self, name: str) -> NormFunction:
+        weight = bias = None
+        if f"{name}.weight" in self.parameters:
+            weight = self.part(f"{name}.weight")
+            bias = self.bias(f"{name}.bias")
+        return make_norm(self.spec.norm, self.spec.hidden_size, weight, bias)
+
+    def layer(self, index: int) -> LayerWeights:
+        layer, prefix = self.spec.layers[index], f"layers.{index}"
+        attention, mlp = layer.attention, layer.mlp
+
+        def linear(part: str) -> Matrix:
+            return self.matrix(self.part(f"{prefix}.{part}.linear.weight"))
+
+        return LayerWeights(
+            self.norm(f"{prefix}.attention_norm"),
+            self.attention(f"{prefix}.attention", attention)
+            if isinstance(attention, Attention)
+            else None,
+            linear("attention") if isinstance(attention, Linear) else None,
+            self.norm(f"{prefix}.mlp_norm"),
+            self.mlp(f"{prefix}.mlp", mlp) if isinstance(mlp, MLP) else None,
+            linear("mlp") if isinstance(mlp, Linear) else None,
+        )
+
+    def mlp(self, prefix: str, spec: MLP) -> MLPWeights:
+        up = f"{prefix}.{'gate_up' if spec.gated else 'up'}"
+        return MLPWeights(
+            spec.gated,
+            spec.activation,
+            self.matrix(self.part(f"{up}.weight")),
+            self.bias(f"{up}.bias"),
+            self.matrix(self.part(f"{prefix}.down.weight")),
+            self.bias(f"{prefix}.down.bias"),
+        )
+
+    def attention(self, prefix: str, spec: Attention) -> AttentionWeights:
+        tp, groups, queries = self.share.tp, spec.num_key_value_heads, spec.queries_per_group
+        bias = None
+        if groups % tp == 0:
+            groups //= tp
+            weight = self.part(f"{prefix}.qkv.weight")
+            bias = self.bias(f"{prefix}.qkv.bias")
+        else:
+            first, last = self.share.bounds(spec.num_attention_heads)
+            groups, queries = last - first, 1
+            weight = self.heads(f"{prefix}.qkv.weight", spec, range(first, last))
+            if spec.qkv_bias:
+                bias = self.heads(f"{prefix}.qkv.bias", spec, range(first, last))
+        return AttentionWeights(
+            groups,
+            queries,
+            spec.head_dim,
+            spec.qk_norm,
+            self.matrix(weight),
+            bias,
+            self.matrix(self.part(f"{prefix}.o.weight")),
+            self.bias(f"{prefix}.o.bias"),
+        )
+
+    def heads(self, name: str, spec: Attention, heads: range) -> Tensor:
+        """Rows of these query heads, each followed by those of its key and value."""
+        q, d, tail = spec.queries_per_group, spec.head_dim, self.parameters[name].shape[1:]
+
+        def rows(at: int) -> Tensor:
+            return self.box(name, (at * d, *[0] * len(tail)), (d, *tail))
+
+        parts = []
+        for head in heads:
+            group = head // q * (q + 2)
+            parts += [rows(group + head % q), rows(group + q), rows(group + q + 1)]
+        return torch.cat(parts)
+
+
+def read_weights(
+    opened: Opened,
+    share: Share,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    batches: bool,
+    int8: bool = False,
+    show: bool = False,
+) -> ModelWeights:
+    """A rank's weights, in `dtype` or in that of most of the stored ones; shows its progress."""
+    total = sum(p.numel for p in opened.spec.parameters() if share.holds(p.name)) // share.tp
+    with progress("loading weights", total, "elements", show=show) as advance:
+        chosen = dtype or DTYPES[opened.dtype]
+        return Reader(opened, share, chosen, device, batches, int8, advance).model()
+
+
+def make_norm(
+    spec: NormSpec, width: int, weight: Tensor | None, bias: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """The norm over the last dimension, of `width`."""
+    shape, eps = (width,), spec.eps
+    if spec.kind == "layernorm1p":
+        assert weight is not None
+        scale = weight + 1
+        return lambda x: F.layer_norm(x, shape, scale, bias, eps)
+    if weight is None:
+        return lambda x: rms(x, eps)
+    if weight.dtype == torch.float32:
+        return lambda x: F.rms_norm(x, shape, weight, eps)
+    return lambda x: rms(x, eps).mul_(weight)

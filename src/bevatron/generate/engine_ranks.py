@@ -1,0 +1,156 @@
+"""What the processes that share a model say to one another. One process says nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bevatron.generate.engine_step import Output, Scores, Step
+
+FIRST = 1024  # bytes of the first message of a command; a longer one takes a second
+
+
+class Ranks:
+    """One process: every function is the identity.
+
+    Attributes:
+        tp, tp_rank: tensor-parallel ranks and which one this is; pp, stage: of the pipeline.
+            Rank = stage * tp + tp_rank.
+    """
+
+    tp = pp = 1
+    tp_rank = stage = 0
+
+    def bounds(self, n: int) -> tuple[int, int]:
+        """This rank's range of a dimension of size n."""
+        step = -(-n // self.tp)
+        return min(n, step * self.tp_rank), min(n, step * (self.tp_rank + 1))
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum of the tensor-parallel ranks' partial results."""
+        return x
+
+    def gather(self, x: Tensor, n: int) -> Tensor:
+        """Ranks' parts of [N, n] -> the whole on tensor-parallel rank 0."""
+        return x
+
+    def send(self, x: Tensor) -> None:
+        """To the next stage."""
+
+    def receive(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """From the previous stage."""
+        raise AssertionError("one process has all stages")
+
+    def to_first(
+        self, output: Output | None, step: Step, vocab: int, device: torch.device
+    ) -> Output | None:
+        """The last stage's output, on rank 0."""
+        return output
+
+    def all_of(self, fact: bool) -> bool:
+        """Whether it is so on every rank."""
+        return fact
+
+    def command(self, data: bytes) -> None:
+        """As rank 0: tell all ranks; empty to end."""
+
+    def close(self) -> None:
+        """End the connections."""
+
+
+class ProcessRanks(Ranks):
+    """Ranks of the default process group; collective to make."""
+
+    def __init__(self, tp: int, pp: int) -> None:
+        self.tp, self.pp = tp, pp
+        self.rank = dist.get_rank()
+        self.stage, self.tp_rank = divmod(self.rank, tp)
+        self.tp_group: dist.ProcessGroup | None = None
+        for stage in range(pp):
+            group = dist.new_group(list(range(stage * tp, (stage + 1) * tp)))
+            if stage == self.stage:
+                self.tp_group = group
+        # Commands are bytes on the CPU, whatever the model computes on.
+        self.commands = dist.new_group(backend="gloo")
+
+    def sum_(self, x: Tensor) -> Tensor:
+        if self.tp > 1:
+            dist.all_reduce(x, group=self.tp_group)
+        return x
+
+    def gather(self, x: Tensor, n: int) -> Tensor:
+        if self.tp == 1:
+            return x
+        width = -(-n // self.tp)
+        x = torch.nn.functional.pad(x, (0, width - x.shape[1])).contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.tp)] if self.tp_rank == 0 else None
+        dist.gather(x, parts, dst=self.stage * self.tp, group=self.tp_group)
+        return x if parts is None else torch.cat(parts, dim=1)[:, :n]
+
+    def send(self, x: Tensor) -> None:
+        dist.send(x.contiguous(), self.rank + self.tp)
+
+    def receive(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(x, self.rank - self.tp)
+        return x
+
+    def to_first(
+        self, output: Output | None, step: Step, vocab: int, device: torch.device
+    ) -> Output | None:
+        if self.pp == 1:
+            return output
+        last = (self.pp - 1) * self.tp
+        shapes = [(len(step.wanted), vocab)]
+        for segment in step.prefill:
+            if n := len(segment.targets):
+                shapes += [(n, 1), (n, 1), (n, k := min(segment.top, vocab)), (n, k)]
+        sizes = [a * b for a, b in shapes]
+        if not sum(sizes):
+            return Output(torch.empty(0, vocab, device=device), [])
+        if self.rank == last:
+            assert output is not None
+            tensors = [output.logits]
+            for s in output.scores:
+                tensors += [s.logprobs, s.greedy, s.tokens, s.top]
+            # Token ids are exact in fp32: no vocabulary has 2^24.
+            dist.send(torch.cat([t.float().flatten() for t in tensors]), 0)
+        if self.rank != 0:
+            return None
+        flat = torch.empty(sum(sizes), device=device)
+        dist.recv(flat, last)
+        parts = [p.view(shape) for p, shape in zip(flat.split(sizes), shapes, strict=True)]
+        scores = [
+            Scores(own[:, 0], greedy[:, 0] > 0, tokens.long(), top)
+            for own, greedy, tokens, top in zip(*[iter(parts[1:])] * 4, strict=True)
+        ]
+        return Output(parts[0], scores)
+
+    def all_of(self, fact: bool) -> bool:
+        least = torch.tensor([int(fact)])
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.commands)
+        return bool(least.item())
+
+    def command(self, data: bytes) -> None:
+        whole = len(data).to_bytes(8, "little") + data
+        head = torch.frombuffer(bytearray(whole[:FIRST].ljust(FIRST, b"\0")), dtype=torch.uint8)
+        dist.broadcast(head, 0, group=self.commands)
+        if len(whole) > FIRST:
+            rest = torch.frombuffer(bytearray(whole[FIRST:]), dtype=torch.uint8)
+            dist.broadcast(rest, 0, group=self.commands)
+
+    def next_command(self) -> bytes:
+        """As another rank: wait for rank 0."""
+        head = torch.empty(FIRST, dtype=torch.uint8)
+        dist.broadcast(head, 0, group=self.commands)
+        data = head.numpy().tobytes()
+        size = int.from_bytes(data[:8], "little")
+        if size + 8 > FIRST:
+            rest = torch.empty(size + 8 - FIRST, dtype=torch.uint8)
+            dist.broadcast(rest, 0, group=self.commands)
+            data += rest.numpy().tobytes()
+        return data[8 : 8 + size]
+
+    def close(self) -> None:
+        dist.destroy_process_group()

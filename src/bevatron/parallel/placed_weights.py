@@ -1,0 +1,80 @@
+"""The weights of a placed model, from and to files: each rank its own boxes, none a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bevatron.bridge.open_weights import Opened
+from bevatron.checkpoint.rank_boxes import local
+from bevatron.checkpoint.save_and_load import (
+    Boxes,
+    ReadBox,
+    Saved,
+    box_reader,
+    load,
+    merge,
+    verify_share,
+    write_rank,
+)
+from bevatron.parallel.on_all_ranks import on_all
+from bevatron.parallel.placement import Placed
+from bevatron.parallel.random_weights import fill
+
+
+def fill_random(placed: Placed, seed: int, only: Collection[str] | None = None) -> None:
+    """Initialise the named parameters, or all; values depend on the seed and the spec alone."""
+    known = {p.name: p for p in placed.spec.parameters()}
+    for name, parameter in placed.parameters.items():
+        if only is None or name in only:
+            fill(parameter, known[name], placed.spec, seed)
+
+
+def load_weights(
+    placed: Placed,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: ReadBox,
+    leave: Collection[str] = (),
+) -> None:
+    """Fill this rank's parameters, but those to `leave`, from boxes of tensors of these shapes."""
+    parameters = placed.parameters.items()
+    into = {n: (p, local(p.detach())) for n, p in parameters if n not in leave}
+    load(into, shapes, read, "loading weights" if dist.get_rank() == 0 else None)
+
+
+def stream(
+    placed: Placed, weights: Opened, leave: Collection[str] = (), *, verified: bool = False
+) -> None:
+    """Fill all ranks' parameters, but those to `leave`, from where they lie, after checking a
+    native checkpoint's hashes, unless that was done. Collective; if it fails on one rank, all
+    raise its message."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if weights.native and not verified:
+        on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
+    read = box_reader(weights.folder, weights.manifest, "model/")
+    on_all(lambda: load_weights(placed, weights.shapes, read, leave))
+
+
+def write_boxes(folder: Path, saved: Sequence[Saved], origin: Opened | None) -> Boxes:
+    """Write every rank's boxes below `folder`, and what is carried along from `origin`.
+
+    Collective. Returns the table of all global tensors, on every rank."""
+    rank = dist.get_rank()
+
+    def write() -> Boxes:
+        more = carried(origin) if rank == 0 and origin is not None else []
+        return write_rank(folder, [*saved, *more], rank)
+
+    return merge(on_all(write))
+
+
+def carried(origin: Opened) -> list[Saved]:
+    """Source tensors that are no parameters; they return on export."""
+    read, out = box_reader(origin.folder, origin.manifest, ""), []
+    for name, entry in origin.manifest.tensors.items():
+        if name.startswith("carried/"):
+            values = read(name, (0,) * len(entry.shape), entry.shape)
+            out.append(Saved(name, values, values, values.dtype))
+    return out

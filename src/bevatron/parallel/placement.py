@@ -1,0 +1,234 @@
+"""Placing a decoder on a mesh, in one visible order.
+
+meta decoder for my stage -> tensor-parallel cut from the spec -> re-tie -> recompute, compile
+-> fully_shard (FSDP2), always, also over one rank -> memory -> (the caller fills it)
+-> (the caller builds the pipeline stage and the optimizer)
+
+Parameters are fp32 shards: they are the masters. With precision bf16 or fp16, FSDP gathers them as
+such for the forward and the backward, and reduces and accumulates gradients in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from bevatron.nn.decoder import Decoder, Tap
+from bevatron.nn.output_heads import Compute
+from bevatron.nn.rank_communication import Comm
+from bevatron.parallel import tensor_parallel
+from bevatron.parallel.compile_and_recompute import Recompute, prepare
+from bevatron.parallel.context_parallel import ContextParallel, sharding_mesh
+from bevatron.parallel.layout import Layout
+from bevatron.parallel.stage_split import stage_ranges
+from bevatron.parallel.tied_embedding import Tied, tie
+from bevatron.spec import ModelSpec, ParameterSpec
+
+# From a micro-batch's tensors to what the last stage computes with its hidden states.
+MakeCompute = Callable[[Comm, ModelSpec, dict[str, Tensor]], Compute]
+# The same to what every stage does between its layers.
+MakeTap = Callable[[Comm, ModelSpec, dict[str, Tensor]], Tap]
+NOTHING: Mapping[str, nn.Parameter] = MappingProxyType({})
+
+GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stage(nn.Module):
+    """A decoder slice together with what is computed at the end: one FSDP root, one pipeline stage.
+
+    forward(ids or hidden, **batch) -> hidden states, or on the last stage the objective's sums;
+    without anything to compute, there too hidden states."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        make_compute: MakeCompute | None,
+        make_tap: MakeTap | None = None,
+    ) -> None:
+        super().__init__()
+        self.decoder, self.make_compute, self.make_tap = decoder, make_compute, make_tap
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        **batch: Tensor,
+    ) -> Tensor:
+        decoder, compute = self.decoder, None
+        if decoder.head is not None and self.make_compute is not None:
+            compute = self.make_compute(decoder.comm, decoder.spec, batch)
+        tap = None
+        if self.make_tap is not None:
+            tap = self.make_tap(decoder.comm, decoder.spec, batch)
+        out: Tensor = decoder(x, compute, positions=positions, documents=documents, tap=tap)
+        return out
+
+
+@dataclass
+class Placed:
+    """This rank's part of a model.
+
+    Attributes:
+        grid: the mesh on which the parameters lie, see `sharding_mesh`. (A DTensor's own may be an
+            equal one of an earlier process group: torch caches what it works out per mesh.)
+        stages: the layers of every stage of the model, in order.
+        mine: this rank's stages, by their numbers, in order.
+        parameters: by native name, as DTensors; a tied head's second copy is not among them.
+        tied: where a pipeline has the embedding and its tied head on two stages.
+        added: parameters that are trained along and are no part of the model: plain tensors, whole
+            and equal on every rank.
+    """
+
+    spec: ModelSpec
+    layout: Layout
+    mesh: DeviceMesh
+    grid: DeviceMesh
+    stages: list[range]
+    mine: dict[int, Stage]
+    parameters: dict[str, Tensor]
+    tied: Tied | None
+    added: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> Stage:
+        """This rank's first stage: its only one but for schedules with several."""
+        return next(iter(self.mine.values()))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has the embedding."""
+        return 0 in self.mine
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the head, and so the loss."""
+        return len(self.stages) - 1 in self.mine
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Every parameter that this rank updates, by name."""
+        return {**self.parameters, **self.added}
+
+
+def place(
+    spec: ModelSpec,
+    layout: Layout,
+    mesh: DeviceMesh,
+    make_compute: MakeCompute | None,
+    *,
+    device: torch.device,
+    precision: str,
+    seq_len: int,
+    micro_batch: int = 1,
+    recompute: Recompute = "none",
+    compile_layers: bool = False,
+    make_tap: MakeTap | None = None,
+    added: Mapping[str, nn.Parameter] = NOTHING,
+) -> Placed:
+    """Build this rank's stages with uninitialised parameters; see the module's docstring.
+
+    Args:
+        make_compute: None for a frozen model that gives its hidden states: its parameters are
+            stored in the dtype of `precision` and take no gradients.
+        seq_len, micro_batch: of a micro-batch, for the balance of the stages.
+        added: parameters that taps use, and give their gradients themselves."""
+    stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
+    grid = sharding_mesh(mesh, layout)  # where parameters lie
+    comm = Comm()
+    if layout.tp > 1:
+        comm = tensor_parallel.TensorParallel(grid["tp"], layout.sequence_parallel)
+    if layout.cp > 1:
+        comm.context = ContextParallel(mesh["cp"])
+    known = {p.name: p for p in spec.parameters()}
+    if spec.tied:
+        known["head.weight"] = _tied_head(spec)
+    mine: dict[int, Stage] = {}
+    parameters: dict[str, Tensor] = {}
+    for number in layout.stages_of_rank(mesh.get_local_rank("pp")):
+        first, last = number == 0, number == len(stages) - 1
+        with torch.device("meta"):
+            decoder = Decoder(spec, layers=stages[number], embed=first, head=last, comm=comm)
+        if make_compute is None and precision != "fp32":
+            decoder.to(GATHERED[precision])
+        if layout.tp > 1:
+            tensor_parallel.distribute(decoder, known, spec, grid["tp"])
+            decoder.tie()
+        if make_compute is None:
+            decoder.requires_grad_(False)
+        prepare(decoder, recompute, compile_layers)
+        stage = Stage(decoder, make_compute, make_tap)
+        shard(stage, layout, grid, precision if make_compute is not None else "fp32")
+        stage.to_empty(device=device)
+        decoder.tie()
+        mine[number] = stage
+        parameters |= dict(decoder.named_parameters())
+    tied = None
+    if spec.tied and layout.pp > 1:
+        tied = tie(
+            layout, mesh, parameters.get("embed.weight"), parameters.pop("head.weight", None)
+        )
+    return Placed(spec, layout, mesh, grid, stages, mine, parameters, tied, added)
+
+
+def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> None:
+    """fully_shard every layer, embedding and head (tied ones with the root), the root last."""
+    over = mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if precision != "fp32":
+        gathered = GATHERED[precision]
+        policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    # [2, f, h] has too short a first dimension. Along f a rank's part is two long runs of a file,
+    # along h a piece of every row; FSDP cuts either only evenly.
+    cut = {}
+    for name, parameter in stage.named_parameters():
+        if name.endswith("gate_up.weight"):
+            _, f, h = parameter.shape
+            if f % (layout.tp * layout.shards) == 0:
+                cut[id(parameter)] = Shard(1)
+            elif h % layout.shards == 0:
+                cut[id(parameter)] = Shard(2)
+
+    def dimension(parameter: nn.Parameter) -> Shard:
+        return cut.get(id(parameter), Shard(0))
+
+    decoder = stage.decoder
+    own: list[nn.Module | None] = list(decoder.layers.values())
+    if not decoder.spec.tied:
+        own += [decoder.embed, decoder.head]
+    for module in [*own, stage]:
+        if module is not None and (module is stage or any(True for _ in module.parameters())):
+            # What the backward needs first is not dropped at the end of the forward.
+            drop = layout.regathers and module is not stage and module is not decoder.head
+            fully_shard(
+                module,
+                mesh=over,
+                mp_policy=policy,
+                shard_placement_fn=dimension,
+                reshard_after_forward=drop,
+            )
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: the loss is divided by the global count. (gloo has only plain sums.)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(placed: Placed) -> None:
+    """After a forward that no backward follows: the next one must gather what the parameters have
+    become by then."""
+    for stage in placed.mine.values():
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _tied_head(spec: ModelSpec) -> ParameterSpec:
+    return ParameterSpec("head.weight", (spec.vocab_size, spec.hidden_size), "head")
