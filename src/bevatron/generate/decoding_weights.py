@@ -1,8 +1,8 @@
 """One rank's weights as the engine uses them, read straight from where they lie.
 
 Tensor parallelism cuts as training does (`bevatron.parallel.tensor_parallel.placement`). KV groups
-that the ranks do not divide: each rank reads the rows of its own query heads and, beside every one of them,
-those of the key and value that it needs, so that a head is a group of its own.
+that the ranks do not divide: each rank reads the rows of its own query heads and, beside every one
+of them, those of the key and value that it needs, so that a head is a group of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One of an engine's processes: `python -m bevatron.generate.engine_worker PLAN RANK PORT PARENT`."""
+"""A process of an engine: `python -m bevatron.generate.engine_worker PLAN RANK PORT PARENT`."""
 
 from __future__ import annotations
 
