@@ -16,6 +16,11 @@ class BevatronError(Exception):
     exit_status = 2
 
 
+class CheckpointError(BevatronError):
+    """A checkpoint or one of its files that is missing, incomplete, damaged or of another format
+    version."""
+
+
 class CheckFailed(BevatronError):
     """A check that ran and did not pass, such as `verify` (exit status 1)."""
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.export_shards import parse_size
 from bevatron.bridge.inspect import inspect
 from bevatron.errors import BevatronError
+from bevatron.evaluate.verify import verify
 from tests.bridge.hf_folders import assert_same_folder, edit_config, make
 from tests.faults.refusal import command
 
@@ -32,7 +32,7 @@ def test_no_torch(tmp_path):
 import sys
 from bevatron.bridge.convert import import_checkpoint, export_checkpoint
 from bevatron.bridge.inspect import inspect
-from bevatron.bridge.compare_tensors import verify
+from bevatron.evaluate.verify import verify
 hf, native, out = {str(source)!r}, {str(tmp_path / "native")!r}, {str(tmp_path / "out")!r}
 import_checkpoint(hf, native)
 export_checkpoint(native, out)

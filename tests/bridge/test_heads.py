@@ -11,12 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.checkpoint.manifest import Chunk, TensorEntry, read_manifest
 from bevatron.errors import BevatronError
-from bevatron.evaluate.compare_logits import compare_logits
+from bevatron.evaluate.verify import compare_logits, verify
 from bevatron.generate.engine import generate
 from bevatron.spec.json import from_json, to_json
 from tests.bridge.hf_folders import SIZES, add_others, assert_same_folder

@@ -16,13 +16,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.conversion_preview import preview_export, preview_import
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.bridge.nanotron_config import read_model_config
 from bevatron.bridge.open_weights import open_weights
 from bevatron.errors import BevatronError
+from bevatron.evaluate.verify import verify
 from bevatron.generate.engine import stop_tokens
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.bridge import hf_folders
@@ -231,7 +231,7 @@ from bevatron.bridge.convert import import_checkpoint, export_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.bridge.nanotron_config import read_model_config
 from bevatron.bridge.conversion_preview import preview_export, preview_import
-from bevatron.bridge.compare_tensors import verify
+from bevatron.evaluate.verify import verify
 nt, native, out = {str(root)!r}, {str(tmp_path / "native")!r}, {str(tmp_path / "out")!r}
 import_checkpoint(nt, native)
 export_checkpoint(native, out, target_format="nanotron")

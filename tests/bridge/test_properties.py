@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.read_boxes import read_box
+from bevatron.evaluate.verify import verify
 from bevatron.spec.json import from_json
 from tests.bridge.hf_folders import assert_same_folder
 from tests.bridge.random_models import BITS, DTYPES, FAMILIES, fused, models

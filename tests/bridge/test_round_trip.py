@@ -13,7 +13,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, read_manifest
 from bevatron.checkpoint.read_boxes import read_box, verify_chunk
@@ -21,6 +20,7 @@ from bevatron.checkpoint.safetensors_file import read_header
 from bevatron.compress.prune import prune
 from bevatron.compress.pruned_spec import Targets
 from bevatron.errors import BevatronError
+from bevatron.evaluate.verify import verify
 from bevatron.families.registry import by_name
 from bevatron.spec.json import from_json
 from bevatron.spec.model import MLP, Attention, LayerSpec, Linear

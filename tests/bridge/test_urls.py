@@ -10,12 +10,12 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
 from bevatron.bridge.open_weights import open_weights
 from bevatron.checkpoint.storage import located
 from bevatron.errors import BevatronError
+from bevatron.evaluate.verify import verify
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.bridge.hf_folders import assert_same_folder, make
 

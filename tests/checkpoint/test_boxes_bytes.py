@@ -10,8 +10,9 @@ import pytest
 import xxhash
 
 from bevatron.checkpoint import read_boxes
-from bevatron.checkpoint.manifest import CheckpointError, Chunk, TensorEntry
+from bevatron.checkpoint.manifest import Chunk, TensorEntry
 from bevatron.checkpoint.read_boxes import hash_tensor, read_box, runs, stream_rows, verify_chunk
+from bevatron.errors import CheckpointError
 
 NAMES = {1: "U8", 2: "BF16", 4: "F32", 8: "I64"}
 

@@ -16,14 +16,8 @@ from tests.faults.refusal import command, refused
 
 from bevatron.bridge.convert import import_checkpoint
 from bevatron.bridge.open_native import open_native
-from bevatron.checkpoint.manifest import (
-    CheckpointError,
-    Chunk,
-    Manifest,
-    TensorEntry,
-    read_manifest,
-    tiling_problem,
-)
+from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry, read_manifest, tiling_problem
+from bevatron.errors import CheckpointError
 
 GOOD: dict[str, Any] = {
     "version": 1,

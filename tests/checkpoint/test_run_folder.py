@@ -11,9 +11,9 @@ import pytest
 
 from bevatron.checkpoint import run_folder
 from bevatron.checkpoint.locate import resolve
-from bevatron.checkpoint.manifest import CheckpointError, Manifest, read_manifest
+from bevatron.checkpoint.manifest import Manifest, read_manifest
 from bevatron.checkpoint.run_folder import RunFolder, hash_file
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, CheckpointError
 
 
 @pytest.fixture

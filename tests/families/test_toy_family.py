@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
+from bevatron.evaluate.verify import verify
 from bevatron.families import FamilyError, register, registry
 from bevatron.families.config_fields import Field, flag, size
 from bevatron.families.uniform_family import Uniform

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.checkpoint.manifest import ITEMSIZE, read_manifest
 from bevatron.errors import BevatronError
+from bevatron.evaluate.verify import verify
 from tests.bridge.hf_folders import assert_same_folder, make, rewrite
 from tests.faults.refusal import EMBED, NORM, WEIGHTS, command, refused
 

@@ -23,7 +23,7 @@ from transformers import StaticCache
 from bevatron import hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.remote_code import AUTO_MAP, wont_read
-from bevatron.evaluate.compare_logits import compare_logits
+from bevatron.evaluate.verify import compare_logits
 from bevatron.families import by_name
 from bevatron.families.published_models import preset
 from bevatron.parallel.whole_decoder import load_decoder

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from bevatron.bridge.compare_tensors import verify
 from bevatron.bridge.convert import import_checkpoint
+from bevatron.evaluate.verify import verify
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.readers.exports import CASES, PROMPT, make
 

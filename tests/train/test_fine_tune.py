@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.errors import BevatronError
-from bevatron.evaluate.compare_logits import compare_logits
+from bevatron.evaluate.verify import compare_logits
 from bevatron.train.config_file import load_config
 from bevatron.train.labelled_feed import LabelledFeed, check_data
 from bevatron.train.launch import layout_of, train

@@ -1,8 +1,8 @@
 """`AutoBridge`: Hugging Face models in and out, under the names that users of Megatron-Bridge know.
 
 No torch is imported here. Converting moves bytes and needs neither a model nor a process group; the
-methods that build, read or write a model on the ranks of a job import what they need, from above
-(`bevatron.parallel`), when they are called. What each argument means here: docs/autobridge.md.
+methods that build, read or write a model on the ranks of a job import what they need for it when
+they are called. What each argument means here: docs/autobridge.md.
 """
 
 from __future__ import annotations

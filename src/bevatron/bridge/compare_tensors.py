@@ -1,4 +1,7 @@
-"""Do two checkpoints hold the same model? Tensors by hash, in Hugging Face names; then logits."""
+"""Do two checkpoints hold the same tensors? They are compared by hash, in Hugging Face names.
+
+The verb `verify` compares what they compute as well: `evaluate/verify.py`, which is above.
+"""
 
 from __future__ import annotations
 
@@ -63,33 +66,34 @@ class VerifyReport:
         return "\n".join([*lines, "they agree" if self.ok else "they differ"])
 
 
-def verify(
-    a: str | Path, b: str | Path, *, logits: bool = True, accept: Collection[str] = ()
-) -> VerifyReport:
-    """Compare two checkpoints: each an HF folder, a Hub id, a native checkpoint, a run or a
-    Nanotron checkpoint.
-
-    Every byte of every tensor is read. Raises BevatronError if one of them cannot be opened;
-    what differs is in the report.
+def compare_tensors(
+    a: str | Path, b: str | Path, accept: Collection[str]
+) -> tuple[VerifyReport, Side, Side]:
+    """Compare every byte of every tensor of two checkpoints. Returns the report, without logits,
+    and both as they were opened. Raises BevatronError if one of them cannot be opened.
 
     Args:
-        accept: fields of a config.json that are said to do nothing, besides those that an import
-            recorded.
+        accept: fields of a config.json that are said to do nothing.
     """
     report = VerifyReport(str(a), str(b))
-    accept = {*accept, *_accepted(a), *_accepted(b)}
     left, right = _open(a, accept), _open(b, accept)
     with shown_progress("verifying", left.nbytes + right.nbytes) as advance:
         ours = left.hashes(report, advance)
         theirs = right.hashes(report, advance)
     _compare_specs(left, right, report)
     _compare_tensors(left, ours, right, theirs, report)
-    if logits:
-        report.logits = _logits(left, right, accept)
-    return report
+    return report, left, right
 
 
-class _Side:
+def accepted_fields(path: str | Path) -> Collection[str]:
+    """The fields of config.json that an import recorded as accepted."""
+    if not is_native(located(path)):
+        return ()
+    record = read_provenance(resolve(path))
+    return record.accepted if record else ()
+
+
+class Side:
     """One checkpoint, opened."""
 
     def __init__(self, label: str, path: Path, spec: ModelSpec | None, family: Family | None):
@@ -101,7 +105,7 @@ class _Side:
         raise NotImplementedError
 
 
-class _HFSide(_Side):
+class _HFSide(Side):
     def __init__(self, label: str, source: HFFolder, accept: Collection[str]):
         spec, family, unknown = None, None, ""
         try:
@@ -118,7 +122,7 @@ class _HFSide(_Side):
         return hashes_of_files(self.path, self.source.headers, advance)
 
 
-class _NativeSide(_Side):
+class _NativeSide(Side):
     def __init__(self, label: str, native: Native):
         super().__init__(label, native.folder, native.spec, native.family)
         self.native = native
@@ -130,15 +134,7 @@ class _NativeSide(_Side):
         return found
 
 
-def _accepted(path: str | Path) -> Collection[str]:
-    """The fields of config.json that an import recorded as accepted."""
-    if not is_native(located(path)):
-        return ()
-    record = read_provenance(resolve(path))
-    return record.accepted if record else ()
-
-
-def _open(path: str | Path, accept: Collection[str]) -> _Side:
+def _open(path: str | Path, accept: Collection[str]) -> Side:
     if is_native(located(path)):
         return _NativeSide(str(path), open_native(path))
     if is_nanotron(Path(path)):
@@ -149,7 +145,7 @@ def _open(path: str | Path, accept: Collection[str]) -> _Side:
     return _HFSide(str(path), open_hf(path), accept)
 
 
-def _compare_specs(a: _Side, b: _Side, report: VerifyReport) -> None:
+def _compare_specs(a: Side, b: Side, report: VerifyReport) -> None:
     if a.spec is None or b.spec is None or a.spec == b.spec:
         return
     for f in dataclasses.fields(ModelSpec):
@@ -169,7 +165,7 @@ def _compare_specs(a: _Side, b: _Side, report: VerifyReport) -> None:
         )
 
 
-def _compare_tensors(a: _Side, left: Hashes, b: _Side, right: Hashes, report: VerifyReport) -> None:
+def _compare_tensors(a: Side, left: Hashes, b: Side, right: Hashes, report: VerifyReport) -> None:
     for side, found, other in ((a, left, b), (b, right, a)):
         there = right if found is left else left
         for name in [n for n in found if n not in there]:
@@ -193,7 +189,7 @@ def _compare_tensors(a: _Side, left: Hashes, b: _Side, right: Hashes, report: Ve
         report.differences.append(f"{a.label} and {b.label} have no tensor in common")
 
 
-def _why_optional(side: _Side, name: str, found: Hashes) -> str | None:
+def _why_optional(side: Side, name: str, found: Hashes) -> str | None:
     """Why a tensor may be on one side only."""
     if side.family is None or side.spec is None:
         return None
@@ -226,13 +222,3 @@ def _logits_text(logits: dict[str, Any], notes: Collection[str]) -> str:
 
 def _spelled(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
-
-
-def _logits(a: _Side, b: _Side, accept: Collection[str]) -> dict[str, Any]:
-    if a.spec is None or b.spec is None:
-        return {"reason": a.unknown or b.unknown}
-    if a.spec != dataclasses.replace(b.spec, init=a.spec.init):
-        return {"reason": "the models differ"}
-    from bevatron.evaluate.compare_logits import compare_logits
-
-    return compare_logits(a.path, b.path, accept)

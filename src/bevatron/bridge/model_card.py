@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.manifest import CheckpointError
 from bevatron.checkpoint.strict_json import read_object
+from bevatron.errors import CheckpointError
 from bevatron.spec.model import HeadKind, ModelSpec
 
 # transformers' Auto class and the Hub's task of each head.

@@ -12,15 +12,9 @@ from bevatron.bridge.conversion_plan import carry, head_name
 from bevatron.bridge.hf_folder import shown
 from bevatron.bridge.provenance import Provenance, read_provenance
 from bevatron.checkpoint.locate import resolve
-from bevatron.checkpoint.manifest import (
-    FILE_NAME,
-    CheckpointError,
-    Manifest,
-    TensorEntry,
-    read_manifest,
-)
+from bevatron.checkpoint.manifest import FILE_NAME, Manifest, TensorEntry, read_manifest
 from bevatron.checkpoint.strict_json import read_object
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, CheckpointError
 from bevatron.families.config_fields import spec_of
 from bevatron.families.registry import Family, FamilyError, by_name, for_spec
 from bevatron.families.weight_map import Entry

@@ -15,10 +15,11 @@ from typing import Any
 import bevatron
 from bevatron.bridge.conversion_plan import ImportPlan
 from bevatron.bridge.hf_folder import HFFolder
-from bevatron.checkpoint.manifest import CheckpointError, Manifest
+from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.read_boxes import new_hasher, spell
 from bevatron.checkpoint.safetensors_file import Header, parse_header
 from bevatron.checkpoint.strict_json import read_object
+from bevatron.errors import CheckpointError
 
 FILE_NAME = "provenance.json"
 

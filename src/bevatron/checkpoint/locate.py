@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bevatron.checkpoint.manifest import FILE_NAME, CheckpointError
+from bevatron.checkpoint.manifest import FILE_NAME
 from bevatron.checkpoint.storage import located
+from bevatron.errors import CheckpointError
 
 STEP = re.compile(r"step-\d{8,}")
 

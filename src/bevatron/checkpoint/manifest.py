@@ -19,7 +19,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bevatron.errors import BevatronError
+from bevatron.checkpoint.strict_json import parse_object
+from bevatron.errors import CheckpointError
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -28,10 +29,6 @@ FILE_NAME = "manifest.json"
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 ITEMSIZE |= {"BOOL": 1}
 SIZE_LIMIT = 1 << 62  # of any number of elements or bytes
-
-
-class CheckpointError(BevatronError):
-    """A native checkpoint that is missing, incomplete, damaged or from another format version."""
 
 
 class NewerFormatError(CheckpointError):
@@ -138,8 +135,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    from bevatron.checkpoint.strict_json import parse_object  # it needs this module's errors
-
     path = folder / FILE_NAME
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {FILE_NAME}; this is not a complete native checkpoint")

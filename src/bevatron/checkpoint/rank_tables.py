@@ -24,11 +24,11 @@ from typing import Any
 from bevatron.checkpoint.manifest import (
     FORMAT_VERSION,
     ITEMSIZE,
-    CheckpointError,
     TensorEntry,
     chunk_json,
     manifest_json,
 )
+from bevatron.errors import CheckpointError
 
 FOLDER = "ranks"
 

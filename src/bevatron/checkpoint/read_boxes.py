@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import xxhash
 
-from bevatron.checkpoint.manifest import ITEMSIZE, CheckpointError, Chunk, TensorEntry
+from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, TensorEntry
 from bevatron.checkpoint.storage import File, open_file
+from bevatron.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.checkpoint.folder_lock import lock
-from bevatron.checkpoint.manifest import FILE_NAME, CheckpointError, Manifest
+from bevatron.checkpoint.manifest import FILE_NAME, Manifest
 from bevatron.checkpoint.new_folder import make_parents, put, remove_empty, replace_text, sync
 from bevatron.checkpoint.rank_tables import Merged
 from bevatron.checkpoint.read_boxes import new_hasher, spell
+from bevatron.errors import CheckpointError
 
 LATEST = "latest"
 METRICS = "metrics.jsonl"

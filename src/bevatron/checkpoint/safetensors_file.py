@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.manifest import CheckpointError
 from bevatron.checkpoint.storage import open_file
 from bevatron.checkpoint.strict_json import parse_object
+from bevatron.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 SIZE_LIMIT = 1 << 62

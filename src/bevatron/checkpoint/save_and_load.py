@@ -17,15 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevatron.checkpoint.manifest import (
-    ITEMSIZE,
-    CheckpointError,
-    Chunk,
-    Manifest,
-    TensorEntry,
-)
+from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.rank_boxes import box, shares
 from bevatron.checkpoint.read_boxes import new_hasher, read_box, spell, verify_chunk
+from bevatron.errors import CheckpointError
 from bevatron.progress import Advance, progress
 
 DTYPES = {

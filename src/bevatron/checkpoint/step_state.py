@@ -7,10 +7,11 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.manifest import CheckpointError, Manifest, NewerFormatError
+from bevatron.checkpoint.manifest import Manifest, NewerFormatError
 from bevatron.checkpoint.rank_tables import check_sizes, sizes_of
 from bevatron.checkpoint.run_folder import hash_file, step_of
 from bevatron.checkpoint.strict_json import read_object
+from bevatron.errors import CheckpointError
 
 # What a file system says of a damaged file; anything else (no permission, a server that is away)
 # says nothing about the step.

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from bevatron.checkpoint.manifest import FILE_NAME, CheckpointError
-from bevatron.errors import BevatronError
+from bevatron.checkpoint.manifest import FILE_NAME
+from bevatron.errors import BevatronError, CheckpointError
 
 READAHEAD = 8 << 20  # bytes per request to a remote file
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.manifest import CheckpointError
+from bevatron.errors import CheckpointError
 
 SIZE_LIMIT = 256 << 20  # an index of a very large model takes some 100 KB
 

@@ -95,7 +95,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare two models: every tensor by its hash, then logits. Status 0 only if they agree."""
-    from bevatron.bridge.compare_tensors import verify as compare
+    from bevatron.evaluate.verify import verify as compare
 
     report = compare(a, b, logits=logits, accept=accept_field or ())
     print(json.dumps(report.to_dict()) if as_json else report.text())

@@ -26,13 +26,12 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from bevatron.checkpoint.manifest import CheckpointError
 from bevatron.checkpoint.new_folder import sync
 from bevatron.checkpoint.safetensors_file import write_header
 from bevatron.checkpoint.strict_json import parse_object
 from bevatron.data.sample_order import Sampler
 from bevatron.data.token_store import TokenStore
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, CheckpointError
 from bevatron.train.config import RunConfig, SourceConfig
 from bevatron.train.config_objective import Section
 

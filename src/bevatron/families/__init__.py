@@ -3,6 +3,7 @@
 A family is data about names and fields; it holds no tensors and no modules.
 """
 
+from bevatron.families import llama, llama_nemotron, mistral, nanochat, nemotron
 from bevatron.families.registry import (
     Family,
     FamilyError,
@@ -14,3 +15,7 @@ from bevatron.families.registry import (
 )
 
 __all__ = ["Family", "FamilyError", "by_name", "families", "for_config", "for_spec", "register"]
+
+# Their order decides: the first one that can express a changed model is what it is exported as.
+for _module in (llama, nanochat, nemotron, llama_nemotron, mistral):
+    register(_module.FAMILY)

@@ -1,4 +1,4 @@
-"""The registry of families and what one consists of."""
+"""What a family consists of, and the registry of them. The package lists those of this room."""
 
 from __future__ import annotations
 
@@ -55,18 +55,12 @@ _REGISTERED: list[Family] = []
 
 
 def families() -> tuple[Family, ...]:
-    """All families: ours, then registered ones."""
-    from bevatron.families.llama import FAMILY as llama
-    from bevatron.families.llama_nemotron import FAMILY as llama_nemotron
-    from bevatron.families.mistral import FAMILY as mistral
-    from bevatron.families.nanochat import FAMILY as nanochat
-    from bevatron.families.nemotron import FAMILY as nemotron
-
-    return (llama, nanochat, nemotron, llama_nemotron, mistral, *_REGISTERED)
+    """All families: those of this room, then those from outside of the library."""
+    return tuple(_REGISTERED)
 
 
 def register(family: Family) -> None:
-    """Add a family from outside of the library, for this process.
+    """Add a family, for this process.
 
     Raises FamilyError if another one has its name or one of its architectures."""
     for other in families():

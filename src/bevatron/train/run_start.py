@@ -15,17 +15,12 @@ import torch.distributed as dist
 
 from bevatron.bridge.open_sizes import paper
 from bevatron.bridge.open_weights import Opened, open_weights
-from bevatron.checkpoint.manifest import (
-    FILE_NAME,
-    CheckpointError,
-    NewerFormatError,
-    read_manifest,
-)
+from bevatron.checkpoint.manifest import FILE_NAME, NewerFormatError, read_manifest
 from bevatron.checkpoint.run_folder import LATEST, RunFolder, step_of
 from bevatron.checkpoint.save_and_load import verify_share
 from bevatron.checkpoint.step_state import check_whole, is_damage, read_state
 from bevatron.data.tokenizer import open_tokenizer
-from bevatron.errors import BevatronError, failure
+from bevatron.errors import BevatronError, CheckpointError, failure
 from bevatron.families import for_spec
 from bevatron.families.published_models import family_of, preset
 from bevatron.parallel.on_all_ranks import on_all

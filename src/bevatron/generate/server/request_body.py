@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from bevatron.checkpoint.manifest import CheckpointError
 from bevatron.checkpoint.strict_json import parse_object
+from bevatron.errors import CheckpointError
 from bevatron.generate.server.error_answers import Refusal, bad, gone, invalid
 
 MAX_DEPTH = 64

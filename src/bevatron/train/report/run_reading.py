@@ -15,9 +15,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, CheckpointError, read_manifest
+from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, read_manifest
 from bevatron.checkpoint.run_folder import METRICS
-from bevatron.errors import BevatronError
+from bevatron.errors import BevatronError, CheckpointError
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import from_json
 

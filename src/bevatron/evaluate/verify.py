@@ -1,4 +1,6 @@
-"""Comparing what two checkpoints compute. The one file of this room that needs torch and a model.
+"""`verify`: do two checkpoints hold the same model? Their tensors are compared, then their logits.
+
+Without torch the tensors alone are compared, and the report says so.
 
 An HF folder runs in transformers' own class where there is one (remote code is never executed), a
 native checkpoint in Bevatron's decoder, so that agreement says that both mean the same numbers.
@@ -7,9 +9,11 @@ native checkpoint in Bevatron's decoder, so that agreement says that both mean t
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bevatron.bridge.compare_tensors import Side, VerifyReport, accepted_fields, compare_tensors
 from bevatron.bridge.hf_folder import read_config
 
 if TYPE_CHECKING:
@@ -19,6 +23,34 @@ if TYPE_CHECKING:
 # usual size. A wrong rope, norm or permutation moves logits by far more than this.
 TOLERANCE = 1e-4
 BATCH, LENGTH = 2, 24
+
+
+def verify(
+    a: str | Path, b: str | Path, *, logits: bool = True, accept: Collection[str] = ()
+) -> VerifyReport:
+    """Compare two checkpoints: each an HF folder, a Hub id, a native checkpoint, a run or a
+    Nanotron checkpoint.
+
+    Every byte of every tensor is read. Raises BevatronError if one of them cannot be opened;
+    what differs is in the report.
+
+    Args:
+        accept: fields of a config.json that are said to do nothing, besides those that an import
+            recorded.
+    """
+    accept = {*accept, *accepted_fields(a), *accepted_fields(b)}
+    report, left, right = compare_tensors(a, b, accept)
+    if logits:
+        report.logits = _logits_of_sides(left, right, accept)
+    return report
+
+
+def _logits_of_sides(a: Side, b: Side, accept: Collection[str]) -> dict[str, Any]:
+    if a.spec is None or b.spec is None:
+        return {"reason": a.unknown or b.unknown}
+    if a.spec != replace(b.spec, init=a.spec.init):
+        return {"reason": "the models differ"}
+    return compare_logits(a.path, b.path, accept)
 
 
 def compare_logits(a: str | Path, b: str | Path, accept: Collection[str] = ()) -> dict[str, Any]:
