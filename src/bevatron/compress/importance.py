@@ -36,6 +36,7 @@ from bevatron.data.sample_order import Sampler
 from bevatron.data.token_store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
+from bevatron.nn.decoder import LEFT_OUT
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.layout import Layout, LayoutError, check
@@ -277,12 +278,12 @@ class Pass:
     def _loss_without(self, layers: Collection[int], advance: Advance) -> float:
         decoders = [stage.decoder for stage in self.placed.mine.values()]
         for decoder in decoders:
-            decoder.left_out = layers
+            decoder.choices = dict.fromkeys(layers, LEFT_OUT)
         try:
             return self._forwards(self.plan.loss_samples, advance)
         finally:
             for decoder in decoders:
-                decoder.left_out = ()
+                decoder.choices = {}
 
     def _forwards(
         self, samples: int, advance: Advance, calibration: Calibration | None = None

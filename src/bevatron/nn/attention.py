@@ -11,23 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevatron.nn.attention_kernels import Mask, attend
+from bevatron.nn.linear_map import LinearMap
 from bevatron.nn.norm import rms
-from bevatron.nn.rank_communication import Comm, empty
+from bevatron.nn.rank_communication import Comm
 from bevatron.nn.rope import rotate
 from bevatron.spec import Attention as AttentionSpec
-
-
-class Projection(nn.Module):
-    """A weight and perhaps a bias; the sublayer that owns it does the product."""
-
-    def __init__(self, *shape: int, bias: tuple[int, ...] | None = None) -> None:
-        super().__init__()
-        self.weight = empty(*shape)
-        self.bias = None if bias is None else empty(*bias)
 
 
 class Attention(nn.Module):
@@ -39,8 +30,8 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.comm, self.eps = spec, comm, eps
         rows, width = spec.qkv_rows, spec.num_attention_heads * spec.head_dim
-        self.qkv = Projection(rows, hidden_size, bias=(rows,) if spec.qkv_bias else None)
-        self.o = Projection(hidden_size, width, bias=(hidden_size,) if spec.o_bias else None)
+        self.qkv = LinearMap(rows, hidden_size, bias=(rows,) if spec.qkv_bias else None)
+        self.o = LinearMap(hidden_size, width, bias=(hidden_size,) if spec.o_bias else None)
 
     @property
     def groups_are_cut(self) -> bool:
@@ -66,14 +57,12 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # [B, T, H*D]
         if self.tap is not None:
             self.tap(y)
-        y = self.comm.leave(F.linear(y, self.comm.view(self.o.weight)))  # [B, T, h]
-        return y if self.o.bias is None else y + self.comm.shared(self.o.bias)
+        return self.o.reduced(y, self.comm)  # [B, T, h]
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, D], key and value [B, G, T, D] of this rank's whole groups."""
         comm, spec = self.comm, self.spec
-        bias = None if self.qkv.bias is None else comm.view(self.qkv.bias)
-        rows = F.linear(x, comm.view(self.qkv.weight), bias)  # [B, T, G*(q+2)*D]
+        rows = self.qkv.product(x, comm.view)  # [B, T, G*(q+2)*D]
         q, groups = spec.queries_per_group, spec.num_key_value_heads // comm.size
         heads = rows.unflatten(-1, (groups, q + 2, spec.head_dim)).permute(0, 2, 3, 1, 4)
         return heads[:, :, :q].flatten(1, 2), heads[:, :, q], heads[:, :, q + 1]
@@ -89,8 +78,7 @@ class Attention(nn.Module):
             query = t[:, :q].flatten(0, 1)[first:last]
             return torch.cat((query, t[groups, q], t[groups, q + 1])).flatten(0, 1)
 
-        bias = None if self.qkv.bias is None else mine(self.qkv.bias)
-        rows = F.linear(x, mine(self.qkv.weight), bias)
+        rows = self.qkv.product(x, mine)
         heads = rows.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)  # [B, H + 2G, T, D]
         n = last - first
         m = (heads.shape[1] - n) // 2

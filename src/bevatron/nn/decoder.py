@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,21 @@ Rotations = dict[int, tuple[Tensor, ...]]
 EMBEDDING = -1  # the place before the first layer
 # Between the layers: (a layer's number or EMBEDDING, the hidden states after it) -> what goes on.
 Tap = Callable[[int, Tensor], Tensor]
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a forward computes in one layer. Each sublayer is the layer's OWN, that of one of its
+    variants, by name, or is left out (None)."""
+
+    attention: str | None = OWN
+    mlp: str | None = OWN
+
+
+LEFT_OUT = Choice(None, None)
+Variants = Mapping[int, Mapping[str, LayerSpec]]  # a layer's number -> name -> what it may be
+NO_VARIANTS: Variants = MappingProxyType({})
 
 
 class Embedding(nn.Module):
@@ -52,11 +69,21 @@ class Embedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """One entry of the list. Absent sublayers have neither norm nor parameters."""
+    """One entry of the list. Absent sublayers have neither norm nor parameters.
 
-    def __init__(self, spec: LayerSpec, model: ModelSpec, comm: Comm) -> None:
+    Its `variants` are layers that may stand in for it, whole or for one of the sublayers; theirs
+    are parameters of this module, though not of the model: `layers.3.variants.<name>...`."""
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        model: ModelSpec,
+        comm: Comm,
+        variants: Mapping[str, LayerSpec] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.variants = nn.ModuleDict({n: Layer(v, model, comm) for n, v in variants.items()})
         h = model.hidden_size
         if spec.attention is not None:
             self.attention_norm = Norm(model.norm, h, comm)
@@ -74,19 +101,35 @@ class Layer(nn.Module):
         x: Tensor,
         rotations: Rotations,
         mask: Mask | None = None,
+        *choice: Choice,
     ) -> Tensor:
-        return self.run(x, rotations, mask)
+        return self.run(x, rotations, mask, *choice)
 
-    def run(self, x: Tensor, rotations: Rotations, mask: Mask | None) -> Tensor:
-        attention, mlp = self.spec.attention, self.spec.mlp
+    def run(
+        self, x: Tensor, rotations: Rotations, mask: Mask | None, choice: Choice = Choice()
+    ) -> Tensor:
+        if choice.attention is not None:
+            x = self._variant(choice.attention).attend(x, rotations, mask)
+        if choice.mlp is not None:
+            x = self._variant(choice.mlp).feed(x)
+        return x
+
+    def _variant(self, name: str) -> Layer:
+        return self if name == OWN else self.variants[name]  # type: ignore[return-value]
+
+    def attend(self, x: Tensor, rotations: Rotations, mask: Mask | None) -> Tensor:
+        """The residual stream after the attention sublayer."""
+        attention = self.spec.attention
         if isinstance(attention, AttentionSpec):
             normed = self.attention_norm(x)
-            x = x + self.attention(normed, rotations[attention.head_dim], mask)
-        elif attention is not None:
-            x = x + self.attention(self.attention_norm(x))
-        if mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            return x + self.attention(normed, rotations[attention.head_dim], mask)  # type: ignore[no-any-return]
+        if attention is not None:
+            return x + self.attention(self.attention_norm(x))  # type: ignore[no-any-return]
         return x
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The residual stream after the MLP sublayer."""
+        return x if self.spec.mlp is None else x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
@@ -95,11 +138,15 @@ class Decoder(nn.Module):
     Parameters have the spec's names and global shapes and are uninitialised; build it under
     `torch.device("meta")` and fill it from a checkpoint or with `bevatron.parallel.random_weights`.
 
+    Args:
+        variants: what else some layers may be.
+
     Attributes:
-        left_out: layers that a forward passes by, to see what they are worth.
+        choices: what a forward computes in these layers instead of what the spec says, to see what
+            a variant or the layer itself is worth. A layer that is LEFT_OUT is passed by.
     """
 
-    left_out: Collection[int] = ()
+    choices: Mapping[int, Choice] = MappingProxyType({})
 
     def __init__(
         self,
@@ -109,12 +156,15 @@ class Decoder(nn.Module):
         embed: bool = True,
         head: bool = True,
         comm: Comm = LOCAL,
+        variants: Variants = NO_VARIANTS,
     ) -> None:
         super().__init__()
         self.spec, self.comm = spec, comm
         indices = range(len(spec.layers)) if layers is None else layers
         self.embed = Embedding(spec.vocab_size, spec.hidden_size, comm) if embed else None
-        self.layers = nn.ModuleDict({str(i): Layer(spec.layers[i], spec, comm) for i in indices})
+        self.layers = nn.ModuleDict(
+            {str(i): Layer(spec.layers[i], spec, comm, variants.get(i, {})) for i in indices}
+        )
         self.final_norm = Norm(spec.norm, spec.hidden_size, comm) if head else None
         self.head = self._head() if head else None
         self.tie()
@@ -168,8 +218,9 @@ class Decoder(nn.Module):
                 positions = positions - mask.starts
         rotations = self.rotations(positions, x.dtype, whole)
         for i, layer in self.layers.items():
-            if not self.left_out or int(i) not in self.left_out:
-                x = layer(x, rotations, mask)
+            choice = self.choices.get(int(i))
+            if choice != LEFT_OUT:
+                x = layer(x, rotations, mask, *([] if choice is None else [choice]))
                 if tap is not None:
                     x = tap(int(i), x)
         if self.final_norm is None:
@@ -187,11 +238,10 @@ class Decoder(nn.Module):
     def rotations(self, positions: Tensor, dtype: torch.dtype, length: int | None) -> Rotations:
         """cos and sin for every head_dim that occurs in these layers; `length` of the whole
         sequence, None if `positions` say it."""
-        sizes = {
-            a.head_dim
-            for layer in self.layers.values()
-            if isinstance(a := layer.spec.attention, AttentionSpec)  # type: ignore[union-attr]
-        }
+        layers: list[Layer] = list(self.layers.values())  # type: ignore[arg-type]
+        specs = [v.spec for layer in layers for v in (layer, *layer.variants.values())]
+        found = [spec.attention for spec in specs]  # type: ignore[union-attr]
+        sizes = {a.head_dim for a in found if isinstance(a, AttentionSpec)}
         return {d: rotation(self.spec.rope, d, positions, dtype, length) for d in sizes}
 
     def logits(self, ids: Tensor, **kwargs: object) -> Tensor:

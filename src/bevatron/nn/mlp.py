@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bevatron.nn.attention import Projection
+from bevatron.nn.linear_map import LinearMap
 from bevatron.nn.rank_communication import Comm
 from bevatron.spec import MLP as MLPSpec
 
@@ -26,49 +26,32 @@ class MLP(nn.Module):
         self.spec, self.comm = spec, comm
         h, f = hidden_size, spec.intermediate_size
         if spec.gated:
-            self.gate_up = Projection(2, f, h, bias=(2, f) if spec.bias else None)
+            self.gate_up = LinearMap(2, f, h, bias=(2, f) if spec.bias else None)
         else:
-            self.up = Projection(f, h, bias=(f,) if spec.bias else None)
-        self.down = Projection(h, f, bias=(h,) if spec.bias else None)
+            self.up = LinearMap(f, h, bias=(f,) if spec.bias else None)
+        self.down = LinearMap(h, f, bias=(h,) if spec.bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         comm = self.comm
         x = comm.enter(x)  # [B, T, h]
-        first = self.gate_up if self.spec.gated else self.up
-        weight = comm.view(first.weight)
-        bias = None if first.bias is None else comm.view(first.bias).flatten()
         if self.spec.gated:
-            weight = weight.flatten(0, 1)  # [2f, h]
-            gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)  # [B, T, f] each
-            y = activate(gate, self.spec.activation) * up
+            both = self.gate_up.product(x, lambda t: comm.view(t).flatten(0, 1))  # [B, T, 2f]
+            gate, up = both.chunk(2, dim=-1)
+            y = activate(gate, self.spec.activation) * up  # [B, T, f]
         else:
-            y = activate(F.linear(x, weight, bias), self.spec.activation)  # [B, T, f]
+            y = activate(self.up.product(x, comm.view), self.spec.activation)  # [B, T, f]
         if self.tap is not None:
             self.tap(y)
-        y = comm.leave(F.linear(y, comm.view(self.down.weight)))  # [B, T, h]
-        return y if self.down.bias is None else y + comm.shared(self.down.bias)
+        return self.down.reduced(y, comm)  # [B, T, h]
 
 
-class RowParallel(nn.Module):
-    """A product whose weight the ranks share by input columns."""
-
-    def __init__(self, hidden_size: int, comm: Comm) -> None:
-        super().__init__()
-        self.comm, self.hidden_size = comm, hidden_size
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        first, last = self.comm.bounds(self.hidden_size)
-        x = self.comm.enter(x)[..., first:last]  # [B, T, h/size]
-        y = self.comm.leave(F.linear(x, self.comm.view(weight)))  # [B, T, out]
-        return y if bias is None else y + self.comm.shared(bias)
-
-
-class Linear(RowParallel):
+class Linear(nn.Module):
     """A square matrix in place of a sublayer."""
 
     def __init__(self, hidden_size: int, comm: Comm) -> None:
-        super().__init__(hidden_size, comm)
-        self.linear = Projection(hidden_size, hidden_size)
+        super().__init__()
+        self.comm = comm
+        self.linear = LinearMap(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.linear.weight)
+        return self.linear.reduced_part(x, self.comm)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bevatron.errors import BevatronError
-from bevatron.nn.mlp import RowParallel
+from bevatron.nn.linear_map import LinearMap
 from bevatron.nn.rank_communication import Comm, empty
 from bevatron.spec import Head as HeadSpec
 
@@ -30,16 +30,15 @@ class Vocabulary(nn.Module):
         return compute(self.comm.enter(hidden), self.comm.view(self.weight))
 
 
-class Scores(RowParallel):
+class Scores(LinearMap):
     """Scores [B, T, labels] of a classification or question answering head."""
 
     def __init__(self, spec: HeadSpec, hidden_size: int, comm: Comm) -> None:
-        super().__init__(hidden_size, comm)
-        self.weight = empty(spec.scores, hidden_size)
-        self.bias = empty(spec.scores) if spec.bias else None
+        super().__init__(spec.scores, hidden_size, bias=(spec.scores,) if spec.bias else None)
+        self.comm = comm
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.multiply(hidden, self.weight, self.bias)
+        return self.reduced_part(hidden, self.comm)
 
 
 def pool(scores: Tensor, ids: Tensor, pad_token_id: int | None) -> Tensor:

@@ -1,0 +1,49 @@
+"""The linear maps of a decoder: every weight that multiplies hidden states does it here.
+
+There are two products, one for each way in which tensor-parallel ranks share a weight. Both go
+through `product`, which an adapter (LoRA) extends by overriding it: what `rows` does to the stored
+weight it does as well to a matrix with the same rows and fewer columns. (The output matrix over the
+vocabulary is not among them: what is computed with it is the objective's.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bevatron.nn.rank_communication import Comm, empty
+
+Rows = Callable[[Tensor], Tensor]
+
+
+class LinearMap(nn.Module):
+    """A weight, which may be stored in more than two dimensions, and perhaps a bias."""
+
+    def __init__(self, *shape: int, bias: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.weight = empty(*shape)
+        self.bias = None if bias is None else empty(*bias)
+
+    def product(self, x: Tensor, rows: Rows, *, biased: bool = True) -> Tensor:
+        """x [..., in] times this rank's rows -> [..., out].
+
+        Args:
+            rows: the stored weight -> the matrix [out, in] that this rank multiplies with; the
+                stored bias -> [out].
+            biased: whether the bias is added, if there is one.
+        """
+        bias = rows(self.bias) if biased and self.bias is not None else None
+        return F.linear(x, rows(self.weight), bias)
+
+    def reduced(self, x: Tensor, comm: Comm) -> Tensor:
+        """The row-parallel product: x holds this rank's part of the input columns; the ranks'
+        results are summed, and the bias is added once."""
+        y = comm.leave(self.product(x, comm.view, biased=False))
+        return y if self.bias is None else y + comm.shared(self.bias)
+
+    def reduced_part(self, x: Tensor, comm: Comm) -> Tensor:
+        """The row-parallel product of an x that every rank has whole."""
+        first, last = comm.bounds(x.shape[-1])
+        return self.reduced(comm.enter(x)[..., first:last], comm)
