@@ -1,4 +1,5 @@
-"""One rank's weights as the engine uses them, read straight from where they lie.
+"""One rank's weights as the engine uses them, read straight from where they lie: files, or the
+parameters of a model that is being trained.
 
 Tensor parallelism cuts as training does (`bevatron.parallel.tensor_parallel.placement`). KV groups
 that the ranks do not divide: each rank reads the rows of its own query heads and, beside every one
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from bevatron.bridge.open_weights import Opened
-from bevatron.checkpoint.save_and_load import DTYPES, box_reader
+from bevatron.checkpoint.save_and_load import DTYPES, ReadBox, box_reader
 from bevatron.generate.matrix_product import Matrix, matrix
 from bevatron.nn.norm import rms
 from bevatron.parallel.tensor_parallel import placement
 from bevatron.progress import Advance, progress
-from bevatron.spec import MLP, Attention, Linear
+from bevatron.spec import MLP, Attention, Linear, ModelSpec
 from bevatron.spec import Norm as NormSpec
 
 NormFunction = Callable[[Tensor], Tensor]
@@ -99,32 +100,39 @@ class Share:
 
 
 class Reader:
-    """Reads this rank's part of each parameter, in the dtype and on the device that are asked for.
+    """Reads this rank's part of each parameter, in the dtype and on the device that are asked for,
+    in the order in which the spec lists them. It may read again when they have changed: matrices
+    then take the new values in the memory that they have.
 
     Args:
+        read: gives any box of any parameter.
         batches: whether several sequences will run at once.
-        advance: gets the elements that have been read.
+        advance: gets the elements that have been read, if anybody wants to know.
     """
 
     def __init__(
         self,
-        opened: Opened,
+        spec: ModelSpec,
         share: Share,
+        read: ReadBox,
         dtype: torch.dtype,
         device: torch.device,
+        *,
         batches: bool,
-        int8: bool,
-        advance: Advance,
+        int8: bool = False,
+        advance: Advance | None = None,
     ) -> None:
-        self.advance = advance
-        self.spec, self.share, self.dtype, self.device = opened.spec, share, dtype, device
+        self.read, self.advance = read, advance
+        self.spec, self.share, self.dtype, self.device = spec, share, dtype, device
         self.batches, self.int8 = batches, int8
-        self.parameters = {p.name: p for p in opened.spec.parameters()}
-        self.read = box_reader(opened.folder, opened.manifest, "model/")
+        self.parameters = {p.name: p for p in spec.parameters()}
+        self.embedding: Tensor | None = None
+        self.matrices: dict[str, Matrix] = {}
 
     def box(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         values = self.read(name, offset, shape).to(self.device, self.dtype)
-        self.advance(values.numel())
+        if self.advance is not None:
+            self.advance(values.numel())
         return values
 
     def part(self, name: str) -> Tensor:
@@ -137,8 +145,17 @@ class Reader:
             offset[place.dim], shape[place.dim] = first, last - first
         return self.box(name, tuple(offset), tuple(shape))
 
-    def matrix(self, weight: Tensor) -> Matrix:
-        return matrix(weight.flatten(0, -2), batches=self.batches, int8=self.int8)
+    def matrix(self, name: str, weight: Tensor | None = None) -> Matrix:
+        """The product with a parameter, or with `weight` in its place."""
+        weight = self.part(name) if weight is None else weight
+        made = matrix(
+            weight.flatten(0, -2),
+            batches=self.batches,
+            int8=self.int8,
+            old=self.matrices.get(name),
+        )
+        self.matrices[name] = made
+        return made
 
     def bias(self, name: str) -> Tensor | None:
         if name not in self.parameters:
@@ -147,15 +164,17 @@ class Reader:
 
     def model(self) -> ModelWeights:
         share, spec = self.share, self.spec
+        embed = None
+        if share.first or (share.last and spec.tied):
+            embed = self.part("embed.weight")
+            if self.embedding is not None:
+                embed = self.embedding.copy_(embed)
+            self.embedding = embed
         layers = {i: self.layer(i) for i in share.layers}
-        needs_embedding = share.first or (share.last and spec.tied)
-        embed = self.part("embed.weight") if needs_embedding else None
+        norm = self.norm("final_norm") if share.last else None
         head = None
         if share.last:
-            weight = embed if spec.tied else self.part("head.weight")
-            assert weight is not None
-            head = self.matrix(weight)
-        norm = self.norm("final_norm") if share.last else None
+            head = self.matrix("head.weight", embed if spec.tied else None)
         return ModelWeights(self.dtype, embed if share.first else None, layers, norm, head)
 
     def norm(self, name: str) -> NormFunction:
@@ -170,7 +189,7 @@ class Reader:
         attention, mlp = layer.attention, layer.mlp
 
         def linear(part: str) -> Matrix:
-            return self.matrix(self.part(f"{prefix}.{part}.linear.weight"))
+            return self.matrix(f"{prefix}.{part}.linear.weight")
 
         return LayerWeights(
             self.norm(f"{prefix}.attention_norm"),
@@ -188,9 +207,9 @@ class Reader:
         return MLPWeights(
             spec.gated,
             spec.activation,
-            self.matrix(self.part(f"{up}.weight")),
+            self.matrix(f"{up}.weight"),
             self.bias(f"{up}.bias"),
-            self.matrix(self.part(f"{prefix}.down.weight")),
+            self.matrix(f"{prefix}.down.weight"),
             self.bias(f"{prefix}.down.bias"),
         )
 
@@ -199,12 +218,13 @@ class Reader:
         bias = None
         if groups % tp == 0:
             groups //= tp
-            weight = self.part(f"{prefix}.qkv.weight")
+            qkv = self.matrix(f"{prefix}.qkv.weight")
             bias = self.bias(f"{prefix}.qkv.bias")
         else:
             first, last = self.share.bounds(spec.num_attention_heads)
             groups, queries = last - first, 1
             weight = self.heads(f"{prefix}.qkv.weight", spec, range(first, last))
+            qkv = self.matrix(f"{prefix}.qkv.weight", weight)
             if spec.qkv_bias:
                 bias = self.heads(f"{prefix}.qkv.bias", spec, range(first, last))
         return AttentionWeights(
@@ -212,9 +232,9 @@ class Reader:
             queries,
             spec.head_dim,
             spec.qk_norm,
-            self.matrix(weight),
+            qkv,
             bias,
-            self.matrix(self.part(f"{prefix}.o.weight")),
+            self.matrix(f"{prefix}.o.weight"),
             self.bias(f"{prefix}.o.bias"),
         )
 
@@ -244,9 +264,18 @@ def read_weights(
 ) -> ModelWeights:
     """A rank's weights, in `dtype` or in that of most of the stored ones; shows its progress."""
     total = sum(p.numel for p in opened.spec.parameters() if share.holds(p.name)) // share.tp
+    read = box_reader(opened.folder, opened.manifest, "model/")
     with progress("loading weights", total, "elements", show=show) as advance:
-        chosen = dtype or DTYPES[opened.dtype]
-        return Reader(opened, share, chosen, device, batches, int8, advance).model()
+        return Reader(
+            opened.spec,
+            share,
+            read,
+            dtype or DTYPES[opened.dtype],
+            device,
+            batches=batches,
+            int8=int8,
+            advance=advance,
+        ).model()
 
 
 def make_norm(

@@ -17,7 +17,7 @@ from bevatron.errors import BevatronError, UnexpectedError, failure
 from bevatron.generate.answer_stream import Stream
 from bevatron.generate.decoding_model import Model, is_want_of_memory
 from bevatron.generate.detokenize import Vocabulary
-from bevatron.generate.engine_processes import Group, open_group
+from bevatron.generate.engine_processes import Group, check_layout, open_group
 from bevatron.generate.engine_step import Output, Step
 from bevatron.generate.kv_cache import CAPACITY
 from bevatron.generate.request import (
@@ -104,11 +104,7 @@ class Engine:
         if isinstance(dtype, str):
             parse_dtype(dtype)  # a mistake in it is said at once
         opened = open_weights(ckpt)
-        if opened.spec.head.kind != "causal_lm":
-            raise BevatronError(
-                f"{opened.folder}: has the head {opened.spec.head.kind}; only a model with a "
-                "causal_lm head can generate text"
-            )
+        check_layout(opened.spec, str(opened.folder), tp, pp)
         where = choose_device(None if device is None else str(device))
         if tp * pp > 1 and ":" in str(device):
             raise BevatronError(f"device {device} is one, tp {tp} x pp {pp} need {tp * pp}")

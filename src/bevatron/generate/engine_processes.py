@@ -29,7 +29,7 @@ from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.errors import BevatronError, failed, failure
 from bevatron.generate.decoding_model import Model
 from bevatron.generate.decoding_weights import ModelWeights, Share, read_weights
-from bevatron.generate.engine_ranks import ProcessRanks, Ranks
+from bevatron.generate.engine_ranks import LONG, Ranks, share_world
 from bevatron.generate.engine_step import Output, Step
 from bevatron.generate.request import NoRoom
 from bevatron.parallel.layout import Layout, check
@@ -38,7 +38,6 @@ from bevatron.parallel.process_groups import join_world
 from bevatron.parallel.stage_split import stage_ranges
 from bevatron.spec import ModelSpec
 
-LONG = timedelta(days=365)  # a server may be idle for as long as it likes
 START_S = 600.0  # for a worker to read its weights
 GRACE_S = 5.0  # for the workers to end, or to say why they did
 
@@ -56,12 +55,6 @@ class Plan:
     batches: bool
     last_words: str = ""
 
-    def share(self, spec: ModelSpec, rank: int) -> Share:
-        stage, tp_rank = divmod(rank, self.tp)
-        layout = Layout(pp=self.pp, tp=self.tp, sequence_parallel=False)
-        stages = stage_ranges(spec, layout, 1, micro_batch=1, recompute="none")
-        return Share(stages[stage], stage == 0, stage == self.pp - 1, self.tp, tp_rank)
-
     def where(self, rank: int) -> torch.device:
         device = torch.device(self.device)
         if device.type == "cpu" or self.tp * self.pp == 1:
@@ -70,16 +63,43 @@ class Plan:
 
     def read(self, opened: Opened, rank: int) -> ModelWeights:
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        share = self.share(opened.spec, rank)
         return read_weights(
             opened,
-            share,
+            share_of(opened.spec, self.tp, self.pp, rank),
             dtype,
             self.where(rank),
             batches=self.batches,
             int8=self.int8,
             show=rank == 0,
         )
+
+
+def check_layout(spec: ModelSpec, name: str, tp: int, pp: int) -> None:
+    """Raise BevatronError if the model `name` cannot generate text, LayoutError if it cannot be cut
+    so."""
+    if spec.head.kind != "causal_lm":
+        raise BevatronError(
+            f"{name}: has the head {spec.head.kind}; only a model with a causal_lm head can "
+            "generate text"
+        )
+    layout = Layout(pp=pp, tp=tp, sequence_parallel=False)
+    check(layout, spec, seq_len=1, global_batch=pp, micro=1)
+
+
+def share_of(spec: ModelSpec, tp: int, pp: int, rank: int) -> Share:
+    """The part of a model that one of tp * pp ranks has."""
+    stage, tp_rank = divmod(rank, tp)
+    layout = Layout(pp=pp, tp=tp, sequence_parallel=False)
+    stages = stage_ranges(spec, layout, 1, micro_batch=1, recompute="none")
+    return Share(stages[stage], stage == 0, stage == pp - 1, tp, tp_rank)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone, whose own words are to be read."""
+    said = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo/" in said or "Connection" in said)
+    )
 
 
 class Group:
@@ -128,8 +148,6 @@ def open_group(
         raise BevatronError(f"int8 is for CPUs, the device is {device}; leave it out")
     if tp * pp == 1:
         return Group(Model(opened.spec, plan.read(opened, 0), Ranks(), device))
-    layout = Layout(pp=pp, tp=tp, sequence_parallel=False)
-    check(layout, opened.spec, seq_len=1, global_batch=pp, micro=1)
     if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) == tp * pp:
         return _join_torchrun(opened, plan)
     if dist.is_initialized():
@@ -140,13 +158,25 @@ def open_group(
     return WorkerGroup(opened, plan)
 
 
-class WorkerGroup(Group):
-    """This process and the workers that it starts."""
+class LeadingGroup(Group):
+    """Rank 0 of processes that follow it."""
 
     alone = False
 
+    def run(self, step: Step) -> Output:
+        self.model.ranks.command(step.to_bytes())
+        return super().run(step)
+
+    def close(self) -> None:
+        with suppress(RuntimeError):
+            self.model.ranks.command(b"")
+
+
+class WorkerGroup(LeadingGroup):
+    """This process and the workers that it starts."""
+
     def __init__(self, opened: Opened, plan: Plan) -> None:
-        self.ranks: ProcessRanks | None = None
+        self.ranks: Ranks | None = None
         self.failed: BevatronError | None = None
         self.ending = False
         self.folder = tempfile.TemporaryDirectory(prefix="bevatron-")
@@ -159,7 +189,7 @@ class WorkerGroup(Group):
             self._wait_until_ready(store)
             with _loopback():
                 _init(plan, store, 0, world)
-                self.ranks = ProcessRanks(plan.tp, plan.pp)
+                self.ranks = _all_ranks(plan)
         except BaseException as error:
             if not isinstance(error, BevatronError):
                 self.why(error)
@@ -181,11 +211,6 @@ class WorkerGroup(Group):
                 raise BevatronError(f"a worker was not ready within {START_S:.0f} s")
             time.sleep(0.02)
         store.set("go", "1")
-
-    def run(self, step: Step) -> Output:
-        assert self.ranks is not None
-        self.ranks.command(step.to_bytes())
-        return super().run(step)
 
     def why(self, error: BaseException) -> str | None:
         until = time.monotonic() + GRACE_S
@@ -224,8 +249,7 @@ class WorkerGroup(Group):
             return
         self.ending = True
         if self.ranks is not None and self.failed is None:
-            with suppress(RuntimeError):
-                self.ranks.command(b"")
+            super().close()
             until = time.monotonic() + GRACE_S
             for worker in self.workers:
                 with suppress(subprocess.TimeoutExpired):
@@ -235,22 +259,8 @@ class WorkerGroup(Group):
             worker.wait()
         if self.ranks is not None:
             with suppress(RuntimeError):
-                self.ranks.close()
+                dist.destroy_process_group()
         self.folder.cleanup()
-
-
-class TorchrunGroup(Group):
-    """Rank 0 of torchrun's processes."""
-
-    alone = False
-
-    def run(self, step: Step) -> Output:
-        self.model.ranks.command(step.to_bytes())
-        return super().run(step)
-
-    def close(self) -> None:
-        with suppress(RuntimeError):
-            self.model.ranks.command(b"")
 
 
 def _join_torchrun(opened: Opened, plan: Plan) -> Group:
@@ -266,17 +276,22 @@ def join(opened: Opened, plan: Plan) -> Group | None:
     rank = dist.get_rank()
     read: list[ModelWeights] = []
     on_all(lambda: read.append(plan.read(opened, rank)))
-    ranks = ProcessRanks(plan.tp, plan.pp)
-    model = Model(opened.spec, read[0], ranks, plan.where(rank))
+    model = Model(opened.spec, read[0], _all_ranks(plan), plan.where(rank))
     if rank == 0:
-        return TorchrunGroup(model)
-    follow(model, ranks)
+        return LeadingGroup(model)
+    follow(model)
     return None
 
 
-def follow(model: Model, ranks: ProcessRanks) -> None:
+def _all_ranks(plan: Plan) -> Ranks:
+    ranks = share_world(plan.tp, plan.pp)
+    assert ranks is not None
+    return ranks
+
+
+def follow(model: Model) -> None:
     """As another rank than 0: compute what it commands, until it ends."""
-    while data := ranks.next_command():
+    while data := model.ranks.next_command():
         with suppress(NoRoom):  # which all ranks find together
             model.run(Step.from_bytes(data))
 
@@ -312,12 +327,12 @@ def _work(plan: Plan, rank: int, port: int) -> None:
     store.wait(["go"], timedelta(seconds=START_S))
     with _loopback():
         _init(plan, store, rank, plan.tp * plan.pp)
-        ranks = ProcessRanks(plan.tp, plan.pp)
+        ranks = _all_ranks(plan)
     try:
-        follow(Model(opened.spec, weights, ranks, plan.where(rank)), ranks)
-        ranks.close()
+        follow(Model(opened.spec, weights, ranks, plan.where(rank)))
+        dist.destroy_process_group()
     except RuntimeError as error:
-        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+        if not lost_another(error):
             raise
         # It lost another rank, whose own words are the ones to be read first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bevatron.generate.engine_step import Output, Scores, Step
 
+LONG = timedelta(days=365)  # a server may be idle for as long as it likes
 FIRST = 1024  # bytes of the first message of a command; a longer one takes a second
 
 
@@ -16,7 +21,7 @@ class Ranks:
 
     Attributes:
         tp, tp_rank: tensor-parallel ranks and which one this is; pp, stage: of the pipeline.
-            Rank = stage * tp + tp_rank.
+            Rank = stage * tp + tp_rank, of those that share the model.
     """
 
     tp = pp = 1
@@ -55,24 +60,35 @@ class Ranks:
     def command(self, data: bytes) -> None:
         """As rank 0: tell all ranks; empty to end."""
 
-    def close(self) -> None:
-        """End the connections."""
+    def next_command(self) -> bytes:
+        """As another rank: wait for rank 0."""
+        raise AssertionError("one process follows nobody")
+
+    def abandon(self) -> None:
+        """End the connections, so that no rank waits for this one for ever."""
 
 
 class ProcessRanks(Ranks):
-    """Ranks of the default process group; collective to make."""
+    """Those of the default process group that share a model.
 
-    def __init__(self, tp: int, pp: int) -> None:
-        self.tp, self.pp = tp, pp
-        self.rank = dist.get_rank()
+    Args:
+        members: their ranks there; tp_group: of this stage; group: of all of them.
+        commands: the same over the CPU, whatever the model computes on.
+    """
+
+    def __init__(
+        self,
+        tp: int,
+        pp: int,
+        members: Sequence[int],
+        tp_group: dist.ProcessGroup,
+        group: dist.ProcessGroup,
+        commands: dist.ProcessGroup,
+    ) -> None:
+        self.tp, self.pp, self.members = tp, pp, members
+        self.rank = members.index(dist.get_rank())
         self.stage, self.tp_rank = divmod(self.rank, tp)
-        self.tp_group: dist.ProcessGroup | None = None
-        for stage in range(pp):
-            group = dist.new_group(list(range(stage * tp, (stage + 1) * tp)))
-            if stage == self.stage:
-                self.tp_group = group
-        # Commands are bytes on the CPU, whatever the model computes on.
-        self.commands = dist.new_group(backend="gloo")
+        self.tp_group, self.group, self.commands = tp_group, group, commands
 
     def sum_(self, x: Tensor) -> Tensor:
         if self.tp > 1:
@@ -85,15 +101,15 @@ class ProcessRanks(Ranks):
         width = -(-n // self.tp)
         x = torch.nn.functional.pad(x, (0, width - x.shape[1])).contiguous()
         parts = [torch.empty_like(x) for _ in range(self.tp)] if self.tp_rank == 0 else None
-        dist.gather(x, parts, dst=self.stage * self.tp, group=self.tp_group)
+        dist.gather(x, parts, group=self.tp_group, group_dst=0)
         return x if parts is None else torch.cat(parts, dim=1)[:, :n]
 
     def send(self, x: Tensor) -> None:
-        dist.send(x.contiguous(), self.rank + self.tp)
+        dist.send(x.contiguous(), group=self.group, group_dst=self.rank + self.tp)
 
     def receive(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         x = torch.empty(shape, dtype=dtype, device=device)
-        dist.recv(x, self.rank - self.tp)
+        dist.recv(x, group=self.group, group_src=self.rank - self.tp)
         return x
 
     def to_first(
@@ -115,11 +131,12 @@ class ProcessRanks(Ranks):
             for s in output.scores:
                 tensors += [s.logprobs, s.greedy, s.tokens, s.top]
             # Token ids are exact in fp32: no vocabulary has 2^24.
-            dist.send(torch.cat([t.float().flatten() for t in tensors]), 0)
+            flat = torch.cat([t.float().flatten() for t in tensors])
+            dist.send(flat, group=self.group, group_dst=0)
         if self.rank != 0:
             return None
         flat = torch.empty(sum(sizes), device=device)
-        dist.recv(flat, last)
+        dist.recv(flat, group=self.group, group_src=last)
         parts = [p.view(shape) for p, shape in zip(flat.split(sizes), shapes, strict=True)]
         scores = [
             Scores(own[:, 0], greedy[:, 0] > 0, tokens.long(), top)
@@ -135,22 +152,46 @@ class ProcessRanks(Ranks):
     def command(self, data: bytes) -> None:
         whole = len(data).to_bytes(8, "little") + data
         head = torch.frombuffer(bytearray(whole[:FIRST].ljust(FIRST, b"\0")), dtype=torch.uint8)
-        dist.broadcast(head, 0, group=self.commands)
+        dist.broadcast(head, group=self.commands, group_src=0)
         if len(whole) > FIRST:
             rest = torch.frombuffer(bytearray(whole[FIRST:]), dtype=torch.uint8)
-            dist.broadcast(rest, 0, group=self.commands)
+            dist.broadcast(rest, group=self.commands, group_src=0)
 
     def next_command(self) -> bytes:
-        """As another rank: wait for rank 0."""
         head = torch.empty(FIRST, dtype=torch.uint8)
-        dist.broadcast(head, 0, group=self.commands)
+        dist.broadcast(head, group=self.commands, group_src=0)
         data = head.numpy().tobytes()
         size = int.from_bytes(data[:8], "little")
         if size + 8 > FIRST:
             rest = torch.empty(size + 8 - FIRST, dtype=torch.uint8)
-            dist.broadcast(rest, 0, group=self.commands)
+            dist.broadcast(rest, group=self.commands, group_src=0)
             data += rest.numpy().tobytes()
         return data[8 : 8 + size]
 
-    def close(self) -> None:
-        dist.destroy_process_group()
+    def abandon(self) -> None:
+        groups = (self.tp_group, self.group, self.commands)
+        del self.tp_group, self.group, self.commands
+        for group in groups:
+            with suppress(RuntimeError, ValueError):
+                dist.destroy_process_group(group)
+
+
+def share_world(tp: int, pp: int, replicas: int = 1) -> Ranks | None:
+    """The ranks of the default process group in `replicas` teams of tp * pp neighbours: this rank's
+    team, or None for a rank that is left over. Collective: all ranks create all groups."""
+    mine: Ranks | None = None
+    for replica in range(replicas):
+        members = range(replica * tp * pp, (replica + 1) * tp * pp)
+        here = dist.get_rank() in members
+        if tp * pp == 1:
+            mine = Ranks() if here else mine
+            continue
+        everyone = dist.new_group(list(members))
+        stages = [everyone] * pp
+        if min(tp, pp) > 1:
+            stages = [dist.new_group(list(members[s * tp : (s + 1) * tp])) for s in range(pp)]
+        commands = dist.new_group(list(members), timeout=LONG, backend="gloo")
+        if here:
+            stage = stages[members.index(dist.get_rank()) // tp]
+            mine = ProcessRanks(tp, pp, members, stage, everyone, commands)
+    return mine

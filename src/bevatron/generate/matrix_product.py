@@ -46,6 +46,10 @@ class Plain:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 
+    def fill(self, weight: Tensor) -> None:
+        """Take other values, in the memory of the old ones."""
+        self.weight.copy_(weight)
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
@@ -58,6 +62,13 @@ class Streamed:
         out, width = weight.shape
         self.packed = ops.mkldnn._reorder_linear_weight(weight) if packed else None
         self.transposed = (weight.t().contiguous() if out > width else weight.t()).detach()
+
+    def fill(self, weight: Tensor) -> None:
+        """Take other values, in the memory of the old ones but for what oneDNN packs."""
+        self.transposed.copy_(weight.t())
+        if self.packed is not None:
+            self.packed = None
+            self.packed = ops.mkldnn._reorder_linear_weight(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is not None and 1 < len(x) <= BATCH:
@@ -128,26 +139,38 @@ def packs_fp32() -> bool:
     return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
-def matrix(weight: Tensor, *, batches: bool, int8: bool = False) -> Matrix:
+def matrix(
+    weight: Tensor, *, batches: bool, int8: bool = False, old: Matrix | None = None
+) -> Matrix:
     """The product with `weight` [out, in] for vectors of its dtype. What is chosen depends on the
     kind of CPU and not on a measurement: every start computes the same.
 
     Args:
         batches: keep fp32 weights packed for several vectors, besides: twice the memory.
         int8: round the weights.
+        old: the product with weights of the same shape that are no longer needed. Its memory is
+            used where its kind allows that.
     """
     if int8:
         return Int8(weight)
     if weight.device.type != "cpu":
-        return Plain(weight)
+        return _filled(old, weight) or Plain(weight)
     if weight.dtype == torch.float32:
-        return Streamed(weight, batches and packs_fp32())
+        return _filled(old, weight) or Streamed(weight, batches and packs_fp32())
     if packs_halves() and not multiplies_bf16() and weight.numel():
         wide = weight.float()
         factor = halves_factor(wide)
         if factor is not None:
             return Halves(wide, factor)
     return Plain(weight)
+
+
+def _filled(old: Matrix | None, weight: Tensor) -> Matrix | None:
+    """`old` with these values, if it can take them."""
+    if not isinstance(old, Plain | Streamed):
+        return None
+    old.fill(weight)
+    return old
 
 
 def halves_factor(weight: Tensor) -> float | None:
