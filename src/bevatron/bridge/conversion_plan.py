@@ -18,7 +18,7 @@ from bevatron.checkpoint.read_boxes import runs
 from bevatron.checkpoint.safetensors_file import DTYPES, Stored, write_header
 from bevatron.families.registry import Family
 from bevatron.families.weight_map import Entry, Rows, Source
-from bevatron.spec.model import ModelSpec, ParameterSpec, Shape
+from bevatron.spec import ModelSpec, ParameterSpec, Shape
 
 FILE_BYTES = 4 << 30  # of a native weight file, unless one tensor is larger
 

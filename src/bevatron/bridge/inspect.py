@@ -20,7 +20,7 @@ from bevatron.checkpoint.storage import located
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import check_accepted
-from bevatron.spec.model import MLP, Attention, ModelSpec
+from bevatron.spec import ModelSpec
 
 
 def inspect(path: str | Path, accept: Collection[str] = ()) -> dict[str, Any]:
@@ -125,8 +125,8 @@ def _dtype(config: dict[str, Any], folder: Path) -> str:
 
 def sizes(spec: ModelSpec) -> dict[str, Any]:
     """The model's sizes, and how many layers have which kind of sublayer."""
-    attention = Counter(_kind(layer.attention) for layer in spec.layers)
-    mlp = Counter(_kind(layer.mlp) for layer in spec.layers)
+    attention = Counter(s.describe() if (s := x.attention) else "no-op" for x in spec.layers)
+    mlp = Counter(s.describe() if (s := x.mlp) else "no-op" for x in spec.layers)
     return {
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
@@ -137,15 +137,3 @@ def sizes(spec: ModelSpec) -> dict[str, Any]:
         "attention": dict(attention),
         "mlp": dict(mlp),
     }
-
-
-def _kind(sublayer: object) -> str:
-    if sublayer is None:
-        return "no-op"
-    if isinstance(sublayer, Attention):
-        heads, groups = sublayer.num_attention_heads, sublayer.num_key_value_heads
-        return f"{heads} heads, {groups} key/value heads of {sublayer.head_dim}"
-    if isinstance(sublayer, MLP):
-        gated = "gated " if sublayer.gated else ""
-        return f"{gated}{sublayer.activation} {sublayer.intermediate_size}"
-    return "linear"

@@ -35,7 +35,7 @@ from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.safetensors_file import Stored, read_header
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.families.registry import FamilyError
-from bevatron.spec.model import Attention, ModelSpec, Shape
+from bevatron.spec import Attention, ModelSpec, Shape
 
 LATEST = "latest.txt"
 METADATA = "checkpoint_metadata.json"

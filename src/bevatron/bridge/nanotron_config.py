@@ -23,7 +23,7 @@ from bevatron.families.config_fields import (
     shown,
 )
 from bevatron.families.registry import FamilyError, by_name
-from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
+from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 
 Config = Mapping[str, Any]
 
@@ -183,8 +183,8 @@ def model_config(spec: ModelSpec, base: Config | None) -> tuple[dict[str, Any], 
         base: the model's config.json, for its token ids.
     Raises FamilyError naming the first part of the spec that Nanotron cannot express.
     """
-    attention = next((x.attention for x in spec.layers if isinstance(x.attention, Attention)), None)
-    mlp = next((x.mlp for x in spec.layers if isinstance(x.mlp, MLP)), None)
+    attention = next((a for _, a in spec.each(Attention)), None)
+    mlp = next((m for _, m in spec.each(MLP)), None)
     if attention is None or mlp is None:
         raise FamilyError(
             f"Nanotron: the model has no {'mlp' if attention else 'attention'} in any layer; every "

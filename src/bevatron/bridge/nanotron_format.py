@@ -16,7 +16,7 @@ from typing import NamedTuple
 from bevatron.errors import BevatronError
 from bevatron.families.registry import by_name
 from bevatron.families.weight_map import Entry
-from bevatron.spec.model import ModelSpec, Shape
+from bevatron.spec import ModelSpec, Shape
 
 VERSION = "1.5"  # of the checkpoint format, as Nanotron 0.4 writes it
 KEY = "data"  # the one tensor in every file

@@ -18,8 +18,8 @@ from bevatron.errors import BevatronError, CheckpointError
 from bevatron.families.config_fields import spec_of
 from bevatron.families.registry import Family, FamilyError, by_name, for_spec
 from bevatron.families.weight_map import Entry
+from bevatron.spec import ModelSpec, SpecError
 from bevatron.spec.json import from_json
-from bevatron.spec.model import ModelSpec, SpecError
 
 CONFIG = "config.json"
 

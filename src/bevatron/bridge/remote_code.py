@@ -15,7 +15,7 @@ from pathlib import Path
 
 import bevatron
 from bevatron.checkpoint.strict_json import read_object
-from bevatron.spec.model import MLP, Attention, Linear, ModelSpec
+from bevatron.spec import MLP, Attention, ModelSpec
 
 MODULE = "modeling_decilm"
 AUTO_MAP = {
@@ -112,19 +112,19 @@ def refusals(spec: ModelSpec) -> dict[str, list[str]]:
     docs/minitron.md."""
     layers = spec.layers
     first = next((x for x in layers if x.attention is not None or x.mlp is not None), layers[0])
-    linear = any(isinstance(s, Linear) for x in layers for s in (x.attention, x.mlp))
-    heads = {a.num_key_value_heads for a in _attentions(spec)}
+    replaced = {place for x in layers for place, s in x.present if s.kind == "linear"}
+    heads = {a.num_key_value_heads for _, a in spec.each(Attention)}
     why: dict[str, list[str]] = {}
 
     def refuses(reason: str, *readers: str) -> None:
         for reader in readers:
             why.setdefault(reader, []).append(reason)
 
-    if linear:
+    if replaced:
         refuses("sublayers are replaced by one matrix", "vLLM", "SGLang")
-    if any(isinstance(x.mlp, Linear) for x in layers):
+    if "mlp" in replaced:
         refuses("MLPs are replaced by one matrix", "llama.cpp")
-    if not isinstance(first.attention, Attention):
+    if first.attention is None or first.attention.kind != "attention":
         refuses("its first layer that is not empty has no attention", "vLLM", "SGLang")
     if len(heads) > 1:
         refuses(f"layers have different numbers of KV heads ({sorted(heads)})", "SGLang")
@@ -199,13 +199,10 @@ def _llama_cpp_of_nemotron(spec: ModelSpec) -> str:
     return f"{_IF_TOKENIZER} tokenizer.model only of a Nemotron"
 
 
-def _attentions(spec: ModelSpec) -> list[Attention]:
-    return [x.attention for x in spec.layers if isinstance(x.attention, Attention)]
-
-
 def _heads_fill_hidden(spec: ModelSpec) -> bool:
-    return all(a.head_dim * a.num_attention_heads == spec.hidden_size for a in _attentions(spec))
+    h = spec.hidden_size
+    return all(a.head_dim * a.num_attention_heads == h for _, a in spec.each(Attention))
 
 
 def _mlp_biases(spec: ModelSpec) -> bool:
-    return any(isinstance(x.mlp, MLP) and x.mlp.bias for x in spec.layers)
+    return any(mlp.bias for _, mlp in spec.each(MLP))

@@ -18,7 +18,7 @@ from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.read_boxes import read_box
 from bevatron.compress.kept_indices import PAD, Index, Pairs, query_rows
 from bevatron.compress.pruned_spec import PruneError
-from bevatron.spec.model import Attention
+from bevatron.spec import Attention
 
 BLOCK = 16 << 20  # bytes
 MERGES = ("none", "residual", "sum")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bevatron.compress.importance_scores import Scores
 from bevatron.compress.pruned_spec import PruneError, Shape
-from bevatron.spec.model import MLP, Attention, ModelSpec, ParameterSpec
+from bevatron.spec import MLP, Attention, ModelSpec, ParameterSpec
 
 Index = NDArray[np.int64]
 PAD = -1  # in an index: not an entry of the old model but zeros; at its end only

@@ -32,9 +32,9 @@ from bevatron.compress.prune_report import PruneReport, class_of, family_of, siz
 from bevatron.compress.pruned_spec import DEPTH_BY, PruneError, Shape, Targets
 from bevatron.compress.pruned_widths import shape
 from bevatron.families.registry import by_name
+from bevatron.spec import Attention, ModelSpec
 from bevatron.spec.count import parameter_count
 from bevatron.spec.json import to_json
-from bevatron.spec.model import Attention, ModelSpec
 
 RECORD = "pruning.json"
 

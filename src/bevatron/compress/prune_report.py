@@ -7,7 +7,7 @@ from typing import Any
 
 from bevatron.compress.pruned_spec import PruneError
 from bevatron.families.registry import Family, FamilyError, by_name, for_spec
-from bevatron.spec.model import MLP, Attention, ModelSpec
+from bevatron.spec import ModelSpec
 
 NO_CLASS = (
     "no class of transformers can say this result, so it can be trained and used here, not exported"
@@ -88,16 +88,16 @@ def class_of(family: Family | None, spec: ModelSpec) -> str | None:
 def sizes_of(spec: ModelSpec) -> dict[str, Any]:
     """As config.json names them; one number where all layers agree."""
 
-    def one(values: list[int | None]) -> int | list[int | None] | None:
+    def one(name: str) -> int | list[int | None] | None:
+        values = [fields.get(name) for fields in found]
         return values[0] if len(set(values)) == 1 else values
 
-    attentions = [x.attention if isinstance(x.attention, Attention) else None for x in spec.layers]
-    mlps = [x.mlp if isinstance(x.mlp, MLP) else None for x in spec.layers]
+    found = [{k: v for _, s in x.present for k, v in vars(s).items()} for x in spec.layers]
     return {
         "hidden_size": spec.hidden_size,
-        "intermediate_size": one([m.intermediate_size if m else None for m in mlps]),
-        "num_attention_heads": one([a.num_attention_heads if a else None for a in attentions]),
-        "num_key_value_heads": one([a.num_key_value_heads if a else None for a in attentions]),
-        "head_dim": one([a.head_dim if a else None for a in attentions]),
+        "intermediate_size": one("intermediate_size"),
+        "num_attention_heads": one("num_attention_heads"),
+        "num_key_value_heads": one("num_key_value_heads"),
+        "head_dim": one("head_dim"),
         "num_hidden_layers": len(spec.layers),
     }

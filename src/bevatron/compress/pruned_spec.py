@@ -12,7 +12,7 @@ import numpy as np
 
 from bevatron.compress.importance_scores import Scores
 from bevatron.errors import BevatronError
-from bevatron.spec.model import MLP, Attention, ModelSpec
+from bevatron.spec import MLP, Attention, ModelSpec
 
 DEPTH_BY = ("influence", "loss", "span")
 

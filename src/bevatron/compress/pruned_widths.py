@@ -20,8 +20,8 @@ from bevatron.compress.pruned_spec import (
 )
 from bevatron.families.llama_nemotron import WIDTH_MULTIPLE
 from bevatron.families.registry import Family, FamilyError, by_name
+from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.spec.count import parameter_count
-from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
 
 TOLERANCE = 0.05  # of a target parameter count, as in Minitron's search (arXiv 2407.14679)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from bevatron.families.registry import Config, Family, FamilyError
-from bevatron.spec.model import MLP, Attention, LayerSpec, ModelSpec
+from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 
 MAX_LAYERS = 10_000  # a config.json that says more is not genuine
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from bevatron.families.config_fields import Values, check, flag, shown, size, wrong
 from bevatron.families.registry import Config, FamilyError
-from bevatron.spec.model import Head, HeadKind, SpecError
+from bevatron.spec import Head, HeadKind, SpecError
 
 SUFFIX: dict[HeadKind, str] = {
     "causal_lm": "ForCausalLM",

@@ -33,7 +33,17 @@ from bevatron.families.llama import FIELDS as LLAMA
 from bevatron.families.registry import Config, Family, FamilyError
 from bevatron.families.rope_fields import ROPE_FIELDS, read_rope, write_rope
 from bevatron.families.weight_map import Entry, Names, weight_map
-from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, SpecError
+from bevatron.spec import (
+    MLP,
+    Attention,
+    Init,
+    LayerSpec,
+    Linear,
+    ModelSpec,
+    Norm,
+    SpecError,
+    Sublayer,
+)
 
 WIDTH_MULTIPLE = 256
 
@@ -108,6 +118,10 @@ class LlamaNemotron:
         `auto_map` is the base's; without a base there is none, as it names files that the family
         does not hold."""
         expect_model(self, spec, RMS_MODEL)
+        for i, layer in enumerate(spec.layers):
+            for place, sublayer in layer.present:
+                if sublayer.kind not in (place, "linear"):
+                    raise cannot(self, f"layers.{i}.{place}", sublayer.kind, f"{place} or linear")
         config, full = start(self, dtype, base)
         heads, head_dim, attention_bias = self._attention(spec, config)
         wanted = {
@@ -146,10 +160,7 @@ class LlamaNemotron:
         """Query heads, head_dim and bias that all attentions share. If there is no attention the
         sizes are free, and the base's stay."""
         first: Attention | None = None
-        for i, layer in enumerate(spec.layers):
-            attention = layer.attention
-            if not isinstance(attention, Attention):
-                continue
+        for i, attention in spec.each(Attention):
             first = first or attention
             wanted = {
                 "qk_norm": False,
@@ -166,12 +177,10 @@ class LlamaNemotron:
 
     def _mlp_bias(self, spec: ModelSpec) -> bool:
         bias: bool | None = None
-        for i, layer in enumerate(spec.layers):
-            mlp = layer.mlp
-            if isinstance(mlp, MLP):
-                bias = mlp.bias if bias is None else bias
-                wanted = {"activation": "silu", "gated": True, "bias": bias}
-                expect_sublayer(self, f"layers.{i}.mlp", mlp, wanted)
+        for i, mlp in spec.each(MLP):
+            bias = mlp.bias if bias is None else bias
+            wanted = {"activation": "silu", "gated": True, "bias": bias}
+            expect_sublayer(self, f"layers.{i}.mlp", mlp, wanted)
         return bool(bias)
 
     def _blocks(self, spec: ModelSpec, base: Config | None) -> list[Values]:
@@ -179,11 +188,12 @@ class LlamaNemotron:
         form with all keys, as other readers require."""
         known = _known_parts(base)
 
-        def part(i: int, name: str, sublayer: Attention | MLP | Linear | None) -> Values:
+        def part(i: int, name: str, sublayer: Sublayer | None) -> Values:
             found = known.get((name, i, sublayer)) or known.get((name, None, sublayer))
             if found is not None:
                 return dict(found)
-            off = {"no_op": sublayer is None, "replace_with_linear": isinstance(sublayer, Linear)}
+            linear = sublayer is not None and sublayer.kind == "linear"
+            off = {"no_op": sublayer is None, "replace_with_linear": linear}
             if name == "ffn":
                 return {"ffn_mult": self._multiplier(i, sublayer, spec), **off, "sparsify": None}
             group = sublayer.queries_per_group if isinstance(sublayer, Attention) else None
@@ -203,9 +213,7 @@ class LlamaNemotron:
             for i, layer in enumerate(spec.layers)
         ]
 
-    def _multiplier(
-        self, i: int, mlp: Attention | MLP | Linear | None, spec: ModelSpec
-    ) -> float | None:
+    def _multiplier(self, i: int, mlp: Sublayer | None, spec: ModelSpec) -> float | None:
         if not isinstance(mlp, MLP):
             return None
         f = mlp.intermediate_size

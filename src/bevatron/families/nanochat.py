@@ -9,7 +9,7 @@ from bevatron.families.config_fields import Field, check, flag, size
 from bevatron.families.registry import Config, Family
 from bevatron.families.uniform_family import Uniform
 from bevatron.families.weight_map import Names
-from bevatron.spec.model import MLP, Attention, Init, ModelSpec, Norm
+from bevatron.spec import MLP, Attention, Init, ModelSpec, Norm
 
 FIELDS = {
     "vocab_size": size(50304),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bevatron.families.config_fields import Field, flag, size
 from bevatron.families.registry import Family
 from bevatron.families.uniform_family import Uniform
-from bevatron.spec.model import MLP, Norm
+from bevatron.spec import MLP, Norm
 
 FIELDS = {
     "vocab_size": size(256000),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from bevatron.errors import BevatronError
 from bevatron.families.llama_nemotron import width
 from bevatron.families.registry import Family, by_name, for_spec
-from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, Rope
+from bevatron.spec import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Norm, Rope
 
 # Llama-Nemotron layers as `first-last:attention/mlp`. Attention: aN has N query heads per KV head,
 # L is linear, - absent. MLP: the published ffn_mult, L or -.

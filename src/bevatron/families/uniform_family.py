@@ -26,7 +26,7 @@ from bevatron.families.head_fields import ALL_HEADS, architectures, read_head, w
 from bevatron.families.registry import Config, FamilyError
 from bevatron.families.rope_fields import ROPE_FIELDS, read_rope, write_rope
 from bevatron.families.weight_map import Entry, Names, weight_map
-from bevatron.spec.model import MLP, Attention, HeadKind, Init, ModelSpec, Norm, SpecError
+from bevatron.spec import MLP, Attention, HeadKind, Init, ModelSpec, Norm, SpecError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bevatron.spec.model import MLP, Attention, HeadKind, ModelSpec, ParameterSpec, Shape
+from bevatron.spec import HeadKind, ModelSpec, ParameterSpec, Shape
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,20 @@ def rename(native: ParameterSpec, source: str) -> Entry:
     return Entry(native, "rename", (Source(source, native.shape),), (Rows(0, 0, 0, count),))
 
 
-def fuse_qkv(native: ParameterSpec, attention: Attention, sources: tuple[str, str, str]) -> Entry:
-    """Query, key and value rows interleaved by KV group: [group][q heads, k, v][head_dim]."""
-    q_rows = attention.queries_per_group * attention.head_dim
-    kv_rows = attention.head_dim
+def fuse(native: ParameterSpec, transform: str, sources: tuple[str, ...]) -> Entry:
+    """Rows of several tensors in one, as `native.fused` says: those of query, key and value by KV
+    group, gate rows before up rows."""
+    assert native.fused is not None
+    groups, counts = native.fused
     rows, at = [], 0
-    for group in range(attention.num_key_value_heads):
-        for source, count in ((0, q_rows), (1, kv_rows), (2, kv_rows)):
+    for group in range(groups):
+        for source, count in enumerate(counts):
             rows.append(Rows(source, group * count, at, count))
             at += count
-    tail = native.shape[1:]
-    groups = attention.num_key_value_heads
-    shapes = ((groups * q_rows, *tail), (groups * kv_rows, *tail), (groups * kv_rows, *tail))
+    tail = () if native.role == "bias" else native.shape[-1:]
+    shapes = ((groups * count, *tail) for count in counts)
     parts = tuple(Source(name, shape) for name, shape in zip(sources, shapes, strict=True))
-    return Entry(native, "fuse_qkv", parts, tuple(rows))
-
-
-def fuse_gate_up(native: ParameterSpec, sources: tuple[str, str]) -> Entry:
-    """Gate rows, then up rows: [2, intermediate, hidden]."""
-    f, shape = native.shape[1], native.shape[1:]
-    parts = (Source(sources[0], shape), Source(sources[1], shape))
-    return Entry(native, "fuse_gate_up", parts, (Rows(0, 0, 0, f), Rows(1, 0, f, f)))
+    return Entry(native, transform, parts, tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -123,23 +116,23 @@ def _entries(spec: ModelSpec, names: Names) -> Iterator[Entry]:
         def hf(attribute: str, i: int = i, kind: str = kind) -> str:
             return str(getattr(names, attribute).format(i=i, kind=kind))
 
-        if part == "attention.qkv":
-            attention = spec.layers[i].attention
-            assert isinstance(attention, Attention)
-            yield fuse_qkv(parameter, attention, (hf("q"), hf("k"), hf("v")))
-        elif part == "mlp.gate_up":
-            assert isinstance(spec.layers[i].mlp, MLP)
-            yield fuse_gate_up(parameter, (hf("gate"), hf("up")))
+        first, *others = _PARTS[part]
+        if others:
+            transform = f"fuse_{part.partition('.')[2]}"
+            yield fuse(parameter, transform, tuple(hf(name) for name in _PARTS[part]))
         else:
-            yield rename(parameter, hf(_ATTRIBUTE[part]))
+            yield rename(parameter, hf(first))
 
 
-_ATTRIBUTE = {
-    "attention_norm": "attention_norm",
-    "attention.o": "o",
-    "attention.linear": "attention_linear",
-    "mlp_norm": "mlp_norm",
-    "mlp.up": "up",
-    "mlp.down": "down",
-    "mlp.linear": "mlp_linear",
+# The fields of Names that a native parameter of a layer consists of.
+_PARTS = {
+    "attention_norm": ("attention_norm",),
+    "attention.qkv": ("q", "k", "v"),
+    "attention.o": ("o",),
+    "attention.linear": ("attention_linear",),
+    "mlp_norm": ("mlp_norm",),
+    "mlp.gate_up": ("gate", "up"),
+    "mlp.up": ("up",),
+    "mlp.down": ("down",),
+    "mlp.linear": ("mlp_linear",),
 }

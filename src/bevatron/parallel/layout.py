@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bevatron.errors import BevatronError
-from bevatron.spec import MLP, Attention, ModelSpec
+from bevatron.spec import ModelSpec
+from bevatron.spec.sublayer import uneven_cut
 
 # Pipeline schedules by name, and how many stages a rank has if nothing is said.
 SCHEDULES = {"1f1b": 1, "gpipe": 1, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "zbv": 2}
@@ -202,18 +203,17 @@ def _check_tensor(layout: Layout, spec: ModelSpec) -> None:
     tp = layout.tp
     if tp == 1:
         return
-    for i, layer in enumerate(spec.layers):
-        if isinstance(layer.attention, Attention) and layer.attention.num_attention_heads % tp:
-            heads = layer.attention.num_attention_heads
-            sizes = [n for n in range(1, heads + 1) if heads % n == 0 and n <= 4 * tp]
-            raise LayoutError(
-                f"layers.{i}.attention has {heads} query heads, which tp={tp} does not divide; "
-                f"use tp={' or '.join(map(str, sizes))}"
-            )
-        if isinstance(layer.mlp, MLP):
-            _check_cut(f"layers.{i}.mlp: intermediate_size", layer.mlp.intermediate_size, tp)
-    _check_cut("hidden_size", spec.hidden_size, tp)
-    _check_cut("vocab_size", spec.vocab_size, tp)
+    problems = [
+        sublayer.cut_problem(f"layers.{i}.{place}", tp)
+        for i, layer in enumerate(spec.layers)
+        for place, sublayer in layer.present
+    ]
+    problems += [
+        uneven_cut(name, size, tp)
+        for name, size in (("hidden_size", spec.hidden_size), ("vocab_size", spec.vocab_size))
+    ]
+    if found := next((p for p in problems if p is not None), None):
+        raise LayoutError(found)
 
 
 def _check_sequence(layout: Layout, seq_len: int) -> None:
@@ -232,9 +232,3 @@ def _check_sequence(layout: Layout, seq_len: int) -> None:
             f"data.seq_len={seq_len} is not a multiple of tp={tp}, which sequence parallelism "
             "needs; change seq_len or set parallel.sequence_parallel: false"
         )
-
-
-def _check_cut(what: str, size: int, tp: int) -> None:
-    """Every rank must hold something of a dimension that is cut with rounding up."""
-    if -(-size // tp) * (tp - 1) >= size:
-        raise LayoutError(f"{what} {size} leaves a rank of tp={tp} with nothing; use a smaller tp")

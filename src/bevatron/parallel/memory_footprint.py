@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from bevatron.checkpoint.rank_boxes import local
 from bevatron.parallel.layout import ZERO_BUBBLE, Layout
-from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
+from bevatron.spec import ModelSpec
+from bevatron.spec.sublayer import FP32
 
-FP32 = 4
 ENDS = ("embed", "head")
 
 
@@ -95,50 +95,20 @@ def layer_activations(
     """
     h, tp = spec.hidden_size, layout.tp
     shares = tp if layout.sequence_parallel else 1
-    layer = spec.layers[index]
-    if layer.attention is None and layer.mlp is None:
+    present = [sublayer for _, sublayer in spec.layers[index].present]
+    if not present:
         return 0.0
+    came_in = h * itemsize / shares
     if recompute == "full":
-        return h * itemsize / shares  # what came in
+        return came_in
     if recompute == "selective":
-        return _products(spec, layer, layout, itemsize) + h * itemsize / shares
-    total = 0.0
-    for sublayer in (layer.attention, layer.mlp):
-        if sublayer is None:
-            continue
-        # The norm keeps an fp32 copy of its input and the normalised values, the product after it
-        # its whole input, which sequence parallelism has gathered.
-        total += h * (FP32 + itemsize) / shares + h * itemsize
-        if isinstance(sublayer, Attention):
-            heads, width = sublayer.num_attention_heads, sublayer.head_dim
-            groups = max(sublayer.num_key_value_heads, tp)  # each rank has at least one
-            rows = (heads + 2 * groups) * width  # the product, alive through its values
-            rotated = (heads + groups * layout.cp) * width
-            total += (rows + rotated + 2 * heads * width) * itemsize / tp + FP32 * heads / tp
-        elif isinstance(sublayer, MLP):
-            kept = 4 if sublayer.gated else 2  # gate and up, act(gate), the product; relu, squared
-            total += kept * sublayer.intermediate_size * itemsize / tp
-    return total
-
-
-def _products(spec: ModelSpec, layer: LayerSpec, layout: Layout, itemsize: int) -> float:
-    """Bytes per token of what selective recomputation keeps: the outputs of products, of attention
-    and of the sums over tensor-parallel ranks."""
-    h, tp = spec.hidden_size, layout.tp
-    shares = tp if layout.sequence_parallel else 1
-    elements = bytes_ = 0.0
-    for sublayer in (layer.attention, layer.mlp):
-        if sublayer is None:
-            continue
-        elements += h + (h / shares if tp > 1 else 0)
-        if isinstance(sublayer, Attention):
-            heads, width = sublayer.num_attention_heads, sublayer.head_dim
-            groups = max(sublayer.num_key_value_heads, tp)
-            elements += (2 * heads + 2 * groups) * width / tp
-            bytes_ += FP32 * heads / tp
-        elif isinstance(sublayer, MLP):
-            elements += (2 if sublayer.gated else 1) * sublayer.intermediate_size / tp
-    return elements * itemsize + bytes_
+        # Beside the products, every sublayer's output, and its sum over tensor-parallel ranks.
+        out = (h + (h / shares if tp > 1 else 0)) * itemsize
+        return sum(out + s.product_bytes(itemsize, tp) for s in present) + came_in
+    # The norm keeps an fp32 copy of its input and the normalised values, the product after it its
+    # whole input, which sequence parallelism has gathered.
+    normed = h * (FP32 + itemsize) / shares + h * itemsize
+    return sum(normed + s.activation_bytes(itemsize, tp, layout.cp) for s in present)
 
 
 def head_bytes(

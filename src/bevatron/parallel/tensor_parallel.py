@@ -19,7 +19,7 @@ from torch.distributed.tensor import (
 )
 
 from bevatron.nn.rank_communication import Comm
-from bevatron.spec import Attention, ModelSpec, ParameterSpec
+from bevatron.spec import ModelSpec, ParameterSpec
 
 
 class TensorParallel(Comm):
@@ -64,21 +64,8 @@ class TensorParallel(Comm):
 
 def placement(parameter: ParameterSpec, spec: ModelSpec, tp: int) -> Placement:
     """Where `tp` ranks cut a parameter. What is not cut is replicated."""
-    role, is_bias = parameter.role, parameter.name.endswith(".bias")
-    part = parameter.name.split(".")[-2]
-    if part == "qkv":
-        attention = spec.layers[int(parameter.name.split(".")[1])].attention
-        assert isinstance(attention, Attention)
-        if attention.num_key_value_heads % tp == 0:
-            return Shard(0)
-        return Replicate() if is_bias else Shard(1)
-    if part == "gate_up":
-        return Shard(1)
-    if part == "up" or role in ("embedding", "head"):
-        return Shard(0)
-    if role in ("o", "down", "linear", "score"):
-        return Shard(1)
-    return Replicate()
+    dim = spec.cut(parameter, tp)
+    return Replicate() if dim is None else Shard(dim)
 
 
 def distribute(

@@ -1,29 +1,25 @@
 """What a model is, as plain data: `ModelSpec` and its parts, its JSON form, its exact counts."""
 
-from bevatron.spec.model import (
-    MLP,
-    Attention,
-    Head,
-    Init,
-    LayerSpec,
-    Linear,
-    ModelSpec,
-    Norm,
-    ParameterSpec,
-    Rope,
-    SpecError,
-)
+from bevatron.spec.attention import Attention
+from bevatron.spec.linear import Linear
+from bevatron.spec.mlp import MLP
+from bevatron.spec.model import Head, HeadKind, Init, LayerSpec, ModelSpec, Norm, Rope
+from bevatron.spec.sublayer import ParameterSpec, Role, Shape, SpecError, Sublayer
 
 __all__ = [
     "MLP",
     "Attention",
     "Head",
+    "HeadKind",
     "Init",
     "LayerSpec",
     "Linear",
     "ModelSpec",
     "Norm",
     "ParameterSpec",
+    "Role",
     "Rope",
+    "Shape",
     "SpecError",
+    "Sublayer",
 ]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bevatron.spec.model import Attention, ModelSpec, Role, SpecError
+from bevatron.spec.model import ModelSpec
+from bevatron.spec.sublayer import Role, SpecError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-_MATMUL: frozenset[Role] = frozenset({"qkv", "o", "gate_up", "up", "down", "linear"})
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -30,17 +29,9 @@ def nbytes(spec: ModelSpec, dtype: str) -> int:
 
 
 def layer_flops(spec: ModelSpec, index: int, seq_len: int, causal: bool) -> int:
-    """Forward FLOPs per token of one layer: 2 per matrix element, and attention over `seq_len`.
-
-    Scores and weighted values take 4 * seq_len * H * D per token; a causal kernel skips half of
-    them. Norms, biases, activations and the rotation are left out.
-    """
-    flops = sum(2 * p.numel for p in spec.layer_parameters(index) if p.role in _MATMUL)
-    attention = spec.layers[index].attention
-    if isinstance(attention, Attention):
-        full = 4 * seq_len * attention.num_attention_heads * attention.head_dim
-        flops += full // 2 if causal else full
-    return flops
+    """Forward FLOPs per token of one layer: its sublayers'. Norms are left out."""
+    present = spec.layers[index].present
+    return sum(sublayer.flops(spec.hidden_size, seq_len, causal) for _, sublayer in present)
 
 
 def forward_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> int:

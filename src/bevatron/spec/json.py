@@ -2,8 +2,8 @@
 
 Every field is written and every field is required, so a file says all there is to know about the
 model and does not change its meaning when a default does. (Fields that came later may be absent
-from older files, which then mean what they always did.) A sublayer is an object with a `kind`:
-"attention" or "mlp" with its fields, "linear", or "no-op".
+from older files, which then mean what they always did.) A sublayer is an object with a `kind`,
+one of `sublayer.KINDS` with its fields, or "no-op" for one that is absent.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from bevatron.spec.model import MLP, Attention, Init, LayerSpec, Linear, ModelSpec, Rope, SpecError
+from bevatron.spec.model import Init, LayerSpec, ModelSpec, Rope
+from bevatron.spec.sublayer import KINDS, SpecError, Sublayer
 
 T = TypeVar("T")
 
-_KINDS: dict[str, dict[str, type]] = {
-    "attention": {"attention": Attention, "linear": Linear},
-    "mlp": {"mlp": MLP, "linear": Linear},
-}
-
+_PLACES = ("attention", "mlp")
 _ADDED: dict[type, tuple[str, ...]] = {
     ModelSpec: ("head",),
     Init: ("depth_scaled",),
@@ -34,7 +31,7 @@ _ADDED: dict[type, tuple[str, ...]] = {
 def to_json(spec: ModelSpec) -> str:
     """The text of spec.json, ending in a newline. `from_json` gives back an equal spec."""
     layers = [
-        {name: _sublayer_object(name, getattr(layer, name)) for name in _KINDS}
+        {place: _sublayer_object(getattr(layer, place)) for place in _PLACES}
         for layer in spec.layers
     ]
     lines = []
@@ -73,19 +70,19 @@ def _dump(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _sublayer_object(name: str, value: Any) -> dict[str, Any]:
+def _sublayer_object(value: Any) -> dict[str, Any]:
     if value is None:
         return {"kind": "no-op"}
-    kind = next(kind for kind, cls in _KINDS[name].items() if type(value) is cls)
-    return {"kind": kind, **dataclasses.asdict(value)}
+    return {"kind": value.kind, **dataclasses.asdict(value)}
 
 
 def _read(cls: type[T], data: Any, path: str) -> T:
     """An object with exactly the fields of the dataclass `cls`."""
     place = path or "spec.json"
     data = _object(data, place)
-    hints = typing.get_type_hints(cls)
-    added = _ADDED.get(cls, ())
+    known = typing.get_type_hints(cls)
+    hints = {field.name: known[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    added = cls.added if issubclass(cls, Sublayer) else _ADDED.get(cls, ())
     _same_keys(data, list(hints), path, optional=added)
     present = [name for name in hints if name in data]
     values = {name: _value(hints[name], data[name], _join(path, name)) for name in present}
@@ -105,26 +102,25 @@ def _layers(data: Any, path: str) -> tuple[LayerSpec, ...]:
     for i, item in enumerate(data):
         place = _join(path, str(i))
         layer = _object(item, place)
-        _same_keys(layer, list(_KINDS), place)
-        layers.append(
-            LayerSpec(**{name: _sublayer(name, layer[name], _join(place, name)) for name in _KINDS})
-        )
+        _same_keys(layer, list(_PLACES), place)
+        parts = {name: _sublayer(name, layer[name], _join(place, name)) for name in _PLACES}
+        layers.append(LayerSpec(**parts))
     return tuple(layers)
 
 
-def _sublayer(name: str, data: Any, path: str) -> Any:
+def _sublayer(place: str, data: Any, path: str) -> Any:
     data = dict(_object(data, path))
+    kinds = {kind: cls for kind, cls in KINDS.items() if place in cls.places}
+    expected = f"{', '.join(map(repr, kinds))} or 'no-op'"
     if "kind" not in data:
-        raise SpecError(f"{path}.kind: missing; write {name!r}, 'linear' or 'no-op'")
+        raise SpecError(f"{path}.kind: missing; write {expected}")
     kind = data.pop("kind")
     if kind == "no-op":
         _same_keys(data, [], path)
         return None
-    if not isinstance(kind, str) or kind not in _KINDS[name]:
-        raise SpecError(
-            f"{path}.kind: found {_shown(kind)}, expected {name!r}, 'linear' or 'no-op'"
-        )
-    return _read(_KINDS[name][kind], data, path)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise SpecError(f"{path}.kind: found {_shown(kind)}, expected {expected}")
+    return _read(kinds[kind], data, path)
 
 
 def _value(hint: Any, data: Any, path: str) -> Any:

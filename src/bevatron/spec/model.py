@@ -4,11 +4,6 @@ A `ModelSpec` is plain frozen data. It knows nothing of Hugging Face, of torch, 
 homogeneous Llama is the special case in which all layers say the same. `ModelSpec.parameters()` is
 the one table of names and shapes that counting, conversion, the decoder, initialisation and
 checkpoints all read.
-
-Layout of the fused weights (why: they shard by slicing, without permuting):
-- `qkv`     [G * (q + 2) * D, h]: per KV group its q query heads, its key, its value
-- `gate_up` [2, f, h]: gate rows, then up rows
-G KV heads (groups), q query heads per group, D head_dim, h hidden_size, f intermediate_size.
 """
 
 from __future__ import annotations
@@ -17,117 +12,16 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from bevatron.errors import BevatronError
+from bevatron.spec.sublayer import ParameterSpec, Role, SpecError, Sublayer
 
-Role = Literal[
-    "embedding", "head", "score", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear"
-]
-Shape = tuple[int, ...]
+S = TypeVar("S", bound=Sublayer)
+
 HeadKind = Literal[
     "causal_lm", "sequence_classification", "token_classification", "question_answering", "none"
 ]
 HEAD_KINDS: tuple[HeadKind, ...] = typing.get_args(HeadKind)
-
-
-class SpecError(BevatronError):
-    """A spec that describes no model."""
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """One native parameter: its name, its global shape, and what it does."""
-
-    name: str
-    shape: Shape
-    role: Role
-
-    @property
-    def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Causal self-attention with `num_key_value_heads` groups of query heads.
-
-    `qk_norm`: query and key heads pass through an RMS norm without weights, after the rotation.
-    """
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"attention: {name} is {getattr(self, name)}, expected at least 1")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise SpecError(
-                f"attention: {self.num_attention_heads} query heads cannot be shared out among "
-                f"{self.num_key_value_heads} key/value heads; the second must divide the first"
-            )
-
-    @property
-    def queries_per_group(self) -> int:
-        return self.num_attention_heads // self.num_key_value_heads
-
-    @property
-    def qkv_rows(self) -> int:
-        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-
-    def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
-        yield ParameterSpec(f"{prefix}.qkv.weight", (self.qkv_rows, hidden_size), "qkv")
-        if self.qkv_bias:
-            yield ParameterSpec(f"{prefix}.qkv.bias", (self.qkv_rows,), "bias")
-        width = self.num_attention_heads * self.head_dim
-        yield ParameterSpec(f"{prefix}.o.weight", (hidden_size, width), "o")
-        if self.o_bias:
-            yield ParameterSpec(f"{prefix}.o.bias", (hidden_size,), "bias")
-
-
-@dataclass(frozen=True)
-class MLP:
-    """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`."""
-
-    intermediate_size: int
-    activation: Literal["silu", "relu2"] = "silu"
-    gated: bool = True
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        if self.intermediate_size < 1:
-            raise SpecError(
-                f"mlp: intermediate_size is {self.intermediate_size}, expected at least 1"
-            )
-        if self.activation not in ("silu", "relu2"):
-            raise SpecError(f"mlp: activation {self.activation!r} is not one of silu, relu2")
-
-    def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
-        f, h = self.intermediate_size, hidden_size
-        name, lead = ("gate_up", (2, f)) if self.gated else ("up", (f,))
-        role: Role = "gate_up" if self.gated else "up"
-        yield ParameterSpec(f"{prefix}.{name}.weight", (*lead, h), role)
-        if self.bias:
-            yield ParameterSpec(f"{prefix}.{name}.bias", lead, "bias")
-        yield ParameterSpec(f"{prefix}.down.weight", (h, f), "down")
-        if self.bias:
-            yield ParameterSpec(f"{prefix}.down.bias", (h,), "bias")
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A sublayer replaced by one square matrix without bias (Llama-Nemotron)."""
-
-    def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
-        yield ParameterSpec(f"{prefix}.linear.weight", (hidden_size, hidden_size), "linear")
 
 
 @dataclass(frozen=True)
@@ -137,8 +31,19 @@ class LayerSpec:
     An absent sublayer has no norm either; a layer without both is the identity and keeps its index.
     """
 
-    attention: Attention | Linear | None = None
-    mlp: MLP | Linear | None = None
+    attention: Sublayer | None = None
+    mlp: Sublayer | None = None
+
+    def __post_init__(self) -> None:
+        for place, sublayer in self.present:
+            if place not in sublayer.places:
+                raise SpecError(f"layer: a sublayer of kind {sublayer.kind!r} is no {place}")
+
+    @property
+    def present(self) -> list[tuple[str, Sublayer]]:
+        """`attention` and `mlp` with what they are, in the order in which they compute."""
+        both = (("attention", self.attention), ("mlp", self.mlp))
+        return [(place, sublayer) for place, sublayer in both if sublayer is not None]
 
 
 @dataclass(frozen=True)
@@ -311,20 +216,14 @@ class ModelSpec:
         if not self.layers:
             raise SpecError("model: it has no layers")
         for i, layer in enumerate(self.layers):
-            if isinstance(layer.attention, Attention):
-                rotary = self.rope.rotary_dim(layer.attention.head_dim)
-                least = 4 if self.rope.kind == "dynamic" else 0
-                if rotary % 2 or rotary < least:
-                    raise SpecError(
-                        f"layers.{i}.attention: head_dim {layer.attention.head_dim} times "
-                        f"partial {self.rope.partial} rotates {rotary} dimensions; expected an "
-                        f"even number of at least {least}"
-                    )
+            for place, sublayer in layer.present:
+                if problem := sublayer.misfit(f"layers.{i}.{place}", self):
+                    raise SpecError(problem)
 
     @property
     def sublayers(self) -> int:
         """How many sublayers add to the residual stream."""
-        return sum((a.attention is not None) + (a.mlp is not None) for a in self.layers)
+        return sum(len(layer.present) for layer in self.layers)
 
     @property
     def tied(self) -> bool:
@@ -339,10 +238,9 @@ class ModelSpec:
     def layer_parameters(self, index: int) -> Iterator[ParameterSpec]:
         """Parameters of one layer: per sublayer its norm, then itself. Nothing for a no-op."""
         layer, h = self.layers[index], self.hidden_size
-        for name, sublayer in (("attention", layer.attention), ("mlp", layer.mlp)):
-            if sublayer is not None:
-                yield from self.norm.parameters(f"layers.{index}.{name}_norm", h)
-                yield from sublayer.parameters(f"layers.{index}.{name}", h)
+        for place, sublayer in layer.present:
+            yield from self.norm.parameters(f"layers.{index}.{place}_norm", h)
+            yield from sublayer.parameters(f"layers.{index}.{place}", h)
 
     def parameters(self) -> Iterator[ParameterSpec]:
         """Every parameter of the model, each once: a tied head is the embedding and not listed."""
@@ -354,3 +252,18 @@ class ModelSpec:
             yield from self.head.parameters(self.hidden_size)
         elif not self.tied:
             yield ParameterSpec("head.weight", (self.vocab_size, self.hidden_size), "head")
+
+    def each(self, cls: type[S]) -> Iterator[tuple[int, S]]:
+        """The sublayers of one class, with the layers that they are in."""
+        for i, layer in enumerate(self.layers):
+            yield from ((i, found) for _, found in layer.present if isinstance(found, cls))
+
+    def cut(self, parameter: ParameterSpec, tp: int) -> int | None:
+        """The dimension along which `tp` ranks cut a parameter, each `ceil(size / tp)` of it; None
+        for one that every rank has whole."""
+        first, _, rest = parameter.name.partition(".")
+        if first == "layers":
+            index, place, name = rest.split(".", 2)
+            sublayer = dict(self.layers[int(index)].present).get(place)
+            return None if sublayer is None else sublayer.cut(name, tp)  # None: of its norm
+        return {"embedding": 0, "head": 0, "score": 1}.get(parameter.role)

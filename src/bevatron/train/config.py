@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bevatron.spec.model import Role
+from bevatron.spec import Role
 from bevatron.train.config_objective import ObjectiveConfig, Section
 from bevatron.train.model_override import OverrideConfig
 

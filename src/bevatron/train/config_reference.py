@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bevatron.errors import BevatronError
-from bevatron.spec.model import Role
+from bevatron.spec import Role
 from bevatron.train.config import RunConfig
 
 WIDTH = 96

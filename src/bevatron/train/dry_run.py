@@ -24,6 +24,7 @@ from bevatron.parallel.process_groups import mesh
 from bevatron.parallel.stage_split import end_loads, in_flight, layer_cost, layer_load, stage_ranges
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, forward_flops_per_token, parameter_count
+from bevatron.spec.sublayer import FP32
 from bevatron.train.chunked_loss import CHUNK_LOGITS
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import Objective
@@ -239,7 +240,7 @@ def _stage(
         stage=placed.mesh.get_local_rank("pp"),
         layers=layers,
         parameters=sum(p.numel() for p in parameters.values()),
-        parameters_per_rank=weights // memory_footprint.FP32,
+        parameters_per_rank=weights // FP32,
         weights=weights + frozen,
         gradients=memory_footprint.gradient_bytes(
             parameters, spec, layout, itemsize, micro_batches

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bevatron.checkpoint.rank_boxes import local
 from bevatron.parallel.whole_tensors import Owners
-from bevatron.spec import Attention, ModelSpec
+from bevatron.spec import ModelSpec
 from bevatron.train.config import MuonConfig
 from bevatron.train.update_rules import Rule
 
@@ -46,7 +46,8 @@ class Muon:
         dtype: torch.dtype,
         mesh: DeviceMesh,
     ) -> None:
-        self.sources, self.rules, self.config, self.spec = sources, rules, config, spec
+        self.sources, self.rules, self.config = sources, rules, config
+        self.fused = {p.name: p.fused for p in spec.parameters()}
         known = {"bf16": torch.bfloat16, "fp32": torch.float32, None: dtype}
         self.dtype = known[config.dtype]
         self.names = list(sources)
@@ -90,28 +91,20 @@ class Muon:
                     split[i][j] = matrix
         return {i: self._join(i, matrices) for i, matrices in split.items()}
 
-    def _attention(self, number: int) -> Attention | None:
-        """The attention whose QKV weight this is, if it is one."""
-        _, layer, _, part, _ = self.names[number].split(".")
-        found = self.spec.layers[int(layer)].attention
-        return found if part == "qkv" and isinstance(found, Attention) else None
-
     def _split(self, number: int, whole: Tensor) -> list[Tensor]:
         """The matrices [rows, columns] that a parameter is made of."""
-        attention = self._attention(number)
-        if attention is not None:
-            q = attention.queries_per_group
-            rows = whole.unflatten(0, (-1, q + 2, attention.head_dim))  # [G, q + 2, D, h]
-            return [m.flatten(0, -2) for m in (rows[:, :q], rows[:, q], rows[:, q + 1])]
-        return list(whole.unbind()) if whole.ndim == 3 else [whole]
+        if (fused := self.fused[self.names[number]]) is None:
+            return [whole]
+        groups, rows = fused
+        parts = whole.reshape(groups, sum(rows), whole.shape[-1]).split(rows, 1)
+        return [part.flatten(0, 1) for part in parts]
 
     def _join(self, number: int, matrices: list[Tensor]) -> Tensor:
         """The reverse."""
-        attention = self._attention(number)
-        if attention is not None:
-            shape = (attention.num_key_value_heads, -1, attention.head_dim)
-            return torch.cat([m.unflatten(0, shape) for m in matrices], 1).flatten(0, 2)
-        return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
+        if (fused := self.fused[self.names[number]]) is None:
+            return matrices[0]
+        parts = torch.cat([m.unflatten(0, (fused[0], -1)) for m in matrices], 1)
+        return parts.reshape(self.sources[self.names[number]].shape)
 
     def states(self) -> dict[str, tuple[Tensor, Tensor]]:
         """`momentum/<parameter>`, fp32."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bevatron.spec import ModelSpec
-from bevatron.spec.model import Role
+from bevatron.spec import ModelSpec, Role
 from bevatron.train.config import OptimizerConfig
 
 MATRICES: frozenset[Role] = frozenset({"qkv", "o", "gate_up", "up", "down", "linear"})

@@ -1,0 +1,128 @@
+"""What every kind of sublayer answers for itself, and the table of the kinds.
+
+A kind is a frozen dataclass below `Sublayer` in a file of its own. Counting, conversion, placement,
+estimates of time and memory, the native format and tables ask these methods and never what kind it
+is. Two more tables name what computes a kind: `bevatron.nn.sublayers` in training,
+`bevatron.generate.decoding_kinds` in the engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from bevatron.errors import BevatronError
+
+if TYPE_CHECKING:
+    from bevatron.spec.model import ModelSpec
+
+Role = Literal[
+    "embedding", "head", "score", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear"
+]
+Shape = tuple[int, ...]
+FP32 = 4  # bytes
+
+
+class SpecError(BevatronError):
+    """A spec that describes no model."""
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One native parameter: its name, its global shape, and what it does.
+
+    Attributes:
+        fused: of several matrices in one, (groups, rows of each matrix in a group): its rows are,
+            group by group, so many of the first matrix, then of the second, ...
+    """
+
+    name: str
+    shape: Shape
+    role: Role
+    fused: tuple[int, tuple[int, ...]] | None = None
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+class Sublayer(ABC):
+    """A sublayer between its norm and its sum with the residual stream.
+
+    Class attributes, given where a kind is defined:
+        kind: its name in spec.json and in the tables of modules.
+        places: which parts of a layer it may be, `attention` and `mlp`.
+        added: fields that came later; a spec.json without them means their defaults.
+    """
+
+    kind: ClassVar[str]
+    places: ClassVar[tuple[str, ...]]
+    added: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, *, kind: str, places: tuple[str, ...]) -> None:
+        super().__init_subclass__()
+        cls.kind, cls.places = kind, places
+        known = KINDS.setdefault(kind, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise SpecError(f"sublayer: the kind {kind!r} is {known.__qualname__} already")
+
+    @abstractmethod
+    def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
+        """Its parameters in order, named `prefix.<name>`."""
+
+    @abstractmethod
+    def cut(self, name: str, tp: int) -> int | None:
+        """The dimension along which `tp` ranks cut the parameter of this name (such as
+        `qkv.weight`), each `ceil(size / tp)` of it; None for one that every rank has whole."""
+
+    @abstractmethod
+    def activation_bytes(self, itemsize: int, tp: int, cp: int) -> float:
+        """Bytes per token of a rank's share of the sequence that eager execution keeps for the
+        backward on one of `tp` ranks, beside the norm's output that comes in."""
+
+    @abstractmethod
+    def product_bytes(self, itemsize: int, tp: int) -> float:
+        """Those of the products (and attention) within, which selective recomputation keeps; the
+        last product's output is not counted."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Its kind and sizes in a few words, for tables."""
+
+    def misfit(self, place: str, model: ModelSpec) -> str | None:
+        """Why it cannot stand in this model at `place`, such as `layers.3.attention`."""
+        return None
+
+    def cut_problem(self, place: str, tp: int) -> str | None:
+        """Why `tp` ranks cannot share it, and what to do."""
+        return None
+
+    def flops(self, hidden_size: int, seq_len: int, causal: bool) -> int:
+        """Forward FLOPs per token in a sequence of `seq_len`: 2 per element of its matrices."""
+        parameters = self.parameters("", hidden_size)
+        return sum(2 * p.numel for p in parameters if p.role not in ("bias", "norm"))
+
+    def cache_bytes(self, itemsize: int, tp: int) -> int:
+        """Bytes per position of a sequence that generation keeps on one of `tp` ranks."""
+        return 0
+
+    @property
+    def rotated(self) -> int | None:
+        """The head_dim of the heads that it rotates by position, if it does."""
+        return None
+
+
+KINDS: dict[str, type[Sublayer]] = {}
+
+
+def uneven_cut(what: str, size: int, tp: int) -> str | None:
+    """What is wrong with cutting a dimension over `tp` ranks with rounding up, if a rank would hold
+    nothing of it."""
+    if -(-size // tp) * (tp - 1) >= size:
+        return f"{what} {size} leaves a rank of tp={tp} with nothing; use a smaller tp"
+    return None
