@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from bevatron.compress.logit_divergence import Divergence, Output, distillation_sums
+from bevatron.nn import vocabulary_loss
 from bevatron.nn.rank_communication import LOCAL, Comm
+from bevatron.nn.vocabulary_loss import IGNORE
 from bevatron.parallel.tensor_parallel import TensorParallel
-from bevatron.train import chunked_loss
-from bevatron.train.cross_entropy import IGNORE
 from tests.processes import Pool
 from tests.train.test_objective import Peak
 
@@ -105,7 +105,7 @@ def compared(comm: Comm, options: Divergence, cap: float | None) -> tuple[float,
 def test_chunked_equals_the_definition_in_fp64(
     tokens: int, options: Divergence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 2 * tokens * ROWS)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_LOGITS", 2 * tokens * ROWS)
     for cap in (None, 6.0):
         value, dx, dw = compared(LOCAL, options, cap)
         assert value < 1e-6 and max(dx, dw) < 2e-6, (value, dx, dw)
@@ -114,7 +114,7 @@ def test_chunked_equals_the_definition_in_fp64(
 def compared_on_ranks(options: list[Divergence]) -> list[tuple[float, float, float]]:
     comm = TensorParallel(init_device_mesh("cpu", (dist.get_world_size(),)), False)
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 2 * 4 * ROWS)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_LOGITS", 2 * 4 * ROWS)
     try:
         return [compared(comm, one, 6.0) for one in options]
     finally:

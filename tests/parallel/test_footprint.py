@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bevatron.nn import vocabulary_loss
 from bevatron.nn.decoder import Decoder, Layer
 from bevatron.nn.rank_communication import LOCAL
 from bevatron.nn.rope import rotation
+from bevatron.nn.vocabulary_loss import cross_entropy_sum
 from bevatron.parallel.compile_and_recompute import KEPT, prepare
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.memory_footprint import bubble, head_bytes, layer_activations
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec
-from bevatron.train import cross_entropy
-from bevatron.train.cross_entropy import cross_entropy_sum
 
 H, T = 256, 128
 KINDS = {
@@ -69,7 +69,7 @@ def test_a_layer_keeps_about_what_is_estimated(index: int, dtype: torch.dtype) -
 
 def test_the_head_holds_about_what_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the gradients that its forward keeps; the chunk of logits is gone by then."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 300 * 16)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_LOGITS", 300 * 16)
     x = torch.randn(1, T, H, requires_grad=True)
     weight = torch.randn(300, H, requires_grad=True)
     kept = Kept([weight])

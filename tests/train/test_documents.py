@@ -10,7 +10,7 @@ from torch import Tensor
 from bevatron.checkpoint.rank_boxes import local
 from bevatron.nn import attention_kernels
 from bevatron.nn.decoder import Decoder
-from bevatron.train.cross_entropy import IGNORE
+from bevatron.nn.vocabulary_loss import IGNORE
 from bevatron.train.objectives import Pretrain, Samples
 from tests.processes import Pool
 from tests.specs import ALL

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bevatron.nn import vocabulary_loss
 from bevatron.nn.rank_communication import LOCAL
+from bevatron.nn.vocabulary_loss import IGNORE, cross_entropy_and_z, cross_entropy_sum
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.tensor_parallel import TensorParallel
-from bevatron.train import chunked_loss, cross_entropy
-from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z, cross_entropy_sum
 from bevatron.train.objectives import Pretrain
 from tests.processes import Pool
 from tests.train_steps import GLOBAL_BATCH, SEQ_LEN, Case, make_trainer, samples, train
@@ -55,7 +55,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(
     cap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and both gradients in fp32, ignored labels among them; sums differ in order only."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_LOGITS", chunk)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(GLOBAL_BATCH, SEQ_LEN, 24, generator=generator, requires_grad=True)
     weight = torch.randn(50, 24, generator=generator, requires_grad=True)
@@ -87,7 +87,7 @@ def test_a_mean_in_bf16_is_the_sum_over_the_count(
     elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1/count has no place in bf16 (1/3 is off by 0.2%), and must not be rounded to it."""
-    monkeypatch.setattr(chunked_loss, "SCALED", elements)
+    monkeypatch.setattr(vocabulary_loss, "SCALED", elements)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 32, 24, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(50, 24, generator=generator).bfloat16().requires_grad_()
@@ -141,7 +141,7 @@ def inputs(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def z_loss_on_ranks(cap: float | None, chunk: int) -> tuple[float, float, float, float]:
     """Distances of loss and z-loss, relative, and of both gradients, relative to their norms."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_LOGITS", chunk)
     size = dist.get_world_size()
     comm = TensorParallel(init_device_mesh("cpu", (size,)), False) if size > 1 else LOCAL
     x, weight, labels = inputs(51)
@@ -218,7 +218,7 @@ def test_cross_entropy_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -
     """With the z-loss: a few chunks of logits and the two gradients, while the plain one holds all
     logits several times over."""
     tokens, vocabulary, width = 1024, 4096, 16
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 32 * vocabulary)
+    monkeypatch.setattr(vocabulary_loss, "CHUNK_LOGITS", 32 * vocabulary)
     x = torch.randn(1, tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     labels = torch.randint(vocabulary, (1, tokens))

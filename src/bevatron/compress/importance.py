@@ -39,6 +39,7 @@ from bevatron.errors import BevatronError
 from bevatron.nn.decoder import LEFT_OUT
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
+from bevatron.nn.vocabulary_loss import IGNORE
 from bevatron.parallel.layout import Layout, LayoutError, check
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.pipeline import pass_down
@@ -47,7 +48,6 @@ from bevatron.parallel.placement import Placed, place, reshard
 from bevatron.parallel.process_groups import default_device, mesh, world
 from bevatron.progress import Advance, progress
 from bevatron.spec import ModelSpec
-from bevatron.train.cross_entropy import IGNORE
 from bevatron.train.objectives import Pretrain
 
 SAMPLES, SEQ_LEN = 1024, 2048  # SEQ_LEN unless the model's context is shorter

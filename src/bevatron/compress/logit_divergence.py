@@ -14,12 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bevatron.nn.output_heads import softcap
 from bevatron.nn.rank_communication import Comm
-from bevatron.train import chunked_loss
-from bevatron.train.cross_entropy import IGNORE
+from bevatron.nn.vocabulary_loss import IGNORE, capped_logits, chunk_tokens, sums_of_chunks
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
+MODELS = 2  # whose logits exist together
 TINY = 1e-38  # a tail that holds less holds nothing
 
 
@@ -56,7 +55,7 @@ class Output:
 
     def logits(self, piece: slice) -> Tensor:
         x = self.hidden.flatten(0, 1)[piece]
-        return softcap((x @ self.weight.T).float(), self.cap)
+        return capped_logits(x, self.weight, self.cap, False)[0]
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,9 @@ class Top:
         return Top(self.values - mass[:, None], self.ids, self.tail - mass)
 
 
-def chunk_tokens(rows: int, comm: Comm) -> int:
-    """Of how many tokens there are logits at a time: half of what cross-entropy takes, for there
-    are two models' logits."""
-    return max(1, chunked_loss.CHUNK_LOGITS // 2 // -(-rows // comm.size))
-
-
 def top_of(model: Output, comm: Comm, rows: int, temperature: float, k: int) -> Top:
     """The k likeliest of all tokens of a model's end, N = B * T of them."""
-    count, step = model.hidden.flatten(0, 1).shape[0], chunk_tokens(rows, comm)
+    count, step = model.hidden.flatten(0, 1).shape[0], chunk_tokens(rows, comm, MODELS)
     first, _ = comm.bounds(rows)
     found = []
     for begin in range(0, count, step):
@@ -137,11 +130,7 @@ def distillation_sums(
     first, _ = comm.bounds(rows)
 
     def chunk(x: Tensor, w: Tensor, piece: slice, keep: bool) -> tuple[Tensor, Tensor | None]:
-        s, slope = (x @ w.T).float(), None  # [n, V]
-        if student.cap is not None:
-            s = torch.tanh(s / student.cap)
-            slope = 1 - s.square() if keep else None
-            s *= student.cap
+        s, slope = capped_logits(x, w, student.cap, keep)  # [n, V]
         sums, gradient = _chunk(
             s, teacher.logits(piece), targets[piece], first, comm, options, keep
         )
@@ -149,7 +138,7 @@ def distillation_sums(
             gradient *= slope
         return sums, None if gradient is None else gradient.to(x.dtype)
 
-    return chunked_loss.sums_of_chunks(flat, student.weight, chunk_tokens(rows, comm), 3, chunk)
+    return sums_of_chunks(flat, student.weight, chunk_tokens(rows, comm, MODELS), 3, chunk)
 
 
 def _chunk(

@@ -27,6 +27,12 @@ class Context:
         """This rank's [B, G, T, D] -> those of the whole sequence [B, G, S, D], in order."""
         return key, value
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Added up over the ranks that share a sequence, such as the log-probability [B] of each
+        sequence. Every rank gets the sum; its gradient is the sum of the ranks' gradients, because
+        the ranks' losses are added up: each returns its share of a loss, or all but one zero."""
+        return x
+
     def starts(self, documents: Tensor) -> Tensor:
         """[B, T]: at which position of the sequence the document of each token begins.
 

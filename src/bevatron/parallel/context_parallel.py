@@ -40,6 +40,10 @@ class ContextParallel(Context):
         whole = ordered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)  # [2, B, G, S, D]
         return whole[0], whole[1]
 
+    def sum(self, x: Tensor) -> Tensor:
+        d = DTensor.from_local(x, self.mesh, [Partial()], run_check=False)
+        return d.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
     def starts(self, documents: Tensor) -> Tensor:
         return documents  # `take` has put their starts in place of their numbers
 

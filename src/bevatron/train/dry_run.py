@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from bevatron.nn.vocabulary_loss import CHUNK_LOGITS
 from bevatron.parallel import memory_footprint
 from bevatron.parallel.fake_world import paper_mesh, paper_world
 from bevatron.parallel.layout import Layout
@@ -25,7 +26,6 @@ from bevatron.parallel.stage_split import end_loads, in_flight, layer_cost, laye
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import flops_per_token, forward_flops_per_token, parameter_count
 from bevatron.spec.sublayer import FP32
-from bevatron.train.chunked_loss import CHUNK_LOGITS
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import Objective
 from bevatron.train.run_start import Start, find_start

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bevatron.nn.output_heads import Compute, at, last_token
 from bevatron.nn.rank_communication import Comm
+from bevatron.nn.vocabulary_loss import IGNORE
 from bevatron.spec import Head, ModelSpec
-from bevatron.train.cross_entropy import IGNORE
 from bevatron.train.objectives import NONE, Samples, Stored, Taps, Vector, mean_over
 
 Batch = dict[str, Tensor]

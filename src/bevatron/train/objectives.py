@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from bevatron.nn.decoder import Tap
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
+from bevatron.nn.vocabulary_loss import IGNORE, cross_entropy_and_z
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
 from bevatron.train.config_objective import ObjectiveConfig
-from bevatron.train.cross_entropy import IGNORE, cross_entropy_and_z
 
 # What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if
 # `data.document_mask` is set, `documents` [n, T + 1] int64, the number of each token's document
