@@ -29,7 +29,7 @@ from bevatron.nn.rank_communication import Comm
 from bevatron.nn.rope import rotation
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.spec import Attention as AttentionSpec
-from bevatron.spec import Rope
+from bevatron.spec import LayerSpec, ModelSpec, Rope
 
 
 def peak_mib() -> float:
@@ -50,9 +50,8 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
     comm = Comm()
     if args.cp > 1:
         comm.context = ContextParallel(init_device_mesh("cpu", (args.cp,), mesh_dim_names=("cp",)))
-    layer = Attention(
-        AttentionSpec(args.heads, args.groups, args.head_dim), args.hidden, 1e-5, comm
-    )
+    spec = AttentionSpec(args.heads, args.groups, args.head_dim)
+    layer = Attention(spec, ModelSpec(1, args.hidden, (LayerSpec(spec),)), comm)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
 
@@ -63,8 +62,8 @@ def work(rank: int, args: argparse.Namespace, store: str) -> None:
         documents: Tensor | None = None
         if args.document:
             documents = comm.context.starts(positions - positions % args.document)
-        cos, sin = rotation(Rope(), args.head_dim, positions, x.dtype)
-        y = layer(x, (cos, sin), make_mask(comm.context, x, mine, documents))
+        rotations = {args.head_dim: rotation(Rope(), args.head_dim, positions, x.dtype)}
+        y = layer(x, rotations, make_mask(comm.context, x, mine, documents))
         y.backward(torch.ones_like(y))
 
     once(2048)  # code, threads, and buffers of the collectives

@@ -8,24 +8,19 @@ of them, those of the key and value that it needs, so that a head is a group of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from bevatron.bridge.open_weights import Opened
 from bevatron.checkpoint.save_and_load import DTYPES, ReadBox, box_reader
 from bevatron.generate.matrix_product import Matrix, matrix
-from bevatron.nn.norm import rms
+from bevatron.nn.norm import NormFunction, norm_function
 from bevatron.parallel.tensor_parallel import placement
 from bevatron.progress import Advance, progress
 from bevatron.spec import MLP, Attention, Linear, ModelSpec
-from bevatron.spec import Norm as NormSpec
-
-NormFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -182,7 +177,7 @@ class Reader:
         if f"{name}.weight" in self.parameters:
             weight = self.part(f"{name}.weight")
             bias = self.bias(f"{name}.bias")
-        return make_norm(self.spec.norm, self.spec.hidden_size, weight, bias)
+        return norm_function(self.spec.norm, self.spec.hidden_size, weight, bias)
 
     def layer(self, index: int) -> LayerWeights:
         layer, prefix = self.spec.layers[index], f"layers.{index}"
@@ -276,19 +271,3 @@ def read_weights(
             int8=int8,
             advance=advance,
         ).model()
-
-
-def make_norm(
-    spec: NormSpec, width: int, weight: Tensor | None, bias: Tensor | None
-) -> Callable[[Tensor], Tensor]:
-    """The norm over the last dimension, of `width`."""
-    shape, eps = (width,), spec.eps
-    if spec.kind == "layernorm1p":
-        assert weight is not None
-        scale = weight + 1
-        return lambda x: F.layer_norm(x, shape, scale, bias, eps)
-    if weight is None:
-        return lambda x: rms(x, eps)
-    if weight.dtype == torch.float32:
-        return lambda x: F.rms_norm(x, shape, weight, eps)
-    return lambda x: rms(x, eps).mul_(weight)

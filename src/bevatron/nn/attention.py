@@ -17,8 +17,9 @@ from bevatron.nn.attention_kernels import Mask, attend
 from bevatron.nn.linear_map import LinearMap
 from bevatron.nn.norm import rms
 from bevatron.nn.rank_communication import Comm
-from bevatron.nn.rope import rotate
+from bevatron.nn.rope import Rotations, rotate
 from bevatron.spec import Attention as AttentionSpec
+from bevatron.spec import ModelSpec
 
 
 class Attention(nn.Module):
@@ -26,9 +27,10 @@ class Attention(nn.Module):
 
     tap: Callable[[Tensor], None] | None = None
 
-    def __init__(self, spec: AttentionSpec, hidden_size: int, eps: float, comm: Comm) -> None:
+    def __init__(self, spec: AttentionSpec, model: ModelSpec, comm: Comm) -> None:
         super().__init__()
-        self.spec, self.comm, self.eps = spec, comm, eps
+        self.spec, self.comm, self.eps = spec, comm, model.norm.eps
+        hidden_size = model.hidden_size
         rows, width = spec.qkv_rows, spec.num_attention_heads * spec.head_dim
         self.qkv = LinearMap(rows, hidden_size, bias=(rows,) if spec.qkv_bias else None)
         self.o = LinearMap(hidden_size, width, bias=(hidden_size,) if spec.o_bias else None)
@@ -38,12 +40,8 @@ class Attention(nn.Module):
         """Whether the ranks do not divide the KV groups (see above)."""
         return self.spec.num_key_value_heads % self.comm.size != 0
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Mask | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotations: Rotations, mask: Mask | None = None) -> Tensor:
+        rope = rotations[self.spec.head_dim]
         x = self.comm.enter(x)  # [B, T, h]
         q, k, v = self._cut(x) if self.groups_are_cut else self._grouped(x)
         q, k = rotate(q, *rope), rotate(k, *rope)

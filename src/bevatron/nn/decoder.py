@@ -13,23 +13,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bevatron.errors import BevatronError
 from bevatron.nn.attention import Attention
 from bevatron.nn.attention_kernels import Mask, make_mask
 from bevatron.nn.mlp import MLP, Linear
 from bevatron.nn.norm import Norm, rms
 from bevatron.nn.output_heads import Compute, Scores, Vocabulary, pool, softcap
 from bevatron.nn.rank_communication import LOCAL, Comm, empty
-from bevatron.nn.rope import rotation
-from bevatron.spec import MLP as MLPSpec
-from bevatron.spec import Attention as AttentionSpec
-from bevatron.spec import LayerSpec, ModelSpec
+from bevatron.nn.rope import Rotations, rotation
+from bevatron.spec import LayerSpec, ModelSpec, Sublayer
 
-Rotations = dict[int, tuple[Tensor, ...]]
+# What computes a sublayer, by its kind. Made of the sublayer's spec, the model's, and what it may
+# ask of other ranks; called with what the norm before it gives, the rotations and the mask.
+MODULES: dict[str, Callable[[Any, ModelSpec, Comm], nn.Module]] = {
+    "attention": Attention,
+    "mlp": MLP,
+    "linear": Linear,
+}
 EMBEDDING = -1  # the place before the first layer
 # Between the layers: (a layer's number or EMBEDDING, the hidden states after it) -> what goes on.
 Tap = Callable[[int, Tensor], Tensor]
@@ -68,6 +74,16 @@ class Embedding(nn.Module):
         return self.comm.leave(rows * mine.unsqueeze(-1))
 
 
+def computed(sublayer: Sublayer, model: ModelSpec, comm: Comm) -> nn.Module:
+    """The module of a sublayer."""
+    if sublayer.kind not in MODULES:
+        raise BevatronError(
+            f"nothing computes sublayers of kind {sublayer.kind!r}: add their module to "
+            "bevatron.nn.decoder.MODULES"
+        )
+    return MODULES[sublayer.kind](sublayer, model, comm)
+
+
 class Layer(nn.Module):
     """One entry of the list. Absent sublayers have neither norm nor parameters.
 
@@ -87,14 +103,10 @@ class Layer(nn.Module):
         h = model.hidden_size
         if spec.attention is not None:
             self.attention_norm = Norm(model.norm, h, comm)
-            self.attention = (
-                Attention(spec.attention, h, model.norm.eps, comm)
-                if isinstance(spec.attention, AttentionSpec)
-                else Linear(h, comm)
-            )
+            self.attention = computed(spec.attention, model, comm)
         if spec.mlp is not None:
             self.mlp_norm = Norm(model.norm, h, comm)
-            self.mlp = MLP(spec.mlp, h, comm) if isinstance(spec.mlp, MLPSpec) else Linear(h, comm)
+            self.mlp = computed(spec.mlp, model, comm)
 
     def forward(
         self,
@@ -111,7 +123,7 @@ class Layer(nn.Module):
         if choice.attention is not None:
             x = self._variant(choice.attention).attend(x, rotations, mask)
         if choice.mlp is not None:
-            x = self._variant(choice.mlp).feed(x)
+            x = self._variant(choice.mlp).feed(x, rotations, mask)
         return x
 
     def _variant(self, name: str) -> Layer:
@@ -119,17 +131,15 @@ class Layer(nn.Module):
 
     def attend(self, x: Tensor, rotations: Rotations, mask: Mask | None) -> Tensor:
         """The residual stream after the attention sublayer."""
-        attention = self.spec.attention
-        if isinstance(attention, AttentionSpec):
-            normed = self.attention_norm(x)
-            return x + self.attention(normed, rotations[attention.head_dim], mask)  # type: ignore[no-any-return]
-        if attention is not None:
-            return x + self.attention(self.attention_norm(x))  # type: ignore[no-any-return]
-        return x
+        if self.spec.attention is None:
+            return x
+        return x + self.attention(self.attention_norm(x), rotations, mask)  # type: ignore[no-any-return]
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed(self, x: Tensor, rotations: Rotations, mask: Mask | None) -> Tensor:
         """The residual stream after the MLP sublayer."""
-        return x if self.spec.mlp is None else x + self.mlp(self.mlp_norm(x))
+        if self.spec.mlp is None:
+            return x
+        return x + self.mlp(self.mlp_norm(x), rotations, mask)  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -238,11 +248,11 @@ class Decoder(nn.Module):
     def rotations(self, positions: Tensor, dtype: torch.dtype, length: int | None) -> Rotations:
         """cos and sin for every head_dim that occurs in these layers; `length` of the whole
         sequence, None if `positions` say it."""
-        layers: list[Layer] = list(self.layers.values())  # type: ignore[arg-type]
+        layers: list[Any] = list(self.layers.values())
         specs = [v.spec for layer in layers for v in (layer, *layer.variants.values())]
-        found = [spec.attention for spec in specs]  # type: ignore[union-attr]
-        sizes = {a.head_dim for a in found if isinstance(a, AttentionSpec)}
-        return {d: rotation(self.spec.rope, d, positions, dtype, length) for d in sizes}
+        sizes = {sublayer.rotated for spec in specs for _, sublayer in spec.present}
+        rope = self.spec.rope
+        return {d: rotation(rope, d, positions, dtype, length) for d in sizes if d is not None}
 
     def logits(self, ids: Tensor, **kwargs: object) -> Tensor:
         """What the model is for, of a whole model in one process: logits [B, T, V]; the pooled

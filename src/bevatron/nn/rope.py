@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bevatron.spec import Rope
 
+Rotations = dict[int, tuple[Tensor, ...]]  # head_dim -> cos and sin
+
 
 def inverse_frequencies(
     rope: Rope, head_dim: int, length: Tensor | int, device: torch.device | str = "cpu"
@@ -86,12 +88,20 @@ def rotation(
     longest: Tensor | int = 0 if length is None else length
     if length is None and rope.kind == "dynamic":
         longest = positions.max() + 1
-    inverse = inverse_frequencies(rope, head_dim, longest, positions.device)
-    angles = positions.float()[:, None, :, None] * inverse  # [B, 1, T, R/2]
+    cos, sin = cos_and_sin(rope, head_dim, positions[:, None], longest)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def cos_and_sin(
+    rope: Rope, head_dim: int, positions: Tensor, length: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """fp32 [..., R/2] for positions [...]; see `inverse_frequencies` for `length`."""
+    inverse = inverse_frequencies(rope, head_dim, length, positions.device)
+    angles = positions.float()[..., None] * inverse
     cos, sin = angles.cos(), angles.sin()
     if rope.attention_factor is not None:
         cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
-    return cos.to(dtype), sin.to(dtype)
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -100,3 +110,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     parts = (a * cos - b * sin, b * cos + a * sin)
     return torch.cat((*parts, rest) if rest.shape[-1] else parts, dim=-1)
+
+
+def for_rotate_(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., R/2] as `rotate_` takes them, [..., R]."""
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`rotate` in place, in fewer operations and without gradients: the same bits, for a result is
+    rounded as often. x [..., D], cos and sin of `for_rotate_`."""
+    turned = x[..., : cos.shape[-1]]
+    left, right = turned.chunk(2, dim=-1)
+    swapped = torch.cat((right, left), dim=-1)
+    turned.mul_(cos).add_(swapped.mul_(sin))

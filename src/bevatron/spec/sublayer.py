@@ -2,8 +2,8 @@
 
 A kind is a frozen dataclass below `Sublayer` in a file of its own. Counting, conversion, placement,
 estimates of time and memory, the native format and tables ask these methods and never what kind it
-is. Two more tables name what computes a kind: `bevatron.nn.sublayers` in training,
-`bevatron.generate.decoding_kinds` in the engine.
+is. Two more tables name what computes a kind: `bevatron.nn.decoder.MODULES` in
+training, `bevatron.generate.decoding_sublayers.DECODINGS` in the engine.
 """
 
 from __future__ import annotations
