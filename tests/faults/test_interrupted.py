@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from bevatron.bridge import export_hf, import_hf
+from bevatron.bridge import assemble, export_hf, import_hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.checkpoint.new_folder import new_folder
-from bevatron.compress import prune
 from bevatron.errors import BevatronError
 from tests.bridge.hf_folders import assert_same_folder, make, rewrite
 from tests.faults.children import CALLS
@@ -362,7 +361,7 @@ def test_fault_38_source_that_changes_while_it_is_read(
 
         yield advance
 
-    modules = {"import": import_hf, "export": export_hf, "prune": prune}
+    modules = {"import": import_hf, "export": export_hf, "prune": assemble}
     monkeypatch.setattr(modules[verb], "shown_progress", progress)
     before = sorted(source.parent.iterdir())
     with pytest.raises(BevatronError, match=r"changed while it was being read") as caught:

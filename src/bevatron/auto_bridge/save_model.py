@@ -24,13 +24,13 @@ from bevatron.bridge.hf_folder import INDEX
 from bevatron.bridge.open_weights import copy_tokenizer
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import fingerprint
-from bevatron.checkpoint.manifest import FILE_NAME, Manifest
+from bevatron.bridge.write_native import commit
+from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.new_folder import check_target, new_folder, working_folder
 from bevatron.checkpoint.rank_boxes import box, is_first_copy, local
 from bevatron.checkpoint.save_and_load import SPELLED, Boxes, Saved, box_reader
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.placed_weights import write_boxes
-from bevatron.spec.json import to_json
 
 T = TypeVar("T")
 
@@ -166,5 +166,4 @@ def _describe(
     tokenizer = tokenizer or origin.tokenizer
     if tokenizer is not None and tokenizer.is_dir() and not (source / "tokenizer.json").exists():
         copy_tokenizer(tokenizer, source)
-    (folder / "spec.json").write_text(to_json(model.spec), encoding="utf-8")
-    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    commit(folder, model.spec, manifest)

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 
 from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.hf_folder import SourceError, shown
+from bevatron.bridge.write_native import FILE_BYTES, lay_out
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
 from bevatron.checkpoint.read_boxes import runs
-from bevatron.checkpoint.safetensors_file import DTYPES, Stored, write_header
+from bevatron.checkpoint.safetensors_file import DTYPES, Stored
 from bevatron.families.registry import Family
 from bevatron.families.weight_map import Entry, Rows, Source
 from bevatron.spec import ModelSpec, ParameterSpec, Shape
-
-FILE_BYTES = 4 << 30  # of a native weight file, unless one tensor is larger
 
 # Which fields of config.json decide the shape of a parameter, by its role.
 _FIELDS = {
@@ -165,39 +164,6 @@ def plan_import(
         )
     places, headers = lay_out([(t.native, t.to, t.entry.native.shape) for t in tasks], file_bytes)
     return ImportPlan(tuple(tasks), places, headers, duplicates, carried)
-
-
-def lay_out(
-    tensors: Sequence[tuple[str, str, Shape]], file_bytes: int = FILE_BYTES
-) -> tuple[dict[str, tuple[str, int]], dict[str, bytes]]:
-    """Places of native tensors (name in the manifest, dtype, shape) in `model/00001.safetensors`,
-    ... and those files' headers."""
-    groups: list[list[tuple[str, str, Shape]]] = []
-    filled = 0
-    for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * DTYPES[dtype]
-        if not groups or (filled and filled + nbytes > file_bytes):
-            groups.append([])
-            filled = 0
-        groups[-1].append((name, dtype, shape))
-        filled += nbytes
-    places: dict[str, tuple[str, int]] = {}
-    headers: dict[str, bytes] = {}
-    for number, group in enumerate(groups, 1):
-        file = f"model/{number:05d}.safetensors"
-        group.sort(key=lambda t: -DTYPES[t[1]])  # keeps every tensor aligned to its elements
-        table = [(_key(name), dtype, shape) for name, dtype, shape in group]
-        headers[file] = write_header(table, {"format": "pt"})
-        at = len(headers[file])
-        for name, dtype, shape in group:
-            places[name] = (file, at)
-            at += math.prod(shape) * DTYPES[dtype]
-    return places, headers
-
-
-def _key(native: str) -> str:
-    """The key in a native safetensors file: `model/` is left out."""
-    return native.removeprefix("model/")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from bevatron.bridge.hf_folder import open_hf
 from bevatron.bridge.import_foreign import plan_foreign
 from bevatron.bridge.import_hf import (
     check_copies,
-    check_space,
     open_foreign,
     read_spec,
     written_bytes,
@@ -30,7 +29,7 @@ from bevatron.bridge.import_hf import (
 from bevatron.bridge.nanotron_writer import left_out, tokenizer_files
 from bevatron.bridge.open_native import Native, open_native
 from bevatron.bridge.remote_code import MODULE, REPLACED, is_outdated
-from bevatron.checkpoint.new_folder import check_looked_at
+from bevatron.checkpoint.new_folder import check_looked_at, check_space
 from bevatron.checkpoint.safetensors_file import DTYPES
 from bevatron.checkpoint.storage import located
 from bevatron.families.config_fields import check_accepted

@@ -21,7 +21,7 @@ from bevatron.bridge.conversion_plan import Task, pieces
 from bevatron.bridge.conversion_report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.export_shards import SHARD_SIZE, new_shards, parse_size, readable
 from bevatron.bridge.hf_folder import GENERATION_CONFIG, INDEX, SINGLE
-from bevatron.bridge.import_hf import check_space, copy_file, main_dtype, written_bytes
+from bevatron.bridge.import_hf import copy_file, main_dtype, written_bytes
 from bevatron.bridge.model_card import write_record
 from bevatron.bridge.nanotron_writer import left_out, plan_nanotron, write_around
 from bevatron.bridge.open_native import CONFIG, Native, open_native
@@ -31,7 +31,7 @@ from bevatron.bridge.source_changes import stamps, unchanged
 from bevatron.bridge.tensor_hashes import hashes_of_files, prove
 from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
-from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import damaged, new_hasher, spell
 from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, read_header
 from bevatron.checkpoint.storage import copy_tree, is_url

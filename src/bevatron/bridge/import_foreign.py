@@ -13,29 +13,30 @@ from typing import NamedTuple
 import bevatron
 from bevatron.bridge.byte_mover import Mover
 from bevatron.bridge.cast import FLOATS, Converter, NonFinite
-from bevatron.bridge.conversion_plan import lay_out, row_elements
+from bevatron.bridge.conversion_plan import row_elements
 from bevatron.bridge.conversion_report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.foreign_checkpoint import Foreign
-from bevatron.bridge.import_hf import check_space, copy_file, main_dtype, read_back
+from bevatron.bridge.import_hf import copy_file, main_dtype, read_back
 from bevatron.bridge.open_native import Native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, fingerprint
 from bevatron.bridge.source_changes import unchanged
 from bevatron.bridge.tensor_hashes import Advance
-from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, TensorEntry
-from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.bridge.write_native import Table, commit, lay_out, write_tensors
+from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
+from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import HASH_BUFFER, hash_range, new_hasher, spell, stream_rows
 from bevatron.checkpoint.storage import open_file
 from bevatron.families.registry import by_name
 from bevatron.families.weight_map import Entry, Rows
-from bevatron.spec.json import to_json
 
 
 class ForeignPlan(NamedTuple):
-    """What an import will write: native name -> tensor (without chunks), and its file and byte;
-    file -> its first bytes."""
+    """What an import will write: native name -> tensor (without chunks), the same as a table, and
+    the tensor's file and byte; file -> its first bytes."""
 
     wanted: Mapping[str, TensorEntry]
+    table: Table
     places: Mapping[str, tuple[str, int]]
     headers: Mapping[str, bytes]
 
@@ -55,8 +56,8 @@ def plan_foreign(source: Foreign, dtype: str | None) -> ForeignPlan:
     """Lay the native tensors out, all of `dtype` if that is given."""
     tensors = source.manifest.tensors
     wanted = {name: TensorEntry(dtype or t.dtype, t.shape, ()) for name, t in tensors.items()}
-    places, headers = lay_out([(name, t.dtype, t.shape) for name, t in wanted.items()])
-    return ForeignPlan(wanted, places, headers)
+    table = [(name, t.dtype, t.shape) for name, t in wanted.items()]
+    return ForeignPlan(wanted, table, *lay_out(table))
 
 
 def import_foreign(
@@ -77,13 +78,9 @@ def import_foreign(
         new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder,
         unchanged(source.path, source.stamps),
     ):
-        for name in ("model", "source"):
-            (folder / name).mkdir()
-        with (
-            shown_progress("importing", source.nbytes, show_progress) as advance,
-            Mover(advance) as mover,
-        ):
-            entries, found = _move_tensors(source, plan, mover, folder, advance)
+        (folder / "source").mkdir()
+        with shown_progress("importing", source.nbytes, show_progress) as advance:
+            entries, found = _write(source, plan, folder, advance)
         with Mover(lambda n: None) as mover:
             for path, kept in source.others.items():
                 copy_file(mover, source.path / path, folder / "source" / kept)
@@ -114,8 +111,7 @@ def import_foreign(
             verified=verified,
         )
         (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
-        (folder / "spec.json").write_text(to_json(source.spec), encoding="utf-8")
-        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        commit(folder, source.spec, manifest)
     return ConversionReport(
         source=source.name,
         target=str(dst),
@@ -134,45 +130,40 @@ def import_foreign(
     )
 
 
-def _move_tensors(
-    source: Foreign, plan: ForeignPlan, mover: Mover, folder: Path, advance: Advance
+def _write(
+    source: Foreign, plan: ForeignPlan, folder: Path, advance: Advance
 ) -> tuple[dict[str, TensorEntry], _Found]:
     """Execute the plan: manifest entries, and what was seen on the way."""
-    for file, header in plan.headers.items():
-        mover.write(folder / file, 0, header)
     found = _Found()
-    moved: dict[str, TensorEntry] = {}
     family = by_name(source.manifest.family)
     native = Native.made(source.path, source.manifest, source.spec, family)
-    for name, entry, tensor in native.entries():
+    stored = {name: (entry, tensor) for name, entry, tensor in native.entries()}
+
+    def content(name: str) -> Iterator[memoryview]:
+        entry, tensor = stored[name]
         # Right before they are read again, so that the second read costs no disk.
         found.files |= _hash_files(source, tensor, found.files)
-        wanted, (file, at) = plan.wanted[name], plan.places[name]
-        convert = Converter(tensor.dtype, wanted.dtype) if wanted.dtype != tensor.dtype else None
+        to, begin = plan.wanted[name].dtype, 0
+        convert = Converter(tensor.dtype, to) if to != tensor.dtype else None
         read = [new_hasher() for _ in entry.sources]
         watch = [NonFinite(tensor.dtype) for _ in entry.sources]
-        written, position = new_hasher(), at
         for view in stream_rows(source.path, tensor, memoryview(bytearray(HASH_BUFFER))):
-            begin = (position - at) * ITEMSIZE[tensor.dtype] // ITEMSIZE[wanted.dtype]
             for number, part in _by_source(entry, ITEMSIZE[tensor.dtype], begin, view):
                 read[number].update(part)
                 watch[number].update(part)
-            out = convert(view) if convert else view
-            written.update(out)
-            mover.write(folder / file, position, out)
-            position += len(out)
+            yield convert(view) if convert else view
+            begin += len(view)
             advance(len(view))
-        chunk = Chunk((0,) * len(tensor.shape), tensor.shape, file, at, spell(written))
-        moved[name] = replace(wanted, chunks=(chunk,))
         names = [s.name for s in entry.sources]
         found.tensors |= {n: spell(h) for n, h in zip(names, read, strict=True)}
         found.non_finite |= {n: w.count for n, w in zip(names, watch, strict=True) if w.count}
         if convert and convert.overflows:
             found.notes.append(
-                f"{name}: {convert.overflows} values are too large for {FLOATS[wanted.dtype]} and "
+                f"{name}: {convert.overflows} values are too large for {FLOATS[to]} and "
                 "became infinite; use bf16"
             )
-    return moved, found
+
+    return write_tensors(folder, plan.table, content), found
 
 
 def _by_source(

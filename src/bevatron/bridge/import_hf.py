@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -28,15 +26,15 @@ from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import describe, fingerprint
 from bevatron.bridge.source_changes import unchanged
 from bevatron.bridge.tensor_hashes import hashes_of_native, prove
-from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
-from bevatron.checkpoint.new_folder import check_target, new_folder
+from bevatron.bridge.write_native import commit
+from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import Hasher, new_hasher, spell
 from bevatron.checkpoint.safetensors_file import DTYPES
-from bevatron.checkpoint.storage import is_remote, located
+from bevatron.checkpoint.storage import located
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import check_accepted, spec_of
 from bevatron.families.registry import Family, for_config
-from bevatron.spec.json import to_json
 from bevatron.spec.model import ModelSpec
 
 
@@ -98,8 +96,7 @@ def import_checkpoint(
             verified=verified,
         )
         (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
-        (folder / "spec.json").write_text(to_json(spec), encoding="utf-8")
-        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        commit(folder, spec, manifest)
     return ConversionReport(
         source=source.name,
         target=str(dst),
@@ -182,19 +179,6 @@ def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:
 def written_bytes(tasks: Iterable[Task]) -> int:
     """What the tasks' native tensors take after conversion."""
     return sum(t.entry.native.numel * DTYPES[t.to] for t in tasks)
-
-
-def check_space(dst: Path, nbytes: int) -> None:
-    """Refuse early what cannot fit on the disk."""
-    place = Path(tempfile.gettempdir()) if is_remote(dst) else dst.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if nbytes > free:
-        raise BevatronError(
-            f"{dst}: needs {nbytes / 1e9:.2f} GB, but {place} has only {free / 1e9:.2f} GB free; "
-            "free some space or name another disk"
-        )
 
 
 def _move_tensors(

@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -127,6 +128,19 @@ def check_looked_at(
     if overwrite or not there:
         return ()
     return (f"{target}: already exists; without --dry-run this needs --overwrite",)
+
+
+def check_space(dst: Path, nbytes: int) -> None:
+    """Refuse early what cannot fit on the disk."""
+    place = Path(tempfile.gettempdir()) if is_remote(dst) else dst.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise BevatronError(
+            f"{dst}: needs {nbytes / 1e9:.2f} GB, but {place} has only {free / 1e9:.2f} GB free; "
+            "free some space or name another disk"
+        )
 
 
 def sync(path: Path) -> None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bevatron.bridge.assemble import PAD, Bits, Change, Cut, Index
 from bevatron.compress.importance_scores import Scores
 from bevatron.compress.pruned_spec import PruneError, Shape
 from bevatron.spec import MLP, Attention, ModelSpec, ParameterSpec
 
-Index = NDArray[np.int64]
-PAD = -1  # in an index: not an entry of the old model but zeros; at its end only
+MERGES = ("none", "residual", "sum")
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -38,15 +38,6 @@ class Kept:
     heads: tuple[Index | None, ...]
     neurons: tuple[Index | None, ...]
     pairs: tuple[Pairs, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One parameter of the result: the old one's name, and per dimension which entries stay, in
-    their new order; None where all do."""
-
-    source: str
-    index: tuple[Index | None, ...]
 
 
 def keep(spec: ModelSpec, shape: Shape, scores: Scores | None, *, ranked: bool = False) -> Kept:
@@ -118,8 +109,11 @@ def source_of(layers: tuple[int, ...], name: str) -> str:
     return ".".join(parts)
 
 
-def cut(spec: ModelSpec, kept: Kept, parameter: ParameterSpec) -> Cut:
-    """How a parameter of the result is cut out of the model `spec`."""
+def cut(spec: ModelSpec, kept: Kept, merge_heads: str, parameter: ParameterSpec) -> Cut:
+    """How a parameter of the result is cut out of the model `spec`.
+
+    Args:
+        merge_heads: what becomes of dropped heads, one of MERGES; see `_merge`."""
     parts = parameter.name.split(".")
     h = _unless_all(kept.hidden, spec.hidden_size)
     if parts[0] != "layers":
@@ -148,8 +142,11 @@ def cut(spec: ModelSpec, kept: Kept, parameter: ParameterSpec) -> Cut:
         "mlp.linear": (h, h),
     }
     found = index[part]
+    change = None
+    if isinstance(layer.attention, Attention) and part in ("attention.qkv", "attention.o"):
+        change = _merge(merge_heads, f"{part[10:]}.{kind}", layer.attention, kept.pairs[new])
     is_matrix = kind == "weight" and not part.endswith("norm")
-    return Cut(source, found if is_matrix or part.endswith("norm") else found[:-1])
+    return Cut(source, found if is_matrix or part.endswith("norm") else found[:-1], change)
 
 
 def _outer(parameter: ParameterSpec, h: Index | None) -> tuple[Index | None, ...]:
@@ -185,3 +182,40 @@ def qkv_rows(attention: Attention, heads: Index) -> Index:
     both = np.broadcast_to([q, q + 1], (groups, 2))
     slots = np.concatenate([local, both], axis=1) + np.arange(groups)[:, None] * (q + 2)
     return _spread(slots.reshape(-1), attention.head_dim)
+
+
+def _merge(mode: str, part: str, attention: Attention, pairs: Pairs) -> Change | None:
+    """What merging dropped heads into kept ones does to a tensor of the attention.
+
+    Args:
+        mode: `residual`, Minitron's (arXiv 2407.14679, section 2.3): the query rows of a survivor
+            become twice its own less those of the head that it is paired with. `sum`: the output
+            columns of a dropped head are added to those of the survivor, as if the two computed
+            the same.
+        part: of the attention, such as `qkv.bias`.
+    Raises PruneError for `residual` where fewer than half of the heads stay.
+    """
+    merged = {"none": (), "residual": ("qkv.weight", "qkv.bias"), "sum": ("o.weight",)}
+    if not pairs or part not in merged[mode]:
+        return None
+    if mode == "residual" and len({kept for kept, _ in pairs}) < len(pairs):
+        raise PruneError(
+            "--merge-heads residual is defined only where at least half of the heads of a group "
+            "stay; keep more heads, or use sum"
+        )
+    d = attention.head_dim
+
+    def residual(values: Bits) -> Bits:
+        new = values.copy()
+        for kept, dropped in pairs:
+            rows = query_rows(attention, kept)
+            new[rows] = 2 * values[rows] - values[query_rows(attention, dropped)]
+        return new
+
+    def add(values: Bits) -> Bits:
+        new = values.copy()
+        for kept, dropped in pairs:
+            new[:, kept * d : (kept + 1) * d] += values[:, dropped * d : (dropped + 1) * d]
+        return new
+
+    return residual if mode == "residual" else add

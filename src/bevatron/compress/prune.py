@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.cast import FLOATS, NonFinite
-from bevatron.bridge.conversion_plan import lay_out
-from bevatron.bridge.conversion_report import shown_progress
-from bevatron.bridge.import_hf import check_space
+from bevatron.bridge.assemble import Index, assemble
+from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.open_native import CONFIG
 from bevatron.bridge.open_sizes import open_on_paper
 from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.bridge.remote_code import readers
-from bevatron.bridge.source_changes import stamps, unchanged
-from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, Chunk, Manifest, TensorEntry
-from bevatron.checkpoint.new_folder import check_looked_at, check_target, new_folder
-from bevatron.checkpoint.read_boxes import new_hasher, spell, verify_chunk
+from bevatron.bridge.source_changes import stamps
+from bevatron.checkpoint.manifest import ITEMSIZE
+from bevatron.checkpoint.new_folder import check_looked_at, check_space, check_target
 from bevatron.checkpoint.storage import located
-from bevatron.compress.cutting import MERGES, Change, blocks, cut_shape, merge
 from bevatron.compress.importance_scores import Scores, weights_hash
-from bevatron.compress.kept_indices import Index, Kept, cut, keep, source_of
+from bevatron.compress.kept_indices import MERGES, Kept, cut, keep, source_of
 from bevatron.compress.prune_report import PruneReport, class_of, family_of, sizes_of
 from bevatron.compress.pruned_spec import DEPTH_BY, PruneError, Shape, Targets
 from bevatron.compress.pruned_widths import shape
 from bevatron.families.registry import by_name
-from bevatron.spec import Attention, ModelSpec
 from bevatron.spec.count import parameter_count
-from bevatron.spec.json import to_json
 
 RECORD = "pruning.json"
 
@@ -68,7 +58,7 @@ def prune(
         ckpt: whatever holds weights: a native checkpoint, a run, an HF folder or Hub id.
         data: a token store on which importance is measured, with so many `samples`; or
         scores: what was measured before. Neither is needed where `targets` names all that goes.
-        merge_heads: what becomes of dropped heads; see `cutting.merge`.
+        merge_heads: what becomes of dropped heads; see `kept_indices.MERGES`.
         dry_run: only say what would be done; `ckpt` may be a preset's name or a folder with a
             config.json alone then.
     Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
@@ -97,15 +87,26 @@ def prune(
     if dry_run and scores is None:
         return replace(plan.report, dry_run=True, notes=[*plan.report.notes, *notes])
     kept = keep(opened.spec, plan.shape, scores)
-    changes = _merges(opened.spec, kept, merge_heads)
+    parts = {p.name: cut(opened.spec, kept, merge_heads, p) for p in plan.shape.spec.parameters()}
     if dry_run:
         return replace(plan.report, dry_run=True, notes=[*plan.report.notes, *notes])
-    with (
-        new_folder(dst, overwrite=overwrite, apart_from=opened.folder) as folder,
-        unchanged(opened.folder, before),
-    ):
-        verified = _write(plan, kept, changes, folder, show_progress)
-        (folder / RECORD).write_text(_record(plan, kept, scores) + "\n", encoding="utf-8")
+    origin = opened
+    if opened.provenance is not None:
+        pruned = {"from": plan.report.before, "to": plan.report.parameters}
+        origin = replace(opened, provenance=replace(opened.provenance, pruned=pruned))
+    verified = assemble(
+        plan.shape.spec,
+        lambda parameter: (opened, parts[parameter.name]),
+        dst,
+        origin=origin,
+        family=plan.report.family,
+        config=plan.config,
+        records={RECORD: _record(plan, kept, scores) + "\n"},
+        before={opened.folder: before},
+        title="pruning",
+        overwrite=overwrite,
+        show_progress=show_progress,
+    )
     seconds = round(time.perf_counter() - started, 3)
     return replace(plan.report, verified=verified, seconds=seconds)
 
@@ -207,84 +208,6 @@ def _other_weights(opened: Opened, scores: Scores) -> list[str]:
         return []
     name = scores.metadata.get("model", "another model")
     return [f"the scores were measured on other weights of the same shape, {name}"]
-
-
-def _merges(spec: ModelSpec, kept: Kept, mode: str) -> dict[str, Change]:
-    """New parameter -> how dropped heads change the old one before it is cut."""
-    found = {}
-    for new, old in enumerate(kept.layers):
-        attention = spec.layers[old].attention
-        if not isinstance(attention, Attention):
-            continue
-        for part in ("qkv.weight", "qkv.bias", "o.weight"):
-            change = merge(mode, part.partition(".")[0], attention, kept.pairs[new])
-            if change is not None:
-                found[f"layers.{new}.attention.{part}"] = change
-    return found
-
-
-def _write(
-    plan: _Plan, kept: Kept, changes: Mapping[str, Change], folder: Path, show_progress: bool
-) -> dict[str, Any]:
-    """Fill a new folder: weights, what the source had beside them, and the manifest last."""
-    opened, spec = plan.opened, plan.shape.spec
-    weights = opened.manifest.weights()
-    cuts = {p.name: cut(opened.spec, kept, p) for p in spec.parameters()}
-    table = [
-        (f"model/{p.name}", weights[cuts[p.name].source].dtype, p.shape) for p in spec.parameters()
-    ]
-    places, headers = lay_out(table)
-    (folder / "model").mkdir()
-    entries: dict[str, TensorEntry] = {}
-    shown = shown_progress("pruning", plan.report.bytes_read, show_progress)
-    with shown as advance, Mover(lambda n: None) as mover:
-        for file, header in headers.items():
-            mover.write(folder / file, 0, header)
-        for name, dtype, shape_ in table:
-            own = cuts[name.removeprefix("model/")]
-            source = weights[own.source]
-            assert cut_shape(source.shape, own.index) == shape_, (name, own.source)
-            for chunk in source.chunks:
-                if chunk.hash:  # a Hugging Face folder has none
-                    verify_chunk(opened.folder, chunk, ITEMSIZE[dtype], own.source)
-            file, at = places[name]
-            hasher, watch, done = new_hasher(), NonFinite(dtype), 0
-            change = changes.get(name.removeprefix("model/"))
-            for block in blocks(opened.folder, source, own.index, change):
-                data = np.ascontiguousarray(block).reshape(-1).view("u1").data
-                hasher.update(data)
-                watch.update(data)
-                mover.write(folder / file, at + done, data)
-                done += len(data)
-            if watch.count:
-                raise PruneError(
-                    f"{plan.report.source}: {own.source} holds {watch.count} NaN or infinite "
-                    "values among those that would stay; prune a checkpoint from before they came"
-                )
-            whole = Chunk((0,) * len(shape_), shape_, file, at, spell(hasher))
-            entries[name] = TensorEntry(dtype, shape_, (whole,))
-            advance(source.nbytes)
-    with shown_progress("verifying", plan.report.bytes, show_progress) as advance:
-        for name, entry in entries.items():
-            verify_chunk(folder, entry.chunks[0], ITEMSIZE[entry.dtype], name)
-            advance(entry.nbytes)
-    _write_rest(plan, folder, entries)
-    return {"tensors": len(entries), "equal": True, "by": "xxh3-128 of each, read back"}
-
-
-def _write_rest(plan: _Plan, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Everything but weights; what commits the folder comes last."""
-    opened = plan.opened
-    if opened.provenance is not None:
-        pruned = {"from": plan.report.before, "to": plan.report.parameters}
-        opened = replace(opened, provenance=replace(opened.provenance, pruned=pruned))
-    opened.copy_origin(folder)
-    if plan.config is not None:
-        text = json.dumps(plan.config, indent=2) + "\n"
-        (folder / "source" / CONFIG).write_text(text, encoding="utf-8")
-    (folder / "spec.json").write_text(to_json(plan.shape.spec), encoding="utf-8")
-    manifest = Manifest(plan.report.family, 0, entries)
-    (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _record(plan: _Plan, kept: Kept, scores: Scores | None) -> str:
