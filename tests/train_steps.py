@@ -67,7 +67,7 @@ def samples(trainer: Trainer, step: int, documents: bool = False) -> Samples:
     whole = {"tokens": torch.randint(trainer.spec.vocab_size, shape, generator=generator)}
     if documents:
         whole["documents"] = torch.rand(shape, generator=generator).lt(0.2).cumsum(1)
-    dp, rank = trainer.layout.dp, trainer.dp_rank
+    dp, rank = trainer.layout.dp, trainer.placed.dp_rank
     return {name: rows.chunk(dp)[rank].contiguous() for name, rows in whole.items()}
 
 

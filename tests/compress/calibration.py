@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bevatron.compress.calibrate import Aggregation
-from bevatron.compress.importance import Pass, Plan, make_compute, measure
+from bevatron.compress.importance import Pass, Plan, loss_at_end, measure
 from bevatron.data.sample_order import Sampler
 from bevatron.data.token_store import TokenStore
 from bevatron.data.token_store_writer import StoreWriter
@@ -39,7 +39,7 @@ def scores_at(spec: str, tokens: Path, aggregation: str, layout: Layout) -> dict
         ALL[spec],
         layout,
         mesh(layout, device),
-        make_compute,
+        loss_at_end,
         device=device,
         precision="fp32",
         seq_len=SEQ_LEN,
@@ -48,7 +48,7 @@ def scores_at(spec: str, tokens: Path, aggregation: str, layout: Layout) -> dict
     for name, parameter in placed.parameters.items():
         fill(parameter, known[name], ALL[spec], 0)
     sampler = Sampler([(TokenStore.open(tokens), 1.0)], SEQ_LEN, 0)
-    tensors, loss = Pass(placed, sampler, plan, device, "fp32").run()
+    tensors, loss = Pass(placed, sampler, plan).run()
     assert loss is not None and abs(loss) < 20
     return tensors
 

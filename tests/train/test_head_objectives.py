@@ -92,7 +92,7 @@ def make(case: Case) -> Trainer:
 
 
 def mine(trainer: Trainer, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v.chunk(trainer.layout.dp)[trainer.dp_rank] for k, v in whole.items()}
+    return {k: v.chunk(trainer.layout.dp)[trainer.placed.dp_rank] for k, v in whole.items()}
 
 
 def theirs(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> Any:

@@ -32,10 +32,10 @@ def loss_and_logits_loss(case: Case) -> tuple[float, float | None]:
         decoder = trainer.placed.stage.decoder
         with torch.no_grad():
             stage = trainer.placed.stage
-            stage.make_compute = lambda comm, spec, kept: decoder.to_logits
+            stage.at_end = lambda comm, spec, kept: decoder.to_logits
             out = stage(batch[:, :-1], labels=batch[:, 1:])
             plain = float(F.cross_entropy(out.flatten(0, 1), batch[:, 1:].flatten()))
-            stage.make_compute = trainer.objective.compute
+            stage.at_end = trainer.objective.compute
     return trainer.step({"tokens": batch}, 0.0)[0], plain
 
 

@@ -25,7 +25,7 @@ from bevatron.parallel.compile_and_recompute import Recompute
 from bevatron.parallel.layout import Layout, LayoutError, check
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.placed_weights import fill_random, stream
-from bevatron.parallel.placement import place
+from bevatron.parallel.placement import PRECISION, place
 from bevatron.parallel.process_groups import default_device, join_world, mesh
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 
@@ -83,8 +83,6 @@ IGNORED_FIELDS = """
     variable_seq_lengths
 """
 IGNORED = frozenset(IGNORED_FIELDS.split())
-
-PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Provider:
@@ -309,7 +307,7 @@ class Provider:
             fill_random(placed, self._seed)
         else:
             stream(placed, weights)
-        return DistributedModel(placed, dtypes, dtype, origin)
+        return DistributedModel(placed, dtypes, origin)
 
     def _recompute(self) -> Recompute:
         wanted = self.recompute_granularity

@@ -18,9 +18,9 @@ from bevatron.checkpoint.rank_boxes import box, is_first_copy, local
 from bevatron.errors import BevatronError
 from bevatron.nn.output_heads import Compute, pool, softcap
 from bevatron.nn.rank_communication import Comm
+from bevatron.parallel.forward_pass import forward, on_all_stages, pass_down
 from bevatron.parallel.on_all_ranks import on_all
-from bevatron.parallel.pipeline import pass_down
-from bevatron.parallel.placement import Placed, reshard
+from bevatron.parallel.placement import Placed
 from bevatron.parallel.tensor_parallel import TensorParallel
 from bevatron.spec import ModelSpec
 
@@ -46,19 +46,20 @@ class DistributedModel(nn.Module):
     Attributes:
         placed: the decoder slice, its mesh, and its parameters by native name.
         dtypes: of every parameter when it leaves the model (saved or exported).
-        dtype: that it computes in.
     """
 
-    def __init__(
-        self, placed: Placed, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype, origin: Origin
-    ) -> None:
+    def __init__(self, placed: Placed, dtypes: Mapping[str, torch.dtype], origin: Origin) -> None:
         super().__init__()
         self.stage, self.placed = placed.stage, placed
-        self.dtypes, self.dtype, self.origin = dtypes, dtype, origin
+        self.dtypes, self.origin = dtypes, origin
 
     @property
     def spec(self) -> ModelSpec:
         return self.placed.spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placed.dtype
 
     def forward(
         self,
@@ -93,23 +94,21 @@ class DistributedModel(nn.Module):
                 "provider.sequence_parallel = False"
             )
         extra = {} if position_ids is None else {"positions": position_ids}
-        piped = self.placed.layout.pp > 1
-        if piped and torch.is_grad_enabled():
+        if self.placed.layout.pp > 1 and torch.is_grad_enabled():
             raise BevatronError(
                 "a forward over a pipeline carries no gradients; call it under torch.no_grad(), "
                 "and train with `bevatron train` or at pipeline_model_parallel_size = 1"
             )
-        if not piped:
-            logits: Tensor = self._whole(self.stage(input_ids, **extra))
+        if torch.is_grad_enabled():
+            end = pass_down(self.placed, input_ids, extra).end
         else:
-            if self.placed.tied is not None:
-                self.placed.tied.fill_head()
-            out = pass_down(self.placed, input_ids, self.dtype, extra)
-            logits = self._from_last(None if out is None else self._whole(out), input_ids)
+            (end,) = (found.end for found in forward(self.placed, [(input_ids, extra)]))
+        width = self.spec.head_rows or self.spec.hidden_size
+        shape = (*input_ids.shape, width)
+        whole = None if end is None else self._whole(end)
+        logits = on_all_stages(self.placed, whole, shape, self.placed.dtype)
         if self.spec.head.kind == "sequence_classification":
             logits = pool(logits, input_ids, self.spec.head.pad_token_id)
-        if not torch.is_grad_enabled():
-            reshard(self.placed)
         return logits
 
     def _whole(self, out: Tensor) -> Tensor:
@@ -120,16 +119,6 @@ class DistributedModel(nn.Module):
         part = DTensor.from_local(out, comm.mesh, [comm.between], run_check=False)
         whole = part.redistribute(placements=[Replicate()])
         return whole.to_local(grad_placements=[Replicate()])
-
-    def _from_last(self, out: Tensor | None, ids: Tensor) -> Tensor:
-        """The last stage's logits, on all stages."""
-        placed, group = self.placed, self.placed.mesh.get_group("pp")
-        if out is None:
-            width = placed.spec.head_rows or placed.spec.hidden_size
-            out = torch.empty(*ids.shape, width, dtype=self.dtype, device=ids.device)
-        out = out.contiguous()
-        dist.broadcast(out, dist.get_process_group_ranks(group)[-1], group=group)
-        return out
 
 
 def to_logits(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:

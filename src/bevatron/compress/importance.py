@@ -7,7 +7,7 @@ get the same scores.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bevatron.auto_bridge.model_provider import PRECISION
 from bevatron.bridge.cast import parse_dtype
 from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.checkpoint.save_and_load import DTYPES
@@ -40,11 +39,11 @@ from bevatron.nn.decoder import LEFT_OUT
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE
+from bevatron.parallel.forward_pass import MicroBatch, forward
 from bevatron.parallel.layout import Layout, LayoutError, check
 from bevatron.parallel.on_all_ranks import on_all
-from bevatron.parallel.pipeline import pass_down
 from bevatron.parallel.placed_weights import stream
-from bevatron.parallel.placement import Placed, place, reshard
+from bevatron.parallel.placement import PRECISION, Placed, place
 from bevatron.parallel.process_groups import default_device, mesh, world
 from bevatron.progress import Advance, progress
 from bevatron.spec import ModelSpec
@@ -118,13 +117,13 @@ def measure(
             opened.spec,
             layout,
             mesh(layout, device),
-            make_compute,
+            loss_at_end,
             device=device,
             precision=precision,
             seq_len=plan.seq_len,
         )
         stream(placed, opened)
-        tensors, loss = Pass(placed, sampler, plan, device, precision).run()
+        tensors, loss = Pass(placed, sampler, plan).run()
     metadata = {
         "spec": spec_hash(opened.spec),
         "weights": weights_hash(opened.folder, opened.manifest),
@@ -234,7 +233,7 @@ def precision_of(opened: Opened, dtype: str | None) -> str:
     return PRECISION.get(DTYPES[stored], "fp32")
 
 
-def make_compute(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
+def loss_at_end(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
     """At the end: the sum of the losses; nothing for a head that is not a language model's."""
     if spec.head.kind == "causal_lm":
         return Pretrain().compute(comm, spec, batch)
@@ -244,14 +243,8 @@ def make_compute(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compu
 class Pass:
     """Forwards over the samples, a part of which is every data-parallel rank's."""
 
-    def __init__(
-        self, placed: Placed, sampler: Sampler, plan: Plan, device: torch.device, precision: str
-    ) -> None:
-        self.placed, self.sampler, self.plan, self.device = placed, sampler, plan, device
-        self.dtype = {p: t for t, p in PRECISION.items()}[precision]
-        own = placed.mesh.get_local_rank
-        self.dp_rank = own("dp_replicate") * placed.layout.dp_shard + own("dp_shard")
-        self.counts = placed.is_last and own("tp") == 0
+    def __init__(self, placed: Placed, sampler: Sampler, plan: Plan) -> None:
+        self.placed, self.sampler, self.plan = placed, sampler, plan
 
     def run(self) -> tuple[dict[str, Floats], float | None]:
         """All tensors of the scores, and the loss over all samples."""
@@ -293,27 +286,27 @@ class Pass:
         All ranks make as many micro-batches, for they share parameters; rows beyond the samples
         only fill the last one."""
         plan, placed = self.plan, self.placed
-        dp, rows = placed.layout.dp, max(1, TOGETHER // plan.seq_len)
-        rows = min(rows, -(-samples // dp))
-        if placed.tied is not None:
-            placed.tied.fill_head()
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            for begin in range(0, samples, rows * dp):
-                at = np.arange(rows, dtype=np.int64) * dp + begin + self.dp_rank
+        dp, device = placed.layout.dp, placed.device
+        rows = min(max(1, TOGETHER // plan.seq_len), -(-samples // dp))
+        begins = range(0, samples, rows * dp)
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for begin in begins:
+                at = np.arange(rows, dtype=np.int64) * dp + begin + placed.dp_rank
                 tokens = torch.from_numpy(self.sampler.samples(np.where(at < samples, at, 0)))
-                tokens = tokens.to(self.device)
-                valid = torch.from_numpy(at < samples).to(self.device)
-                labels = tokens[:, 1:].masked_fill(~valid[:, None], IGNORE)
+                tokens, valid = tokens.to(device), torch.from_numpy(at < samples).to(device)
                 if calibration is not None:
                     calibration.begin_batch(valid)
-                out = pass_down(placed, tokens[:, :-1], self.dtype, {"labels": labels})
-                if calibration is not None:
-                    calibration.end_batch()
-                if out is not None and self.counts and placed.spec.head.kind == "causal_lm":
-                    total += out
-                advance(min(rows * dp, samples - begin))
-        reshard(placed)
+                labels = tokens[:, 1:].masked_fill(~valid[:, None], IGNORE)
+                yield tokens[:, :-1], {"labels": labels}
+
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        for begin, found in zip(begins, forward(placed, micro_batches()), strict=True):
+            if calibration is not None:
+                calibration.end_batch()
+            if placed.reports and placed.spec.head.kind == "causal_lm":
+                total += found.end
+            advance(min(rows * dp, samples - begin))
         dist.all_reduce(total)
         return float(total) / (samples * plan.seq_len)
 

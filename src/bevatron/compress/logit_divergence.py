@@ -14,8 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE, capped_logits, chunk_tokens, sums_of_chunks
+from bevatron.parallel.placement import AtEnd
+from bevatron.spec import ModelSpec
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 MODELS = 2  # whose logits exist together
@@ -102,6 +105,22 @@ def top_of(model: Output, comm: Comm, rows: int, temperature: float, k: int) -> 
         found.append(_top(t, k, first, comm))
     parts = ([getattr(top, name) for top in found] for name in ("values", "ids", "tail"))
     return Top(*(torch.cat(part) for part in parts))
+
+
+def top_tokens(temperature: float, k: int) -> AtEnd:
+    """To ask a forward for: of every token's distribution the k likeliest next tokens, as
+    `values` and `ids` [B, T, k] and `tail` [B, T], see `Top`."""
+
+    def at_end(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
+        def compute(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+            model = Output(hidden, weight, spec.logit_softcap)
+            top = top_of(model, comm, spec.vocab_size, temperature, k)
+            rows = {"values": top.values, "ids": top.ids, "tail": top.tail}
+            return {name: flat.unflatten(0, hidden.shape[:2]) for name, flat in rows.items()}
+
+        return compute
+
+    return at_end
 
 
 def distillation_sums(

@@ -22,7 +22,7 @@ from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.checkpoint.folder_lock import lock
 from bevatron.checkpoint.new_folder import replace_text, sync
 from bevatron.compress.distill import check_teacher
-from bevatron.compress.logit_divergence import Output, top_of
+from bevatron.compress.logit_divergence import top_tokens
 from bevatron.compress.stored_logits import (
     FILE_BYTES,
     MAKING,
@@ -105,7 +105,7 @@ def make(teacher: str, config: RunConfig, layout: Layout, dtype: str, device: to
     ready: list[tuple[Opened, Info, dict[str, Sampler]]] = []
     on_all(lambda: ready.append(prepared(teacher, config, layout, dtype)))
     opened, info, samplers = ready[0]
-    companion = Companion(opened.spec, opened)
+    companion = Companion(opened.spec, opened, at_end=top_tokens(info.temperature, info.top_k))
     grid = mesh(layout, device)
     companion.place(
         layout,
@@ -232,10 +232,7 @@ class Maker:
     ) -> None:
         self.teacher, self.info, self.folder, self.samplers = teacher, info, folder, samplers
         self.documents, self.device = documents, device
-        placed = teacher.placed
-        own, layout = placed.mesh.get_local_rank, placed.layout
-        self.dp, self.dp_rank = layout.dp, own("dp_replicate") * layout.dp_shard + own("dp_shard")
-        self.writes = placed.is_last and own("tp") == 0
+        self.dp, self.dp_rank = teacher.placed.layout.dp, teacher.placed.dp_rank
 
     def run(self, blocks: Sequence[Block], advance: Advance) -> None:
         """Make these files, one on every data-parallel rank at a time. Collective."""
@@ -244,7 +241,7 @@ class Maker:
             # All ranks make as many forwards, for they share parameters.
             length = max(block.end - block.begin for block in together)
             mine = together[min(self.dp_rank, len(together) - 1)]
-            keep = self.writes and self.dp_rank < len(together)
+            keep = self.teacher.placed.reports and self.dp_rank < len(together)
             self._write(mine, self._rows(mine, length, advance), keep)
             advance(sum(block.end - block.begin for block in together))
 
@@ -265,21 +262,13 @@ class Maker:
         return {n: np.concatenate([part[n] for part in parts])[:count] for n in parts[0]}
 
     def _micro_batch(self, kind: str, positions: np.ndarray[Any, np.dtype[np.int64]]) -> Arrays:
-        sampler, info, spec = self.samplers[kind], self.info, self.teacher.spec
+        sampler = self.samplers[kind]
         tokens = sampler.samples(positions)
         batch = {}
         if self.documents:
             documents = torch.from_numpy(sampler.documents(positions)[:, :-1])
             batch["documents"] = documents.to(self.device)
-        made: Arrays = {"tokens": tokens}
         ids = torch.from_numpy(tokens[:, :-1]).to(self.device)
-        hidden = self.teacher.run(ids, batch).get(None)
-        if hidden is not None:
-            comm = self.teacher.placed.stage.decoder.comm
-            with torch.no_grad():
-                end = Output(comm.enter(hidden), self.teacher.head(), spec.logit_softcap)
-                top = top_of(end, comm, spec.vocab_size, info.temperature, info.top_k)
-            for name, flat in (("values", top.values), ("ids", top.ids), ("tail", top.tail)):
-                made[name] = flat.unflatten(0, tokens[:, 1:].shape).cpu().numpy()
-        self.teacher.release()
-        return made
+        top = self.teacher.run(ids, batch, "top")
+        made = {name.removeprefix("top."): rows.cpu().numpy() for name, rows in top.items()}
+        return {"tokens": tokens, **made}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from bevatron.spec import Head as HeadSpec
 
 # What an objective does at the end: (hidden [B, T, h], weight [V, h]) -> anything; of another head
 # than causal_lm, (this rank's share [B, T, labels] of the scores, head weight) -> anything.
-Compute = Callable[[Tensor, Tensor], Tensor]
+Compute = Callable[[Tensor, Tensor], Any]
 
 
 class Vocabulary(nn.Module):
@@ -26,7 +27,7 @@ class Vocabulary(nn.Module):
         self.comm = comm
         self.weight = empty(vocab_size, hidden_size)
 
-    def forward(self, hidden: Tensor, compute: Compute) -> Tensor:
+    def forward(self, hidden: Tensor, compute: Compute) -> Any:
         return compute(self.comm.enter(hidden), self.comm.view(self.weight))
 
 

@@ -1,10 +1,11 @@
-"""A frozen model that runs beside the one that is trained: a teacher.
+"""A frozen model that runs beside the one that is trained: a teacher, a reference, a reward model.
 
 It is placed on the same mesh with stages of its own, so its shape may be any. Its parameters are
 sharded like the trained ones, in the dtype that the run computes in; they have no gradients and no
-optimizer. Before a step it takes the step's micro-batches through its pipeline, and leaves its last
-hidden states where the trained model's last stage is: both have it on the same ranks. Hidden states
-between its layers are sent to where the trained model's layers are that will be compared with them.
+optimizer. Before a step it takes the step's micro-batches through its pipeline, and leaves what was
+asked of it, and no more, where the trained model's last stage is: both have it on the same ranks.
+Hidden states between its layers are sent to where the trained model's layers are that will be
+compared with them. `forward_pass.py` says what can be asked for, and who asks what.
 """
 
 from __future__ import annotations
@@ -22,14 +23,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from bevatron.bridge.open_weights import Opened
 from bevatron.checkpoint.save_and_load import box_reader
-from bevatron.nn.decoder import EMBEDDING, Tap
 from bevatron.nn.output_heads import Vocabulary
-from bevatron.nn.rank_communication import Comm
+from bevatron.parallel.forward_pass import forward, hidden_states, joined, micro_batches
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.memory_footprint import unsharded
-from bevatron.parallel.pipeline import Batch, micro_batches, pass_down
 from bevatron.parallel.placed_weights import fill_random, stream
-from bevatron.parallel.placement import Placed, Stage, place, reshard
+from bevatron.parallel.placement import AtEnd, Batch, Placed, Stage, place, reshard, stage_of
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import to_json
 
@@ -40,10 +39,12 @@ class Companion:
     """Declared by an objective, placed by the trainer, filled by the run.
 
     Args:
-        spec: of a model with a causal_lm head.
+        spec: its head is what `at_end` needs: a causal_lm one for hidden states.
         weights: where they lie; None for random ones of `seed`.
         pairs: a layer of the trained model (or EMBEDDING) -> the one here whose hidden states it
             gets.
+        at_end: what is asked of its last hidden states and its head; None for nothing, and then its
+            stages beyond the last layer of `pairs` do not run.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Companion:
         weights: Opened | None,
         seed: int = 0,
         pairs: Mapping[int, int] = MappingProxyType({}),
+        at_end: AtEnd | None = hidden_states,
     ) -> None:
         self.spec, self.weights, self.seed, self.pairs = spec, weights, seed, pairs
+        self.at_end = at_end
         self._placed: Placed | None = None
-        self._caught: dict[int, list[Tensor]] = {}
 
     @property
     def placed(self) -> Placed:
@@ -79,9 +81,7 @@ class Companion:
 
         Args:
             stages: the layers of every stage of the trained model; for `pairs`."""
-        self.beside = stages
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.micro_batch = micro_batch
+        self.beside, self.micro_batch = stages, micro_batch
         self._placed = place(
             self.spec,
             replace(layout, split=None),
@@ -92,7 +92,6 @@ class Companion:
             seq_len=seq_len,
             micro_batch=micro_batch,
             compile_layers=compile_layers,
-            make_tap=self._catch if self.pairs else None,
         )
 
     def fill(self) -> None:
@@ -104,54 +103,49 @@ class Companion:
         if self.placed.tied is not None:
             self.placed.tied.fill_head()
 
-    def run(self, ids: Tensor, batch: Batch) -> dict[int | None, Tensor]:
-        """Hidden states [n, T, h] of all micro-batches of ids [n, T]; T is a sequence-parallel
-        rank's share. By None those after the final norm, on the ranks with the last stage, which
-        keep the head gathered until `release`; by a layer of the trained model, on the ranks that
-        have it, those that it is to be compared with."""
-        found = []
-        with torch.no_grad():
-            for part, extra in micro_batches(ids, batch, self.micro_batch):
-                out = pass_down(self.placed, part, self.dtype, extra)
-                if out is not None:
-                    found.append(out)
-        states: dict[int | None, Tensor] = {}
-        self._hand_over(ids, states)
-        if self.placed.is_last:
-            module = self._stage if self.spec.tied else self._head
-            if isinstance(module, FSDPModule):
-                module.unshard()
-            states[None] = torch.cat(found)
-        return states
+    def run(self, ids: Tensor, batch: Batch, name: str) -> Batch:
+        """What is asked of all micro-batches of ids [n, T], for a batch to hold: by `name` what was
+        computed at the end, [n, ...], on the ranks with the last stage (by `name.part` of several
+        things); by `name.layer` of a layer of the trained model, on the ranks that have it, the
+        hidden states [n, T, h] that it is to be compared with; T is a sequence-parallel rank's
+        share. Hidden states of the end leave the head gathered until `release`."""
+        placed, ends = self.placed, self.at_end is not None
+        keep = self._head_holder if placed.is_last and self._leaves_head else None
+        parts, wanted = micro_batches(ids, batch, self.micro_batch), set(self.pairs.values())
+        found = list(forward(placed, parts, self.at_end, layers=wanted, ends=ends, keep=keep))
+        caught = {i: torch.cat([f.layers[i] for f in found]) for i in found[0].layers}
+        moved = self._hand_over(ids, caught)
+        out = {f"{name}.{layer}": states for layer, states in moved.items()}
+        if keep is not None:
+            keep.unshard()
+        if placed.is_last and ends:
+            end = joined([f.end for f in found])
+            several = isinstance(end, dict)
+            out |= {f"{name}.{k}": v for k, v in end.items()} if several else {name: end}
+        return out
 
-    def _catch(self, comm: Comm, spec: ModelSpec, batch: Batch) -> Tap:
-        wanted = set(self.pairs.values())
-
-        def tap(layer: int, x: Tensor) -> Tensor:
-            if layer in wanted:
-                self._caught.setdefault(layer, []).append(x)
-            return x
-
-        return tap
-
-    def _hand_over(self, ids: Tensor, states: dict[int | None, Tensor]) -> None:
+    def _hand_over(self, ids: Tensor, caught: dict[int, Tensor]) -> dict[int, Tensor]:
         """Move what was caught to the ranks that need it, in one order on all of them."""
         placed, group = self.placed, self.placed.mesh.get_group("pp")
         ranks, here = dist.get_process_group_ranks(group), placed.mesh.get_local_rank("pp")
         shares = placed.stage.decoder.comm.sequence_shares
         shape = (ids.shape[0], ids.shape[1] // shares, self.spec.hidden_size)
-        caught = {layer: torch.cat(parts) for layer, parts in self._caught.items()}
-        self._caught = {}
+        states: dict[int, Tensor] = {}
         for theirs, ours in sorted(self.pairs.items()):
-            target = placed.layout.rank_of_stage(_stage_of(self.beside, theirs))
-            source = placed.layout.rank_of_stage(_stage_of(placed.stages, ours))
+            source, target = self._way(theirs, ours)
             if here == source == target:
                 states[theirs] = caught[ours]
             elif here == source:
                 dist.send(caught[ours].contiguous(), ranks[target], group=group)
             elif here == target:
-                states[theirs] = torch.empty(shape, dtype=self.dtype, device=ids.device)
+                states[theirs] = torch.empty(shape, dtype=placed.dtype, device=ids.device)
                 dist.recv(states[theirs], ranks[source], group=group)
+        return states
+
+    def _way(self, theirs: int, ours: int) -> tuple[int, int]:
+        """Of a pair, the pp ranks that have our layer and theirs."""
+        rank_of, stages = self.placed.layout.rank_of_stage, self.placed.stages
+        return rank_of(stage_of(stages, ours)), rank_of(stage_of(self.beside, theirs))
 
     def head(self) -> Tensor:
         """This rank's rows [V/tp, h] of the output matrix, between `run` and `release`."""
@@ -162,24 +156,24 @@ class Companion:
         reshard(self.placed)
 
     def kept_bytes(self, tokens: int) -> int:
-        """What `run` leaves on this rank until `release`, its shards apart: weights that stay
-        gathered, and hidden states of `tokens` tokens, this rank's before sequence parallelism cuts
-        them."""
+        """What `run` leaves on this rank until `release`, its shards apart: the head, gathered, and
+        hidden states of `tokens` tokens, this rank's before sequence parallelism cuts them. (What
+        else can be asked for is a few bytes a token and not counted.)"""
         placed, kept = self.placed, 0
-        for stage in placed.mine.values():
-            for name, parameter in stage.decoder.named_parameters():
+        states = set()
+        if placed.is_last and self._leaves_head:
+            states.add((True, len(self.spec.layers)))  # the last, normed
+            for name, parameter in self._stage.decoder.named_parameters():
                 module = name.partition(".")[0]
-                dropped = module == "layers" or (module == "embed" and not self.spec.tied)
-                if not (dropped and placed.layout.regathers):
+                if module == "head" or (self.spec.tied and module != "layers"):
                     kept += unsharded(parameter) * parameter.element_size()
         here = placed.mesh.get_local_rank("pp")
-        states = {(True, len(self.spec.layers))} if placed.is_last else set()  # the last, normed
         for theirs, ours in self.pairs.items():  # as `_hand_over` moves them
-            if here == placed.layout.rank_of_stage(_stage_of(self.beside, theirs)):
-                source = placed.layout.rank_of_stage(_stage_of(placed.stages, ours))
+            source, target = self._way(theirs, ours)
+            if here == target:
                 states.add((here == source, ours if here == source else theirs))
         shares = placed.stage.decoder.comm.sequence_shares
-        return kept + len(states) * tokens // shares * self.spec.hidden_size * self.dtype.itemsize
+        return kept + len(states) * tokens // shares * self.spec.hidden_size * placed.dtype.itemsize
 
     def fingerprint(self) -> str:
         """Of the spec and of numbers at both ends of every tensor: another model, or the same one
@@ -204,13 +198,17 @@ class Companion:
 
     @property
     def _head(self) -> Vocabulary:
-        head = self.placed.mine[len(self.placed.stages) - 1].decoder.head
+        head = self._stage.decoder.head
         assert isinstance(head, Vocabulary)
         return head
 
+    @property
+    def _head_holder(self) -> FSDPModule:
+        """What FSDP gathers the head's weight with."""
+        module = self._stage if self.spec.tied else self._head
+        assert isinstance(module, FSDPModule)
+        return module
 
-def _stage_of(stages: Sequence[range], layer: int) -> int:
-    """The number of the stage that has a layer, or the embedding."""
-    if layer == EMBEDDING:
-        return 0
-    return next(number for number, layers in enumerate(stages) if layer in layers)
+    @property
+    def _leaves_head(self) -> bool:
+        return self.at_end is hidden_states

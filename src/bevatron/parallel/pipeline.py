@@ -18,10 +18,8 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from bevatron.errors import BevatronError
-from bevatron.parallel.placement import Placed, reshard
-
-Batch = dict[str, Tensor]
-
+from bevatron.parallel.forward_pass import forward, micro_batches
+from bevatron.parallel.placement import Batch, Placed
 
 SCHEDULES = {
     "1f1b": Schedule1F1B,
@@ -32,38 +30,12 @@ SCHEDULES = {
 }
 
 
-def pass_down(placed: Placed, ids: Tensor, dtype: torch.dtype, batch: Batch) -> Tensor | None:
-    """One micro-batch through all stages, without gradients: hidden states come from the stage
-    before and go to the next. Returns what the last stage computed, on the rank that has it."""
-    layout, group = placed.layout, placed.mesh.get_group("pp")
-    ranks = dist.get_process_group_ranks(group)
-    out = ids
-    for number, stage in placed.mine.items():
-        if number > 0 and number - 1 not in placed.mine:
-            length = ids.shape[1] // stage.decoder.comm.sequence_shares
-            shape = (ids.shape[0], length, placed.spec.hidden_size)
-            out = torch.empty(shape, dtype=dtype, device=ids.device)
-            dist.recv(out, ranks[layout.rank_of_stage(number - 1)], group=group)
-        out = stage(out, **batch)
-        if number + 1 < len(placed.stages) and number + 1 not in placed.mine:
-            dist.send(out.contiguous(), ranks[layout.rank_of_stage(number + 1)], group=group)
-    return out if placed.is_last else None
-
-
-def micro_batches(ids: Tensor, batch: Batch, size: int) -> list[tuple[Tensor, Batch]]:
-    """Micro-batches of `size` samples."""
-    n = ids.shape[0] // size
-    pieces = {k: v.chunk(n) for k, v in batch.items()}
-    return [(p, {k: v[i] for k, v in pieces.items()}) for i, p in enumerate(ids.chunk(n))]
-
-
 class Runner:
     """Forward and backward over micro-batches of fixed shape.
 
     Args:
         micro_batch, seq_len: shape [B, T] of a micro-batch.
         count: micro-batches per step on this data-parallel rank.
-        dtype: of the hidden states that travel between stages.
         entries: how many sums the last stage computes of a micro-batch.
     """
 
@@ -74,14 +46,11 @@ class Runner:
         micro_batch: int,
         seq_len: int,
         count: int,
-        dtype: torch.dtype,
-        device: torch.device,
         entries: int = 1,
     ) -> None:
         self.placed, self.micro_batch, self.count = placed, micro_batch, count
-        self.seq_len, self.dtype, self.device = seq_len, dtype, device
-        self.entries = entries
-        self.scale = self.sums = torch.zeros(entries, device=device)
+        self.seq_len, self.entries, self.device = seq_len, entries, placed.device
+        self.scale = self.sums = torch.zeros(entries, device=self.device)
         self.schedule: Any = None
         if placed.layout.pp > 1:
             made = SCHEDULES[placed.layout.schedule]
@@ -97,7 +66,7 @@ class Runner:
         shape = (self.micro_batch, self.seq_len // shares, placed.spec.hidden_size)
 
         def hidden() -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device=self.device, requires_grad=True)
+            return torch.empty(shape, dtype=placed.dtype, device=self.device, requires_grad=True)
 
         ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64, device=self.device)
         total = torch.zeros(self.entries, device=self.device, requires_grad=True)
@@ -154,18 +123,11 @@ class Runner:
             dist.all_reduce(parameter.grad)
 
     def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
-        """The objective's sums without gradients; zero on all ranks but those with the last stage.
-
-        Micro-batches pass down the stages one behind the other. (torch's `Schedule.eval` waits
-        for ever on a 1F1B schedule with two stages, torch 2.13.)"""
+        """The objective's sums without gradients; zero on ranks without the last stage."""
         total = torch.zeros(self.entries, device=ids.device)
-        self._fill_tied_head()
-        with torch.no_grad():
-            for part, extra in micro_batches(ids, batch, self.micro_batch):
-                out = pass_down(self.placed, part, self.dtype, extra)
-                if out is not None:
-                    total += out
-        reshard(self.placed)
+        for found in forward(self.placed, micro_batches(ids, batch, self.micro_batch)):
+            if found.end is not None:
+                total += found.end
         return total
 
     def _run_schedule(self, ids: Tensor, batch: Batch) -> None:

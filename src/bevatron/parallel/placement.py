@@ -10,7 +10,7 @@ such for the forward and the backward, and reduces and accumulates gradients in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from bevatron.nn.decoder import Decoder, Tap
+from bevatron.nn.decoder import EMBEDDING, Decoder, Tap
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.parallel import tensor_parallel
@@ -31,42 +31,47 @@ from bevatron.parallel.stage_split import stage_ranges
 from bevatron.parallel.tied_embedding import Tied, tie
 from bevatron.spec import ModelSpec, ParameterSpec
 
-# From a micro-batch's tensors to what the last stage computes with its hidden states.
-MakeCompute = Callable[[Comm, ModelSpec, dict[str, Tensor]], Compute]
-# The same to what every stage does between its layers.
-MakeTap = Callable[[Comm, ModelSpec, dict[str, Tensor]], Tap]
+Batch = dict[str, Tensor]  # what goes with a micro-batch's token ids, all [B, ...]
+# From a micro-batch's tensors to what the last stage computes of its hidden states and the head;
+# None for the hidden states themselves.
+AtEnd = Callable[[Comm, ModelSpec, Batch], Compute | None]
+# From the same to what every stage does between its layers.
+MakeTap = Callable[[Comm, ModelSpec, Batch], Tap]
 NOTHING: Mapping[str, nn.Parameter] = MappingProxyType({})
 
-GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+COMPUTED = {name: dtype for dtype, name in PRECISION.items()}
 
 
 class Stage(nn.Module):
     """A decoder slice together with what is computed at the end: one FSDP root, one pipeline stage.
 
     forward(ids or hidden, **batch) -> hidden states, or on the last stage the objective's sums;
-    without anything to compute, there too hidden states."""
+    without anything to compute, there too hidden states.
+
+    Attributes:
+        at_end, make_tap: the objective's; a call may name others."""
 
     def __init__(
-        self,
-        decoder: Decoder,
-        make_compute: MakeCompute | None,
-        make_tap: MakeTap | None = None,
+        self, decoder: Decoder, at_end: AtEnd | None, make_tap: MakeTap | None = None
     ) -> None:
         super().__init__()
-        self.decoder, self.make_compute, self.make_tap = decoder, make_compute, make_tap
+        self.decoder, self.at_end, self.make_tap = decoder, at_end, make_tap
 
     def forward(
         self,
         x: Tensor,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        *,
+        at_end: AtEnd | None = None,
+        tap: Tap | None = None,
         **batch: Tensor,
     ) -> Tensor:
-        decoder, compute = self.decoder, None
-        if decoder.head is not None and self.make_compute is not None:
-            compute = self.make_compute(decoder.comm, decoder.spec, batch)
-        tap = None
-        if self.make_tap is not None:
+        decoder, at_end, compute = self.decoder, at_end or self.at_end, None
+        if decoder.head is not None and at_end is not None:
+            compute = at_end(decoder.comm, decoder.spec, batch)
+        if tap is None and self.make_tap is not None:
             tap = self.make_tap(decoder.comm, decoder.spec, batch)
         out: Tensor = decoder(x, compute, positions=positions, documents=documents, tap=tap)
         return out
@@ -83,6 +88,9 @@ class Placed:
         mine: this rank's stages, by their numbers, in order.
         parameters: by native name, as DTensors; a tied head's second copy is not among them.
         tied: where a pipeline has the embedding and its tied head on two stages.
+        dtype: that it computes in, and in which hidden states travel.
+        device: that its parameters are on.
+        frozen: placed without anything to train: computed with, never updated.
         added: parameters that are trained along and are no part of the model: plain tensors, whole
             and equal on every rank.
     """
@@ -95,6 +103,9 @@ class Placed:
     mine: dict[int, Stage]
     parameters: dict[str, Tensor]
     tied: Tied | None
+    dtype: torch.dtype
+    device: torch.device
+    frozen: bool
     added: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
@@ -113,16 +124,38 @@ class Placed:
         return len(self.stages) - 1 in self.mine
 
     @property
+    def reports(self) -> bool:
+        """Whether what this rank finds at the end counts: one rank does for each of the tokens."""
+        return self.is_last and self.mesh.get_local_rank("tp") == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of a global batch is this rank's."""
+        replicate = self.mesh.get_local_rank("dp_replicate")
+        return int(replicate * self.layout.dp_shard + self.mesh.get_local_rank("dp_shard"))
+
+    def stage_of(self, layer: int) -> int:
+        """The number of the stage that has a layer, or the embedding."""
+        return stage_of(self.stages, layer)
+
+    @property
     def trained(self) -> dict[str, Tensor]:
         """Every parameter that this rank updates, by name."""
         return {**self.parameters, **self.added}
+
+
+def stage_of(stages: Sequence[range], layer: int) -> int:
+    """The number of the stage that has a layer, or the embedding."""
+    if layer == EMBEDDING:
+        return 0
+    return next(number for number, layers in enumerate(stages) if layer in layers)
 
 
 def place(
     spec: ModelSpec,
     layout: Layout,
     mesh: DeviceMesh,
-    make_compute: MakeCompute | None,
+    at_end: AtEnd | None,
     *,
     device: torch.device,
     precision: str,
@@ -136,12 +169,13 @@ def place(
     """Build this rank's stages with uninitialised parameters; see the module's docstring.
 
     Args:
-        make_compute: None for a frozen model that gives its hidden states: its parameters are
+        at_end: None for a frozen model that gives its hidden states: its parameters are
             stored in the dtype of `precision` and take no gradients.
         seq_len, micro_batch: of a micro-batch, for the balance of the stages.
         added: parameters that taps use, and give their gradients themselves."""
     stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
     grid = sharding_mesh(mesh, layout)  # where parameters lie
+    frozen, dtype = at_end is None, COMPUTED[precision]
     comm = Comm()
     if layout.tp > 1:
         comm = tensor_parallel.TensorParallel(grid["tp"], layout.sequence_parallel)
@@ -156,16 +190,16 @@ def place(
         first, last = number == 0, number == len(stages) - 1
         with torch.device("meta"):
             decoder = Decoder(spec, layers=stages[number], embed=first, head=last, comm=comm)
-        if make_compute is None and precision != "fp32":
-            decoder.to(GATHERED[precision])
+        if frozen and precision != "fp32":
+            decoder.to(dtype)
         if layout.tp > 1:
             tensor_parallel.distribute(decoder, known, spec, grid["tp"])
             decoder.tie()
-        if make_compute is None:
+        if frozen:
             decoder.requires_grad_(False)
         prepare(decoder, recompute, compile_layers)
-        stage = Stage(decoder, make_compute, make_tap)
-        shard(stage, layout, grid, precision if make_compute is not None else "fp32")
+        stage = Stage(decoder, at_end, make_tap)
+        shard(stage, layout, grid, "fp32" if frozen else precision)
         stage.to_empty(device=device)
         decoder.tie()
         mine[number] = stage
@@ -175,7 +209,9 @@ def place(
         tied = tie(
             layout, mesh, parameters.get("embed.weight"), parameters.pop("head.weight", None)
         )
-    return Placed(spec, layout, mesh, grid, stages, mine, parameters, tied, added)
+    return Placed(
+        spec, layout, mesh, grid, stages, mine, parameters, tied, dtype, device, frozen, added
+    )
 
 
 def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> None:
@@ -183,7 +219,7 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     over = mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"]
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision != "fp32":
-        gathered = GATHERED[precision]
+        gathered = COMPUTED[precision]
         policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     # [2, f, h] has too short a first dimension. Along f a rank's part is two long runs of a file,
     # along h a piece of every row; FSDP cuts either only evenly.
@@ -221,12 +257,12 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
             module.set_force_sum_reduction_for_comms(True)
 
 
-def reshard(placed: Placed) -> None:
+def reshard(placed: Placed, keep: FSDPModule | None = None) -> None:
     """After a forward that no backward follows: the next one must gather what the parameters have
-    become by then."""
+    become by then. `keep`: one whose own parameters stay gathered."""
     for stage in placed.mine.values():
         for module in stage.modules():
-            if isinstance(module, FSDPModule):
+            if isinstance(module, FSDPModule) and module is not keep:
                 module.reshard()
 
 

@@ -86,29 +86,15 @@ class Trainer:
                 compile_layers=train.compile,
                 stages=self.placed.stages,
             )
-        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.runner = Runner(
             self.placed,
             micro_batch=train.micro_batch,
             seq_len=seq_len // layout.cp,
             count=train.global_batch // (layout.dp * train.micro_batch),
-            dtype=self.dtype,
-            device=device,
             entries=objective.entries,
         )
         self.reported: dict[str, float] = {}
-        self.optimizer = make_optimizer(self.placed, optimizer, self.dtype)
-
-    @property
-    def dp_rank(self) -> int:
-        """Which part of a global batch is this rank's."""
-        replicate = self.mesh.get_local_rank("dp_replicate")
-        return int(replicate * self.layout.dp_shard + self.mesh.get_local_rank("dp_shard"))
-
-    @property
-    def _reports(self) -> bool:
-        """Whether this rank's objective value counts: one rank per part of the tokens."""
-        return self.placed.is_last and self.mesh.get_local_rank("tp") == 0
+        self.optimizer = make_optimizer(self.placed, optimizer, self.placed.dtype)
 
     def fill_random(self, seed: int) -> None:
         """Initialise all parameters; the values depend on the seed and the spec alone."""
@@ -158,8 +144,8 @@ class Trainer:
                 values = whole.detach()
                 out.append(Saved(f"optimizer/master/{name}", whole, values, torch.float32))
         for name, p in self.placed.parameters.items():
-            out.append(Saved(f"model/{name}", p, local(p.detach()), self.dtype))
-            if self.dtype != torch.float32:
+            out.append(Saved(f"model/{name}", p, local(p.detach()), self.placed.dtype))
+            if self.placed.dtype != torch.float32:
                 values = local(p.detach())
                 out.append(Saved(f"optimizer/master/{name}", p, values, torch.float32))
         for name, (p, values) in self.optimizer.states().items():
@@ -228,8 +214,7 @@ class Trainer:
         the last stage, under `name.layer` on those that have the layer."""
         companions, whole = self.objective.companions, dict(batch)
         for name, companion in companions.items():
-            for layer, states in companion.run(ids, batch).items():
-                whole[name if layer is None else f"{name}.{layer}"] = states
+            whole |= companion.run(ids, batch, name)
         yield whole
         for companion in companions.values():
             companion.release()
@@ -260,7 +245,7 @@ class Trainer:
     def _counted(self, sums: Tensor) -> Tensor:
         """The objective's sums, each on the ranks where it counts, else zeros."""
         own = sums[: self.objective.entries]
-        own = own.clone() if self._reports else torch.zeros_like(own)
+        own = own.clone() if self.placed.reports else torch.zeros_like(own)
         if self.taps is not None:
             own[1] += sums[-1]
         return own

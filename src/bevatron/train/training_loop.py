@@ -127,7 +127,7 @@ class Run:
             stored=stored if trainer.placed.is_last else None,
             global_batch=config.train.global_batch,
             seed=config.train.seed,
-            dp_rank=trainer.dp_rank,
+            dp_rank=trainer.placed.dp_rank,
             dp=layout.dp,
             device=self.device,
             rounded=self._mixture == "rounded",
