@@ -8,18 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from bevatron.charts.chart import Chart, Curve, draw, heat
+from bevatron.charts.html_page import document, table
+from bevatron.charts.thinning import Series
 from bevatron.checkpoint.new_folder import replace_text
 from bevatron.compress.importance_scores import Floats, Scores
 from bevatron.compress.pruned_spec import layers_to_keep
-from bevatron.train.report.chart import Chart, Curve, draw
-from bevatron.train.report.report_page import document
-from bevatron.train.report.report_tables import table
-from bevatron.train.report.run_reading import Series
 
 COLUMNS = 96  # of a heat map; neurons beyond are averaged in groups of neighbours
-WIDTH, LEFT, TOP = 1096, 52, 18
-CELL, THIN = 18, 14  # height of a row with and without numbers
-NUMBERED = 17  # the width that a number of two digits needs
 
 
 def write_page(scores: Scores, path: Path) -> None:
@@ -159,60 +155,18 @@ def _series(values: Floats) -> Series:
 
 
 def _heat(title: str, what: str, rows: dict[int, Floats]) -> str:
-    """A row per layer: scores from the highest on, relative to it, with the numbers of the heads
-    where there is room."""
+    """A row per layer: scores from the highest on, those beyond the columns in groups."""
     if not rows:
         return ""
     columns = min(COLUMNS, max(map(len, rows.values())))
-    width = (WIDTH - LEFT) / columns
-    high = CELL if columns < COLUMNS and width >= NUMBERED else THIN
-    parts = ['<text class="name" x="2" y="11">layer</text>']
-    for y, (layer, values) in enumerate(rows.items()):
-        top = TOP + y * high
-        parts.append(f'<text x="{LEFT - 8}" y="{top + high / 2 + 3.5}">{layer}</text>')
-        order = np.argsort(-values)
-        groups = np.array_split(order, min(columns, len(order)))
-        most = float(values.max()) or 1.0
-        for x, group in enumerate(groups):
-            mean = float(values[group].mean())
-            share = max(mean / most, 0.0)
-            named = f"{what} {group[0]}" if len(group) == 1 else f"{len(group)} {what}s"
-            left = LEFT + x * width
-            parts.append(
-                f'<rect x="{left:.1f}" y="{top}" width="{max(width - 1, 1):.1f}" '
-                f'height="{high - 1}" fill-opacity="{share:.3f}">'
-                f"<title>layer {layer}, {named}: {mean:.4g}</title></rect>"
-            )
-            if high == CELL:
-                kind = "light" if share > 0.55 else "dark"
-                at = f'x="{left + width / 2:.1f}" y="{top + high / 2 + 3.5}"'
-                parts.append(f'<text class="number {kind}" {at}>{group[0]}</text>')
-    bottom = TOP + len(rows) * high
-    said = f"{what}s of a layer, from the most important on"
-    said += f"; numbers are the {what}s'" if high == CELL else ""
-    parts.append(f'<text class="name" x="{LEFT}" y="{bottom + 18}">{said}</text>')
-    parts += _scale(bottom + 8)
-    return (
-        f'<h2>{title}</h2><figure class="heat" style="margin:0"><svg role="img" '
-        f'aria-label="{title}" viewBox="0 0 {WIDTH} {bottom + 24}">{"".join(parts)}</svg>'
-        "</figure>"
-    )
-
-
-def _scale(top: float) -> list[str]:
-    """What the shades mean."""
-    steps, width = 8, 14
-    left = WIDTH - 150 - steps * width
-    parts = [f'<text class="name" x="{left - 46}" y="{top + 10}">score</text>']
-    parts.append(f'<text x="{left - 4}" y="{top + 10}">0</text>')
-    for i in range(steps):
-        parts.append(
-            f'<rect x="{left + i * width}" y="{top}" width="{width}" height="12" '
-            f'fill-opacity="{(i + 1) / steps:.3f}"/>'
-        )
-    end = left + steps * width + 6
-    parts.append(f'<text class="name" x="{end}" y="{top + 10}">the highest of its layer</text>')
-    return parts
+    cells = {}
+    for layer, values in rows.items():
+        groups = np.array_split(np.argsort(-values), min(columns, len(values)))
+        cells[layer] = [
+            (f"{what} {g[0]}" if len(g) == 1 else f"{len(g)} {what}s", float(values[g].mean()))
+            for g in groups
+        ]
+    return heat(title, "score", f"{what}s of a layer, from the most important on", cells)
 
 
 def _table(scores: Scores, heads: dict[int, Floats], neurons: dict[int, Floats]) -> str:

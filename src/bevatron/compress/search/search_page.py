@@ -10,24 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from bevatron.charts.chart import COLOURS, Chart, Curve, draw, ranks
+from bevatron.charts.html_page import document, table
+from bevatron.charts.thinning import Series, smooth
 from bevatron.checkpoint.new_folder import replace_text
 from bevatron.compress.search.search_state import LONG, PRUNED, SHORT, State, standing
 from bevatron.compress.search.search_table import SIZES, prune_command
 from bevatron.errors import BevatronError
-from bevatron.train.report.chart import Chart, Curve, draw
-from bevatron.train.report.curves import smooth
-from bevatron.train.report.report_page import document
-from bevatron.train.report.report_tables import count, table
-from bevatron.train.report.run_reading import Series, read_run
+from bevatron.train.report.report_tables import count
+from bevatron.train.report.run_reading import read_run
 
-COLOURS = 6  # of the page's style; candidates beyond have none of their own
 AFTER = {PRUNED: "pruned", SHORT: "short distillation", LONG: "long distillation"}
 TITLES = {
     PRUNED: "Loss after pruning, by parameters",
     SHORT: "Loss after the short distillation, by parameters",
     LONG: "Loss after the long distillation, by parameters",
 }
-WIDTH, LEFT, ROW, TOP = 1096, 210, 22, 30  # of the picture of ranks
 FILE = "search.html"
 NATS = "nats per token"
 Found = dict[str, Any]
@@ -151,35 +149,12 @@ def _named(candidate: Found, loss: float) -> str:
 
 
 def _ranks(order: list[Found], stages: list[str]) -> str:
-    """A column per stage, a line per candidate from its rank in one to that in the next."""
-    rows = max(c["ranks"].get(stages[0], 0) for c in order)
-    step = (WIDTH - 2 * LEFT) / (len(stages) - 1)
-    parts = []
-    for k, stage in enumerate(stages):
-        parts.append(f'<text class="head" x="{LEFT + k * step:.1f}" y="12">{AFTER[stage]}</text>')
-    for i, c in reversed(list(enumerate(order))):  # the leaders on top
-        ranks = [c["ranks"][s] for s in stages if s in c["ranks"]]
-        points = [(LEFT + k * step, TOP + (r - 0.5) * ROW) for k, r in enumerate(ranks)]
-        colour = f"c{i}" if i < COLOURS else "rest"
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        said = ", ".join(f"{AFTER[s]} {r}" for s, r in zip(stages, ranks, strict=False))
-        parts.append(f'<g class="{colour}" data-run="{min(i, COLOURS)}">')
-        parts.append(f"<title>{escape(c['name'])}: {said}</title>")
-        parts.append(f'<path d="{path}"/>' if len(points) > 1 else "")
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>' for x, y in points]
-        x, y = points[0]
-        label = escape(f"{c['name']}  {ranks[0]}")
-        parts.append(f'<text class="end" x="{x - 14:.1f}" y="{y + 4:.1f}">{label}</text>')
-        if len(ranks) == len(stages):
-            x, y = points[-1]
-            label = escape(f"{ranks[-1]}  {c['name']}")
-            parts.append(f'<text x="{x + 14:.1f}" y="{y + 4:.1f}">{label}</text>')
-        parts.append("</g>")
-    return (
-        '<h2>Ranks from stage to stage</h2><figure class="chart ranks"><svg role="img" '
-        f'aria-label="ranks" viewBox="0 0 {WIDTH} {TOP + rows * ROW + 6}">{"".join(parts)}</svg>'
-        "</figure>"
-    )
+    """A line per candidate from its rank in one stage to that in the next; the leaders on top."""
+    lines = []
+    for i, c in reversed(list(enumerate(order))):
+        found = [c["ranks"][s] for s in stages if s in c["ranks"]]
+        lines.append((c["name"], f"c{i}" if i < COLOURS else "rest", found))
+    return ranks("Ranks from stage to stage", [AFTER[s] for s in stages], lines)
 
 
 def _curves(state: State, order: list[Found], stage: str) -> list[Chart]:

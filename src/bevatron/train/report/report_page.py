@@ -1,19 +1,15 @@
-"""The page of a report: one file, no request to anywhere, all text from runs escaped.
-
-The policy in its head forbids every load, so that not even a mistake here could make one.
-"""
+"""The page of a report: its charts and its headline numbers. All text from runs is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
-import bevatron
+from bevatron.charts.chart import Chart, Curve, Mark, draw
+from bevatron.charts.html_page import document, table
+from bevatron.charts.thinning import smooth
 from bevatron.progress import duration
 from bevatron.spec import ModelSpec
-from bevatron.train.report.chart import Chart, Curve, Mark, draw
-from bevatron.train.report.curves import smooth
 from bevatron.train.report.report_tables import (
     checkpoints,
     configuration,
@@ -22,12 +18,8 @@ from bevatron.train.report.report_tables import (
     events,
     model,
     origin,
-    table,
 )
-from bevatron.train.report.run_reading import Record
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-HERE = Path(__file__).parent
+from bevatron.train.report.run_reading import Event, Record
 
 
 def page(records: Sequence[Record]) -> str:
@@ -46,25 +38,15 @@ def page(records: Sequence[Record]) -> str:
     return document(title, "".join(body))
 
 
-def document(title: str, body: str) -> str:
-    """A page of its own around `body`, which is HTML."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
-        f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style></head>\n"
-        f"<body><main>{body}"
-        f"<footer>Bevatron {escape(bevatron.__version__)}</footer></main>"
-        f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script></body></html>\n"
-    )
-
-
 def charts(records: Sequence[Record]) -> list[Chart]:
     """What is drawn, in its order. One run has its validation among the losses, several have it on
     a chart of its own."""
     one = len(records) == 1
-    marks = [Mark(i, e, "" if one else r.name) for i, r in enumerate(records) for e in r.events]
+    marks = [
+        Mark(i, e.step, _said(e, "" if one else f"{r.name}, "), e.bad, own=not one)
+        for i, r in enumerate(records)
+        for e in r.events
+    ]
     nats = "nats per token"
     loss = _curves(records, "loss", smoothed=True)
     if one and (held_out := records[0].series.get("val_loss")) is not None:
@@ -85,6 +67,10 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         Chart("Speed", speed, from_zero=True, spikes=True, value="tokens per second"),
         Chart("Peak memory of the first rank", memory, unit=" GiB", from_zero=True, value="GiB"),
     ]
+
+
+def _said(event: Event, whose: str) -> str:
+    return f"{whose}step {event.step:,}: {event.kind}. {event.text}"
 
 
 def _curves(

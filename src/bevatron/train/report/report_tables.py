@@ -3,11 +3,12 @@ starts. Everything that comes from a run is escaped here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from bevatron.bridge.inspect import sizes
+from bevatron.charts.html_page import table
 from bevatron.spec import ModelSpec
 from bevatron.train.report.run_reading import Checkpoint, Record
 
@@ -53,16 +54,6 @@ def _folded(title: str, heads: list[str], rows: list[str], first_number: int) ->
         text += f"<details><summary>{len(rows) - 20:,} earlier</summary>{older}</details>"
         rows = rows[-20:]
     return f"<section>{text}{table(heads, rows, numbers=first_number, only=True)}</section>"
-
-
-def table(heads: list[str], rows: Iterable[str], numbers: int, only: bool = False) -> str:
-    """`numbers`: the first column of numbers; of those after it too unless `only`."""
-    shown = "".join(
-        f'<th class="n">{h}</th>' if i == numbers or (i > numbers and not only) else f"<th>{h}</th>"
-        for i, h in enumerate(heads)
-    )
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{shown}</tr>{body}</table></div>'
 
 
 def model(record: Record, of: str) -> str:

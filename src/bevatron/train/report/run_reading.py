@@ -13,8 +13,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
+from bevatron.charts.thinning import Series
 from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, read_manifest
 from bevatron.checkpoint.run_folder import METRICS
 from bevatron.errors import BevatronError, CheckpointError
@@ -33,20 +33,6 @@ CURVES: tuple[str, ...] = (
     "memory_gib",
 )
 CURVES += ("mfu", "mfu_causal", "val_ce")
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Series:
-    """Finite values by step."""
-
-    steps: Floats
-    values: Floats
-
-    @property
-    def last(self) -> float | None:
-        return float(self.values[-1]) if len(self.values) else None
 
 
 @dataclass(frozen=True)
