@@ -259,7 +259,7 @@ def test_the_page_shows_every_candidate_and_asks_for_nothing(done: State) -> Non
         "among shapes of 24 or 32 hidden, 4 heads?"
     ]
     charts = drawn(text)
-    shown, points = charts["Loss after pruning"]
+    shown, points = charts["Loss after pruning, by parameters"]
     assert (shown["axis"], shown["value"]) == ("parameters", "nats per token")
     losses = {c["name"]: c["losses"]["pruned"] for c in done.candidates}
     assert {c["label"]: c["y"] for c in points} == {
