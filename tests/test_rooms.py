@@ -19,8 +19,6 @@ ABOVE_ALL = {"bevatron", "bevatron.__main__"}
 # Being mended.
 LEFT = {
     "bevatron.chat.answer_parts imports bevatron.generate.detokenize",
-    "bevatron.train.objectives imports bevatron.compress.distill",
-    "bevatron.train.objectives imports bevatron.train.head_objectives",
     "bevatron.train.config imports bevatron.train.model_override",
     "bevatron.bridge.import_hf imports bevatron.bridge.import_foreign",
 }

@@ -25,7 +25,7 @@ from bevatron.data.token_store_writer import StoreWriter
 from bevatron.errors import BevatronError
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from bevatron.train.run_start import Start
-from bevatron.train.token_feed import Feed, check_data
+from bevatron.train.token_feed import Feed
 from tests.commands import bevatron
 from tests.data.test_store import write_store
 from tests.specs import ALL
@@ -266,13 +266,13 @@ def test_the_data_is_checked_before_anything_starts(tmp_path: Path, model_tokeni
         "run": {"dir": str(tmp_path / "run")},
     }
     start = Start(SPEC, None, None, "llama")
-    check_data(RunConfig.model_validate(raw), start)
+    Feed.check(RunConfig.model_validate(raw), start)
     config = RunConfig.model_validate(raw | {"tokenizer": str(model_tokenizer)})
     with pytest.raises(BevatronError, match=r"s: was made with another tokenizer .* model's own"):
-        check_data(config, start)
+        Feed.check(config, start)
     small = dataclasses.replace(SPEC, vocab_size=100)
     with pytest.raises(BevatronError, match="holds token 160, the model has a vocabulary of 100"):
-        check_data(RunConfig.model_validate(raw), Start(small, None, None, "llama"))
+        Feed.check(RunConfig.model_validate(raw), Start(small, None, None, "llama"))
 
 
 def test_a_tokenizer_that_was_saved_anew_is_the_same(tmp_path: Path, model_tokenizer: Path) -> None:

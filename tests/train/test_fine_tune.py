@@ -21,7 +21,7 @@ from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.errors import BevatronError
 from bevatron.evaluate.verify import compare_logits
 from bevatron.train.config_file import load_config
-from bevatron.train.labelled_feed import LabelledFeed, check_data
+from bevatron.train.labelled_feed import LabelledFeed
 from bevatron.train.launch import layout_of, train
 from bevatron.train.launch import work as work_
 from bevatron.train.run_start import find_start
@@ -274,7 +274,7 @@ def test_objective_model_and_data_that_do_not_fit_are_refused_with_advice(
 
     def check() -> None:
         config = load_config(Path("run.yaml"), ["run.dir=refused", *changes])
-        check_data(config, find_start(config))
+        LabelledFeed.check(config, find_start(config))
 
     if message is None:
         check()
@@ -296,4 +296,4 @@ def test_the_documentations_configurations_take_its_rows(
         for name in ("train.jsonl", "validation.jsonl"):
             Path(name).write_text(rows)
         loaded = load_config(Path("run.yaml"), [f"model.init={kinds / 'hf'}"])
-        check_data(loaded, find_start(loaded))
+        LabelledFeed.check(loaded, find_start(loaded))

@@ -15,9 +15,8 @@ from bevatron.parallel.layout import Layout
 from bevatron.parallel.process_groups import mesh
 from bevatron.spec import Head, ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
-from bevatron.train.config_objective import ObjectiveConfig
+from bevatron.train.config_objective import kind_of
 from bevatron.train.head_objectives import best_span
-from bevatron.train.objectives import objective_of
 from bevatron.train.trainer import Trainer
 from tests.processes import Pool
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
@@ -76,12 +75,12 @@ def samples(head: str, step: int = 0) -> dict[str, torch.Tensor]:
 
 def make(case: Case) -> Trainer:
     spec = replace(case.spec, head=HEADS[case.head], tie_word_embeddings=False)
-    objective = ObjectiveConfig(name=HEADS[case.head].kind)
+    objective = kind_of({"name": HEADS[case.head].kind})
     trainer = Trainer(
         spec,
         case.layout,
         mesh(case.layout, torch.device("cpu")),
-        objective_of(objective, spec),
+        objective.make(spec),
         seq_len=T,
         train=TrainConfig(steps=3, global_batch=N, micro_batch=2, precision=case.precision),
         optimizer=OptimizerConfig(lr=1e-2),
@@ -205,16 +204,14 @@ def test_every_layout_equals_one_process(pool: Pool, case: Case) -> None:
 def test_metrics_count_what_they_say() -> None:
     """By hand: scores whose best labels and spans are known."""
     spec = replace(HOMOGENEOUS, head=SEQUENCE)
-    single = objective_of(ObjectiveConfig(name="sequence_classification"), spec)
+    single = kind_of({"name": "sequence_classification"}).make(spec)
     scores = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 2.0, 0]])[:, None]
     last = torch.zeros(3, dtype=torch.int64)
     batch = {"labels": torch.tensor([0, 2, -100]), "last": last}
     sums = np.array([float(x) for x in single.sums(scores, batch)])
     assert single.report(sums, np.array(single.count(batch)))["accuracy"] == 0.5
 
-    multi = objective_of(
-        ObjectiveConfig(name="sequence_classification"), replace(spec, head=HEADS["multi"])
-    )
+    multi = kind_of({"name": "sequence_classification"}).make(replace(spec, head=HEADS["multi"]))
     scores = torch.tensor([[1.0, -1, 1], [1, 1, 1]])[:, None]
     labels = torch.tensor([[1.0, 1, 0], [torch.nan] * 3])
     batch = {"labels": labels, "last": last[:2]}
@@ -222,7 +219,7 @@ def test_metrics_count_what_they_say() -> None:
     assert multi.count(batch) == (3,), "the blank sample counts for nothing"
     assert multi.report(sums, np.array([3.0]))["micro_f1"] == 0.5, "1 hit, 2 said, 2 true"
 
-    answers = objective_of(ObjectiveConfig(name="question_answering"), spec)
+    answers = kind_of({"name": "question_answering"}).make(spec)
     scores = torch.zeros(3, 8, 2)
     scores[0, 4, 0] = scores[0, 5, 1] = 9  # says 4 to 5
     scores[1, 0] = 9  # says there is none

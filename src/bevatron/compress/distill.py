@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bevatron.bridge.open_weights import Opened
+from bevatron.bridge.open_sizes import paper
+from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.compress.distill_kind import DistillKind
 from bevatron.compress.distill_states import States, states_of
 from bevatron.compress.logit_divergence import Divergence, Output, Top, distillation_sums
 from bevatron.compress.stored_logits import IDS, TAIL, VALUES, StoredLogits
 from bevatron.errors import BevatronError
+from bevatron.families import for_spec
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
-from bevatron.train.config_objective import ObjectiveConfig
 from bevatron.train.objectives import BLANK, Pretrain, Samples, Vector, mean_over
-from bevatron.train.run_start import open_teacher
+from bevatron.train.run_start import check_like, spec_named
 
 TOP = (VALUES, IDS, TAIL)
 
@@ -49,6 +51,31 @@ class Distill(Pretrain):
         else:
             self.stored = teacher
         self.counted, self.entries = (1, 3) if states is None else (2, 4)
+
+    @classmethod
+    def of(  # type: ignore[override]  # of another kind
+        cls, config: DistillKind, student: ModelSpec, compiled: bool
+    ) -> Distill:
+        """The configured objective, its teacher opened and not yet read.
+
+        Raises BevatronError if there is no such teacher, or the student cannot learn from it."""
+        options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
+        if config.logits is not None:
+            stored = StoredLogits.open(Path(config.logits))
+            _check_stored(config, stored, student)
+            return cls(stored, options)
+        try:
+            opened = open_teacher(config)
+        except BevatronError as error:
+            raise BevatronError(f"objective.teacher: {error}") from error
+        where = f"objective.teacher: {config.teacher or config.teacher_like}"
+        check_teacher(where, opened, config.top_k)
+        _check_vocabulary(where, opened.spec.vocab_size, student)
+        if config.states is None:
+            return cls(Companion(opened.spec, opened), options)
+        loss = states_of(config.states, student, opened.spec)
+        states = States(loss, student, opened.spec)
+        return cls(Companion(opened.spec, opened, pairs=loss.pairs), options, states)
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         ids, batch = super().batch(samples)
@@ -108,27 +135,15 @@ class Distill(Pretrain):
             self.states.settle(*self._parts(sums, counts)[1:])
 
 
-def distill(config: ObjectiveConfig, student: ModelSpec) -> Distill:
-    """The configured objective, its teacher opened and not yet read.
-
-    Raises BevatronError if there is no such teacher, or the student cannot learn from it."""
-    options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
-    if config.logits is not None:
-        stored = StoredLogits.open(Path(config.logits))
-        _check_stored(config, stored, student)
-        return Distill(stored, options)
-    try:
-        opened = open_teacher(config)
-    except BevatronError as error:
-        raise BevatronError(f"objective.teacher: {error}") from error
-    where = f"objective.teacher: {config.teacher or config.teacher_like}"
-    check_teacher(where, opened, config.top_k)
-    _check_vocabulary(where, opened.spec.vocab_size, student)
-    if config.states is None:
-        return Distill(Companion(opened.spec, opened), options)
-    loss = states_of(config.states, student, opened.spec)
-    states = States(loss, student, opened.spec)
-    return Distill(Companion(opened.spec, opened, pairs=loss.pairs), options, states)
+def open_teacher(config: DistillKind) -> Opened:
+    """The teacher's weights. They lie nowhere if there are only the sizes that it will have (see
+    `train.missing_inputs`)."""
+    if config.teacher is None:
+        spec = spec_named(str(config.teacher_like))
+        return paper(Path(str(config.teacher_like)), for_spec(spec), spec, "", "BF16")
+    opened = open_weights(config.teacher)
+    check_like(config.teacher, "objective.teacher_like", config.teacher_like, opened.spec)
+    return opened
 
 
 def check_teacher(where: str, teacher: Opened, top_k: int | None) -> None:
@@ -154,7 +169,7 @@ def _check_vocabulary(where: str, tokens: int, student: ModelSpec) -> None:
         )
 
 
-def _check_stored(config: ObjectiveConfig, stored: StoredLogits, student: ModelSpec) -> None:
+def _check_stored(config: DistillKind, stored: StoredLogits, student: ModelSpec) -> None:
     info = stored.info
     _check_vocabulary(f"objective.logits: {stored.path}", info.vocab_size, student)
     if config.temperature != info.temperature:

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bevatron.compress.distill_kind import StatesConfig
 from bevatron.errors import BevatronError
 from bevatron.nn.decoder import EMBEDDING, Tap
 from bevatron.nn.norm import rms
 from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.random_weights import fill_normal
 from bevatron.spec import ModelSpec, Norm
-from bevatron.train.config_objective import StatesConfig
 from bevatron.train.objectives import BLANK
 
 Kind = Literal["cosine", "mse"]

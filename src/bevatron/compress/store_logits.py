@@ -22,6 +22,7 @@ from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.checkpoint.folder_lock import lock
 from bevatron.checkpoint.new_folder import replace_text, sync
 from bevatron.compress.distill import check_teacher
+from bevatron.compress.distill_kind import DistillKind
 from bevatron.compress.logit_divergence import top_tokens
 from bevatron.compress.stored_logits import (
     FILE_BYTES,
@@ -93,7 +94,7 @@ def logits(
     with one_rank(worker, config.train.device) as device:
         info = make(teacher, config, layout, dtype, device)
         if dist.get_rank() == 0:
-            found: dict[str, Any] = {"path": config.objective.logits, "layout": str(layout)}
+            found: dict[str, Any] = {"path": str(folder_of(config)), "layout": str(layout)}
             for name in ("train", "validation", "seq_len", "top_k", "dtype", "tail_mass"):
                 found[name] = getattr(info, name)
             found["bytes"] = sum(info.nbytes(b.end - b.begin) for b in info.blocks())
@@ -117,7 +118,7 @@ def make(teacher: str, config: RunConfig, layout: Layout, dtype: str, device: to
         compile_layers=config.train.compile,
     )
     companion.fill()
-    folder = Path(str(config.objective.logits))
+    folder = folder_of(config)
     main = dist.get_rank() == 0
     with ExitStack() as stack:
         begun = on_all(lambda: stack.enter_context(_begun(folder, info)) if main else None)[0]
@@ -131,17 +132,25 @@ def make(teacher: str, config: RunConfig, layout: Layout, dtype: str, device: to
         return on_all(lambda: _finish(folder, info) if main else info)[0]
 
 
+def folder_of(config: RunConfig) -> Path:
+    """Where the logits go. Raises BevatronError if the configuration does not say."""
+    objective = config.objective
+    if not isinstance(objective, DistillKind) or objective.logits is None:
+        raise BevatronError(
+            "objective.logits: is not set; name the folder to fill, as in `objective: {name: "
+            "distill, logits: FOLDER}`, which the run will read"
+        )
+    return Path(objective.logits)
+
+
 def prepared(
     teacher: str, config: RunConfig, layout: Layout, dtype: str
 ) -> tuple[Opened, Info, dict[str, Sampler]]:
     """The teacher, what will be stored, and the samples. Raises BevatronError for what cannot be
     made or would not be used."""
     objective, data = config.objective, config.data
-    if objective.name != "distill" or objective.logits is None:
-        raise BevatronError(
-            "objective.logits: is not set; name the folder to fill, as in `objective: {name: "
-            "distill, logits: FOLDER}`, which the run will read"
-        )
+    folder_of(config)
+    assert isinstance(objective, DistillKind)
     if layout.cp > 1:
         raise LayoutError(f"parallel.cp: is {layout.cp}, but logits are stored at cp 1 alone")
     if dtype not in ("fp16", "fp32"):

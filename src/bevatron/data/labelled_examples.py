@@ -159,7 +159,7 @@ class SequenceLabels:
 
 class TokenLabels:
     """Rows {"tokens": words, "labels": one per word}, as names or numbers, IGNORE for none; see
-    ObjectiveConfig for the options."""
+    `train.head_kinds` for the options."""
 
     windows = False
 

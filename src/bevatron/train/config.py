@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from bevatron.spec import Role
-from bevatron.train.config_objective import ObjectiveConfig, Section
+from bevatron.train.config_objective import ObjectiveConfig, Section, kind_of
 from bevatron.train.model_override import OverrideConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -345,7 +345,7 @@ class RunConfig(Section):
     tokenizer: str | None = None
     """A folder with tokenizer.json, or a Hub id; if absent, the model's own, where there is
     one."""
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = Field(default_factory=lambda: kind_of({}))
     """What is minimised."""
     data: DataConfig
     """What is read."""

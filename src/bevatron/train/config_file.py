@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig
+from bevatron.train.config_objective import defaults, fields_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -145,17 +146,20 @@ def _keys(parents: list[Any]) -> list[str]:
     for part in parents:
         if isinstance(part, int):
             continue
-        kind = model.model_fields[part].annotation
+        kind = fields_of(model)[part].annotation
         arguments = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type)]
         model = next((a for a in arguments if issubclass(a, BaseModel)), kind)
-    return [field.alias or name for name, field in model.model_fields.items()]
+    return [field.alias or name for name, field in fields_of(model).items()]
 
 
 def to_yaml(config: RunConfig, *, absent: bool = False) -> str:
     """The configuration with every default written out; `load_config` reads it back equal.
 
     Args:
-        absent: also write keys whose value is null, which is the same as not to write them.
+        absent: also write keys whose value is null, and those of other objectives, which is the
+            same as not to write them.
     """
     raw = config.model_dump(mode="json", by_alias=True, exclude_none=not absent)
+    if absent:
+        raw["objective"] = raw["objective"] | defaults() | raw["objective"]
     return str(yaml.safe_dump(raw, sort_keys=False))

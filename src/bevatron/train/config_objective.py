@@ -1,11 +1,34 @@
-"""What a run minimises: the section `objective` of its configuration."""
+"""What a run minimises: the section `objective` of its configuration, and the table of all kinds.
+
+A kind is the settings of one objective, and says what the objective needs: which head, which feed.
+It stands beside the objective, in whichever room that is, and is loaded when a configuration names
+it. A program may put kinds of its own into `KINDS`; a configuration cannot name a module.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from copy import copy
+from importlib import import_module
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic.fields import FieldInfo
+
+from bevatron.errors import BevatronError
+from bevatron.spec import Head, ModelSpec
+from bevatron.spec.model import HeadKind
+
+# Name -> where its `Kind` is. Modules of kinds import no torch, so that a configuration is checked
+# at once.
+KINDS: dict[str, str] = {
+    "pretrain": "bevatron.train.config_objective:PretrainKind",
+    "distill": "bevatron.compress.distill_kind:DistillKind",
+    "sequence_classification": "bevatron.train.head_kinds:SequenceClassificationKind",
+    "token_classification": "bevatron.train.head_kinds:TokenClassificationKind",
+    "question_answering": "bevatron.train.head_kinds:QuestionAnsweringKind",
+}
+TOKENS = "bevatron.train.token_feed:Feed"
 
 
 class Section(BaseModel):
@@ -21,133 +44,131 @@ class Section(BaseModel):
     )
 
 
-# Every objective, and the settings that mean something to it.
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "pretrain": ("z_loss",),
-    "distill": (
-        "teacher",
-        "teacher_like",
-        "logits",
-        "states",
-        "divergence",
-        "temperature",
-        "top_k",
-        "ce",
-    ),
-    "sequence_classification": ("labels", "problem_type", "new_head"),
-    "token_classification": ("labels", "new_head", "label_all_tokens", "join_words"),
-    "question_answering": ("new_head", "stride"),
-}
-UNLABELLED = ("pretrain", "distill")  # these read token stores
-
-
-class StatesConfig(Section):
-    """Which hidden states of a student are drawn to its teacher's, and how; see
-    `compress.states.StatesLoss`."""
-
-    layers: Literal["all"] | dict[str, int] = {}
-    """The student's layer -> the teacher's, counted from 0, such as {13: 29}; or `all`, of two
-    models with as many."""
-    embedding: bool = False
-    """Also what enters the first layer."""
-    loss: Literal["cosine", "mse"] = "cosine"
-    """The distance: 1 - cosine, or the mean squared difference."""
-    weight: Literal["dynamic"] | float = "dynamic"
-    """Of the states in the sum; `dynamic` makes them as large as the rest of the loss."""
-    project: bool | None = None
-    """Map the student's states by a learnt matrix first; if absent, where the widths differ."""
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers(cls, value: Any) -> Any:
-        known = value == "all" or (
-            isinstance(value, dict)
-            and all(str(k).isdecimal() and type(v) is int for k, v in value.items())
-        )
-        if not known:
-            raise ValueError(
-                "expected all, or the teacher's layer for each of the student's, counted from 0, "
-                f"as in {{13: 29}}, found {value!r}"
-            )
-        return value
-
-    @field_validator("weight", mode="before")
-    @classmethod
-    def _weight(cls, value: Any) -> Any:
-        if value != "dynamic" and (type(value) not in (int, float) or not 0 <= value < math.inf):
-            raise ValueError(f"expected dynamic, or a number from 0 on, found {value!r}")
-        return value
-
-    @model_validator(mode="after")
-    def _some(self) -> StatesConfig:
-        if not self.layers and not self.embedding:
-            raise ValueError("names no states; give layers, as in {13: 29}, or embedding: true")
-        return self
-
-
-class ObjectiveConfig(Section):
+class Kind(Section):
     """What is minimised. Keys that mean nothing to the objective are refused."""
 
-    name: str = "pretrain"
-    """What is minimised: pretrain, distill, sequence_classification, token_classification or
-    question_answering."""
-    z_loss: float = Field(0.0, ge=0)
-    """pretrain: weight of the mean of logsumexp(logits)^2 (PaLM: 1e-4), reported apart."""
-    teacher: str | None = None
-    """distill: the model to distil from: a native checkpoint, a run, an HF folder or a Hub id."""
-    teacher_like: str | None = None
-    """distill: preset or spec file whose sizes the teacher has, as `model.like`."""
-    logits: str | None = None
-    """distill: instead of a teacher, a folder of `bevatron logits` with what one said before."""
-    states: StatesConfig | None = None
-    """distill: states of the layers that are compared besides the logits."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """distill: between the two distributions: KL(teacher || student), KL(student || teacher), or
-    Jensen-Shannon."""
-    temperature: float = Field(1.0, gt=0)
-    """distill: both models' logits are divided by it."""
-    top_k: int | None = Field(None, ge=1)
-    """distill: compare the teacher's k likeliest tokens, and the mass of all others as one more;
-    if absent, all tokens."""
-    ce: float = Field(0.0, ge=0)
-    """distill: weight of the cross-entropy with the data's own next token."""
-    labels: list[str] = []
-    """Classification: names, in order, of the new head that a language model gets."""
-    problem_type: (
-        Literal["regression", "single_label_classification", "multi_label_classification"] | None
-    ) = None
-    """sequence_classification: of that head; if absent, regression for one label, else
-    single_label_classification."""
-    new_head: bool = False
-    """Heads: replace the one that the model has by a freshly initialised one."""
-    label_all_tokens: bool = False
-    """token_classification: a word's label for all of its tokens (B-X continued as I-X), not only
-    for the first."""
-    join_words: bool = False
-    """token_classification: tokenize words joined by spaces, as text has them at inference, rather
-    than one by one, as transformers' scripts do."""
-    stride: int | None = Field(None, ge=1)
-    """question_answering: tokens that neighbouring windows of a long context share; if absent, a
-    context is cut off where the sequence is full."""
+    # A kind adds its keys, and says the following. Places are "module:name", loaded when needed.
+    # That the model must have:
+    head: ClassVar[HeadKind] = "causal_lm"
+    # The feed's class, a `train.read_ahead.ReadAhead`:
+    reads: ClassVar[str] = TOKENS
+    # The objective's class, whose `of(kind, spec, compiled)` makes it (or `make` is its own):
+    minimises: ClassVar[str]
+    # Those of its keys that name models or folders. A dry run can do without one for which the key
+    # `..._like` says the sizes:
+    paths: ClassVar[tuple[str, ...]] = ()
+    # Whether its loss is the text's, in nats per token, so that there are bits per byte:
+    is_likelihood: ClassVar[bool] = False
 
-    @model_validator(mode="after")
-    def _known(self) -> ObjectiveConfig:
-        if self.name not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
-            raise ValueError(f"name {self.name!r} is unknown; known are {known}")
-        for key, field in type(self).model_fields.items():
-            if key == "name" or key in OBJECTIVES[self.name]:
-                continue
-            if getattr(self, key) != field.default:
-                takers = " or ".join(name for name, keys in OBJECTIVES.items() if key in keys)
-                raise ValueError(f"{key} means nothing to {self.name}, only to {takers}; drop it")
-        if self.name == "distill" and (self.teacher is None) == (self.logits is None):
+    name: str
+
+    @property
+    def replaces_head(self) -> bool:
+        """Whether the model gets a new head even if it has one of this kind."""
+        return False
+
+    def adjusted(self, head: Head) -> Head:
+        """The model's own head, of the kind that is needed, as this objective uses it. Raises
+        BevatronError if the settings are of another head."""
+        return head
+
+    def made_head(self) -> Head:
+        """For a model that has none of the kind. Raises BevatronError."""
+        raise BevatronError(
+            f"objective.name {self.name} makes no new {self.head} head; start from a model with one"
+        )
+
+    @property
+    def feed(self) -> Any:
+        """The class of what it reads."""
+        return load(self.reads)
+
+    def make(self, spec: ModelSpec, compiled: bool = False) -> Any:
+        """The objective (`train.objectives.Objective`) for a model with the head that it needs.
+        `compiled`: whether its loss is to be compiled, where it can be."""
+        return load(self.minimises).of(self, spec, compiled)
+
+
+class PretrainKind(Kind):
+    minimises = "bevatron.train.objectives:Pretrain"
+    is_likelihood = True
+
+    name: str = "pretrain"
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the mean of logsumexp(logits)^2 (PaLM: 1e-4), reported apart."""
+
+
+def load(place: str) -> Any:
+    """What stands at "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def kind_named(name: str) -> type[Kind]:
+    """The kind of an objective's name, which is in the table."""
+    found: type[Kind] = load(KINDS[name])
+    return found
+
+
+def kind_of(given: Any) -> Any:
+    """A kind from the keys of the section.
+
+    Keys of other objectives may be there with their defaults, as a printed configuration has them.
+    Raises ValueError (pydantic's own among them) for an unknown name and keys of other objectives.
+    """
+    if isinstance(given, Kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError("expected a section, such as {name: pretrain}")
+    name = given.get("name", "pretrain")
+    if not isinstance(name, str):
+        return given
+    if name not in KINDS:
+        raise ValueError(f"name {name!r} is unknown; known are {', '.join(KINDS)}")
+    kind, own = kind_named(name), {"name": name}
+    for key, value in given.items():
+        takers = {} if key in kind.model_fields else _takers(key)
+        if not takers:
+            own[key] = value
+        elif all(value != field.default for field in takers.values()):
             raise ValueError(
-                "distill needs a teacher; name its folder in objective.teacher, or that of its "
-                "stored logits in objective.logits, and not both"
+                f"{key} means nothing to {name}, only to {' or '.join(takers)}; drop it"
             )
-        if self.states is not None and self.teacher is None:
-            raise ValueError("states needs objective.teacher: stored logits have no states")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError("labels has a name twice; name every label once")
-        return self
+    return kind.model_validate(own)
+
+
+def _takers(key: str) -> dict[str, FieldInfo]:
+    """The objectives that have this key, and how."""
+    fields = {name: kind_named(name).model_fields.get(key) for name in KINDS}
+    return {name: field for name, field in fields.items() if field is not None}
+
+
+def fields_of(section: type[BaseModel]) -> Mapping[str, FieldInfo]:
+    """The keys that a section may have; of `Kind` those of all objectives, and whose they are."""
+    if section is not Kind:
+        return section.model_fields
+    *others, last = KINDS
+    found: dict[str, FieldInfo] = {}
+    for name in KINDS:
+        for key, field in kind_named(name).model_fields.items():
+            if key not in found:
+                whose = f"What is minimised: {', '.join(others)} or {last}."
+                if key != "name":
+                    whose = f"{', '.join(_takers(key))}: {_lower(field.description or '')}"
+                found[key] = copy(field)
+                found[key].description = whose
+    return found
+
+
+def defaults() -> dict[str, Any]:
+    """Of every key of every objective."""
+    fields = fields_of(Kind).items()
+    return {key: field.get_default(call_default_factory=True) for key, field in fields}
+
+
+def _lower(text: str) -> str:
+    """As it goes on behind a colon."""
+    return text[:1].lower() + text[1:]
+
+
+ObjectiveConfig = Annotated[SerializeAsAny[Kind], BeforeValidator(kind_of)]

@@ -23,6 +23,7 @@ from pydantic_core import PydanticUndefined
 from bevatron.errors import BevatronError
 from bevatron.spec import Role
 from bevatron.train.config import RunConfig
+from bevatron.train.config_objective import fields_of
 
 WIDTH = 96
 ROLES = ", ".join(f"`{role}`" for role in typing.get_args(Role))
@@ -68,7 +69,7 @@ class Key:
 
 def keys_of(section: type[BaseModel], path: str = "") -> Iterator[Key]:
     """The keys of a section, in order, without what is below them."""
-    for name, field in section.model_fields.items():
+    for name, field in fields_of(section).items():
         dotted = f"{path}.{field.alias or name}" if path else field.alias or name
         inner, listed = _section(field.annotation)
         yield Key(

@@ -10,6 +10,7 @@ all their labels, NaN where labels are numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from bevatron.nn.output_heads import Compute, at, last_token
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE
 from bevatron.spec import Head, ModelSpec
+from bevatron.train.config_objective import Kind
+from bevatron.train.head_kinds import problem_type
 from bevatron.train.objectives import NONE, Samples, Stored, Taps, Vector, mean_over
 
 Batch = dict[str, Tensor]
@@ -30,6 +33,10 @@ class _OnScores:
     companions = NONE
     stored: Stored | None = None
     taps: Taps | None = None
+
+    @classmethod
+    def of(cls, kind: Kind, spec: ModelSpec, compiled: bool) -> Self:
+        return cls()
 
     def sums(self, scores: Tensor, batch: Batch) -> list[Tensor]:
         raise NotImplementedError
@@ -64,6 +71,10 @@ class SequenceClassification(_OnScores):
             "multi_label_classification": 4,
             "regression": 1,
         }[self.kind]
+
+    @classmethod
+    def of(cls, kind: Kind, spec: ModelSpec, compiled: bool) -> Self:
+        return cls(spec.head)
 
     def batch(self, samples: Samples) -> tuple[Tensor, Batch]:
         ids = samples["tokens"]
@@ -182,10 +193,3 @@ def best_span(scores: Tensor, context: Tensor, null: Tensor) -> tuple[Tensor, Te
     value, first = (start + best).max(1)
     is_null = at(scores, null).sum(-1) > value
     return torch.where(is_null, null, first), torch.where(is_null, null, at(where, first))
-
-
-def problem_type(head: Head) -> str:
-    """The head's, or what transformers makes of the number of its labels."""
-    if head.problem_type is not None:
-        return head.problem_type
-    return "regression" if len(head.labels) == 1 else "single_label_classification"

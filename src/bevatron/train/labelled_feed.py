@@ -4,61 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from bevatron.checkpoint.run_folder import hash_file
 from bevatron.data.jsonl_rows import Rows
-from bevatron.data.labelled_examples import Arrays, Labelled, Padded, SequenceLabels, TokenLabels
+from bevatron.data.labelled_examples import Arrays, Labelled, Padded
 from bevatron.data.permutation import Permutation, derive
-from bevatron.data.question_answering import Answers
-from bevatron.data.token_store import TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
-from bevatron.train import token_feed
 from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig, SourceConfig
-from bevatron.train.config_objective import UNLABELLED
-from bevatron.train.head_objectives import problem_type
+from bevatron.train.head_kinds import LabelledKind
 from bevatron.train.objectives import Stored
 from bevatron.train.read_ahead import Batch, ReadAhead
 from bevatron.train.run_start import Start, tokenizer_of
-from bevatron.train.token_feed import Feed, own_tokenizer
 
 ROWS = 1024  # that are tokenized at once where windows are counted
 SHUFFLE = 3  # tells these permutations from the sampler's
-
-
-def open_feed(
-    config: RunConfig,
-    start: Start,
-    stored: Stored | None = None,
-    rounded: bool = False,
-    **options: Any,
-) -> ReadAhead:
-    """What the objective reads: token stores, or labelled examples. Options as of `Feed`."""
-    if config.objective.name in UNLABELLED:
-        options |= {"tokenizer": own_tokenizer(config, start), "stored": stored}
-        return Feed(config.data, start.spec, rounded=rounded, **options)
-    return LabelledFeed(config, start, **options)
-
-
-def check_data(config: RunConfig, start: Start) -> None:
-    """Open all data once, before any process starts. Raises BevatronError if they do not fit."""
-    sources = [*config.data.train, *config.data.validation]
-    if config.objective.name not in UNLABELLED:
-        Rows([Path(source.path) for source in sources], _labelled(config, start).check)
-        return
-    token_feed.check_data(config, start)
-
-
-def hash_source(config: RunConfig, path: str) -> str:
-    """Of a data source, whatever its objective reads: the same for the same content anywhere."""
-    if config.objective.name in UNLABELLED:
-        return TokenStore.open(Path(path)).info.hash
-    return hash_file(Path(path))
 
 
 class Examples:
@@ -135,6 +100,27 @@ class LabelledFeed(ReadAhead):
         validation = config.data.validation
         self.validation = Examples(validation, labelled) if validation else None
 
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        start: Start,
+        *,
+        stored: Stored | None,
+        rounded: bool,
+        **options: Any,
+    ) -> Self:
+        return cls(config, start, **options)
+
+    @classmethod
+    def check(cls, config: RunConfig, start: Start) -> None:
+        sources = [*config.data.train, *config.data.validation]
+        Rows([Path(source.path) for source in sources], _labelled(config, start).check)
+
+    @staticmethod
+    def hash_of(path: str) -> str:
+        return hash_file(Path(path))
+
     def read_training(self, positions: range) -> Batch:
         return self._samples(self.training, [self._shuffled(p) for p in positions])
 
@@ -193,11 +179,7 @@ def _labelled(config: RunConfig, start: Start) -> Labelled:
                 f"tokenizer: {opened.file} is not the {TOKENIZER} that lies with the model and "
                 "that an export will hold; drop the key, or put this one into the model's folder"
             )
-    spec, objective = start.spec, config.objective
-    padded = Padded.of(opened, config.data.seq_len, spec.head.pad_token_id)
-    if objective.name == "sequence_classification":
-        return SequenceLabels(padded, spec.head.labels, problem_type(spec.head))
-    if objective.name == "question_answering":
-        return Answers(padded, objective.stride)
-    all_tokens, join = objective.label_all_tokens, objective.join_words
-    return TokenLabels(padded, spec.head.labels, all_tokens=all_tokens, join=join)
+    assert isinstance(config.objective, LabelledKind)
+    head = start.spec.head
+    padded = Padded.of(opened, config.data.seq_len, head.pad_token_id)
+    return config.objective.rows(padded, head)

@@ -136,11 +136,10 @@ def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
     init, (config, notes) = config.model.init, stand_in(config)
     start = _check(config, layout, absent)
     from bevatron.train.dry_run import make_plan, to_text
-    from bevatron.train.objectives import objective_of
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     notes += [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
-    objective = objective_of(config.objective, start.spec)
+    objective = config.objective.make(start.spec)
     notes += _beyond_contexts(config, start, objective)
     plan = make_plan(config, layout, objective, notes)
     if init is not None and config.model.init is None:
@@ -151,7 +150,6 @@ def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
 def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -> Start:
     """All that needs no process group: the start, the layout, the objective, the data. Data that
     does not exist is noted in `absent` if it is given."""
-    from bevatron.train.labelled_feed import check_data
     from bevatron.train.run_start import find_start
     from bevatron.train.trackers import check_trackers
 
@@ -183,7 +181,7 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
         sources = [*config.data.train, *config.data.validation]
         absent += [s.path for s in sources if not os.path.lexists(s.path)]
     if not absent:
-        check_data(config, start)
+        config.objective.feed.check(config, start)
     return start
 
 
@@ -191,11 +189,10 @@ def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
     """The frozen models that the objective brings must run at the layout and read the same ids;
     what one of them said before must be of this run's samples."""
     from bevatron.data.tokenizer import TOKENIZER
-    from bevatron.train.objectives import objective_of
     from bevatron.train.token_feed import check_companion, own_tokenizer
 
     own = None if config.data.allow_other_tokenizer else own_tokenizer(config, start)
-    objective = objective_of(config.objective, start.spec)
+    objective = config.objective.make(start.spec)
     if objective.stored is not None:
         try:
             objective.stored.check(config)
@@ -307,7 +304,6 @@ def _run(
     from bevatron.parallel.process_groups import job_store
     from bevatron.train.hang_watch import Watch
     from bevatron.train.hardware import why_on_cpu
-    from bevatron.train.objectives import objective_of
     from bevatron.train.run_start import opened_run
     from bevatron.train.training_loop import Run
 
@@ -323,9 +319,7 @@ def _run(
         opened_run(config, say) as start,
     ):
         made: list[Objective] = []
-        on_all(
-            lambda: made.append(objective_of(config.objective, start.spec, config.train.compile))
-        )
+        on_all(lambda: made.append(config.objective.make(start.spec, config.train.compile)))
         objective = made[0]
         run = Run(
             config,

@@ -27,8 +27,10 @@ def stand_in(config: RunConfig) -> tuple[RunConfig, list[str]]:
     run_has_steps = _goes_on(config)
     if not run_has_steps and stands_in("model.init", model.init, model.like):
         model = ModelConfig(spec=model.like, override=model.override)
-    if stands_in("objective.teacher", objective.teacher, objective.teacher_like):
-        objective = objective.model_copy(update={"teacher": None})
+    for key in objective.paths:
+        path, like = getattr(objective, key), getattr(objective, f"{key}_like", None)
+        if stands_in(f"objective.{key}", path, like):
+            objective = objective.model_copy(update={key: None})
     return config.model_copy(update={"model": model, "objective": objective}), notes
 
 
@@ -39,8 +41,9 @@ def check_present(config: RunConfig) -> None:
     """
     if config.recipe is None:
         return
-    weights = {"model.init": config.model.init, "objective.teacher": config.objective.teacher}
-    weights["objective.logits"] = config.objective.logits
+    weights = {"model.init": config.model.init}
+    for key in config.objective.paths:
+        weights[f"objective.{key}"] = getattr(config.objective, key)
     if _goes_on(config):
         del weights["model.init"]
     missing = [

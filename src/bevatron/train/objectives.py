@@ -23,7 +23,7 @@ from bevatron.nn.vocabulary_loss import IGNORE, cross_entropy_and_z
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
-from bevatron.train.config_objective import ObjectiveConfig
+from bevatron.train.config_objective import PretrainKind
 
 # What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if
 # `data.document_mask` is set, `documents` [n, T + 1] int64, the number of each token's document
@@ -145,6 +145,10 @@ class Pretrain:
         self.z_loss, self.compiled = z_loss, compiled
         self.entries = 2 if z_loss else 1
 
+    @classmethod
+    def of(cls, kind: PretrainKind, spec: ModelSpec, compiled: bool) -> Pretrain:
+        return cls(kind.z_loss, compiled)
+
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, documents = samples["tokens"], samples.get("documents")
         ids, labels = tokens[:, :-1], tokens[:, 1:]
@@ -182,21 +186,3 @@ class Pretrain:
 def mean_over(count: Any) -> float:
     """A count to divide by: where there is nothing to count, sums are zero and so is their mean."""
     return max(1.0, float(count))
-
-
-def objective_of(config: ObjectiveConfig, spec: ModelSpec, compiled: bool = False) -> Objective:
-    """The configured objective for a model with the head that it needs (`new_head.py` sees to
-    that)."""
-    from bevatron.train import head_objectives
-
-    if config.name == "pretrain":
-        return Pretrain(config.z_loss, compiled)
-    if config.name == "distill":
-        from bevatron.compress.distill import distill  # a room above
-
-        return distill(config, spec)
-    if config.name == "sequence_classification":
-        return head_objectives.SequenceClassification(spec.head)
-    if config.name == "token_classification":
-        return head_objectives.TokenClassification()
-    return head_objectives.QuestionAnswering()

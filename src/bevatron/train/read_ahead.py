@@ -6,14 +6,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import torch
 from numpy.typing import NDArray
 
 from bevatron.checkpoint.storage import threads_are_free
 from bevatron.train.batches import Batches
-from bevatron.train.objectives import Samples
+from bevatron.train.config import RunConfig
+from bevatron.train.objectives import Samples, Stored
+from bevatron.train.run_start import Start
 
 Batch = dict[str, NDArray[Any]]
 
@@ -50,6 +52,35 @@ class ReadAhead(ABC):
         self._ahead: tuple[int, Future[Batch]] | None = None
         if threads_are_free():
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
+
+    @classmethod
+    @abstractmethod
+    def open(
+        cls,
+        config: RunConfig,
+        start: Start,
+        *,
+        stored: Stored | None,
+        rounded: bool,
+        **options: Any,
+    ) -> Self:
+        """That of a run. Options as above, and `seed`.
+
+        Args:
+            stored: arrays that join the samples.
+            rounded: mix by rounded weights, as the run was begun; see `data.sample_order.Shares`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: RunConfig, start: Start) -> None:
+        """Open all data once, before any process starts. Raises BevatronError if some does not
+        fit."""
+
+    @staticmethod
+    @abstractmethod
+    def hash_of(path: str) -> str:
+        """Of a source: the same for the same content anywhere."""
 
     @abstractmethod
     def read_training(self, positions: range) -> Batch:

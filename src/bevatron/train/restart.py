@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from bevatron.data.tokenizer import TOKENIZER
 from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig, SourceConfig, flat
-from bevatron.train.config_objective import UNLABELLED
+from bevatron.train.config_objective import TOKENS, defaults
 from bevatron.train.learning_rate import learning_rate
 from bevatron.train.run_start import Start
 
@@ -210,6 +210,9 @@ def as_it_began(start: Start, config: RunConfig) -> RunConfig:
 
 def _differing(old: RunConfig, new: RunConfig) -> list[str]:
     before, after = flat(old), flat(new)
+    if old.objective.name != new.objective.name:  # keys that one of them has not
+        others = {f"objective.{key}": value for key, value in defaults().items()}
+        before, after = others | before, others | after
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
@@ -254,7 +257,7 @@ def _origin(start: Start, config: RunConfig, key: str) -> list[Change]:
 def _keeps_tokenizer(start: Start, config: RunConfig) -> bool:
     """Whether the steps of a run go on with the tokenizer that lies in them. (Labelled examples are
     read with the configured one, which must be the same.)"""
-    if config.objective.name not in UNLABELLED or start.weights is None:
+    if config.objective.reads != TOKENS or start.weights is None:
         return False
     source = start.weights.source
     return source is not None and (source / TOKENIZER).is_file()

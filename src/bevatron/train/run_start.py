@@ -13,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bevatron.bridge.open_sizes import paper
 from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.checkpoint.manifest import FILE_NAME, NewerFormatError, read_manifest
 from bevatron.checkpoint.run_folder import LATEST, RunFolder, step_of
@@ -28,9 +27,8 @@ from bevatron.spec import ModelSpec, SpecError
 from bevatron.spec.json import from_json
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
-from bevatron.train.config_objective import ObjectiveConfig
+from bevatron.train.head_kinds import with_head
 from bevatron.train.model_override import overridden
-from bevatron.train.new_head import with_head
 
 Say = Callable[[str], None]
 FOREIGN_SHOWN = 3  # names of files that are not a run's
@@ -130,16 +128,14 @@ def _fresh(config: RunConfig, copies: bool = True) -> Start:
 def _headed(config: RunConfig, start: Start) -> Start:
     """The same with the head that the objective needs, and what the run changes of the model."""
     start = _overridden(config, start)
-    objective = config.objective
-    if start.resumed is not None:
-        objective = objective.model_copy(update={"new_head": False})  # it has been replaced
+    objective, resumed = config.objective, start.resumed is not None
 
     def pad() -> int | None:
         tokenizer = open_tokenizer(tokenizer_of(config, start))
         return tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
-    spec, fresh = with_head(start.spec, objective, start.family, pad)
-    if fresh and start.resumed is not None:
+    spec, fresh = with_head(start.spec, objective, start.family, pad, keep=resumed)
+    if fresh and resumed:
         raise BevatronError(
             f"objective.name {objective.name} needs a new head, which {start.resumed} has no "
             "optimizer state for; begin with its weights alone (model.init) in another run.dir"
@@ -317,18 +313,6 @@ def _damage(check: Callable[[], None]) -> str | None:
             raise
         return str(failure(error))
     return None
-
-
-def open_teacher(objective: ObjectiveConfig) -> Opened:
-    """The weights of a distillation's teacher. They lie nowhere if there are only the sizes that it
-    will have (see `missing_inputs.py`)."""
-    like = objective.teacher_like
-    if objective.teacher is None:
-        spec = spec_named(str(like))
-        return paper(Path(str(like)), for_spec(spec), spec, "", "BF16")
-    opened = open_weights(objective.teacher)
-    check_like(objective.teacher, "objective.teacher_like", like, opened.spec)
-    return opened
 
 
 def check_like(where: str, like_key: str, like: str | None, spec: ModelSpec) -> None:

@@ -62,7 +62,7 @@ class Meter:
         self.trackers: Trackers | None = None
         self.bytes_per_token: float | None = None
         if folder is not None:
-            if config.objective.name == "pretrain":
+            if config.objective.is_likelihood:
                 self.bytes_per_token = bytes_per_token(config.data.validation)
             folder.path.mkdir(parents=True, exist_ok=True)
             self.trackers = Trackers(config, folder.path, step)

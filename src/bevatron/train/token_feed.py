@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from bevatron.train.batches import Batches
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig
 from bevatron.train.objectives import BLANK, Stored
 from bevatron.train.read_ahead import Batch, ReadAhead
-
-if TYPE_CHECKING:
-    from bevatron.train.run_start import Start
+from bevatron.train.run_start import Start
 
 
 class Feed(ReadAhead):
@@ -56,6 +54,30 @@ class Feed(ReadAhead):
         self.training, self.validation = make_samplers(
             data, stores, self.batches, seed, rounded=rounded
         )
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        start: Start,
+        *,
+        stored: Stored | None,
+        rounded: bool,
+        **options: Any,
+    ) -> Self:
+        own = own_tokenizer(config, start)
+        return cls(
+            config.data, start.spec, tokenizer=own, stored=stored, rounded=rounded, **options
+        )
+
+    @classmethod
+    def check(cls, config: RunConfig, start: Start) -> None:
+        stores = open_stores(config.data, start.spec, own_tokenizer(config, start))
+        make_samplers(config.data, stores, Batches.of(config.train.global_batch), config.train.seed)
+
+    @staticmethod
+    def hash_of(path: str) -> str:
+        return TokenStore.open(Path(path)).info.hash
 
     def read_training(self, positions: range) -> Batch:
         return self._windows("train", self.training, positions)
@@ -122,12 +144,6 @@ class Feed(ReadAhead):
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 or not share else f"{100 * share:.2g}%"
-
-
-def check_data(config: RunConfig, start: Start) -> None:
-    """Everything that a Feed would refuse, without a process group. Raises BevatronError."""
-    stores = open_stores(config.data, start.spec, own_tokenizer(config, start))
-    make_samplers(config.data, stores, Batches.of(config.train.global_batch), config.train.seed)
 
 
 def own_tokenizer(config: RunConfig, start: Start) -> Path | None:

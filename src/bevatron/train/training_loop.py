@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from bevatron.train.bad_steps import Guard, event
 from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
 from bevatron.train.hang_watch import Watch
-from bevatron.train.labelled_feed import hash_source, open_feed
 from bevatron.train.learning_rate import learning_rate
 from bevatron.train.objectives import Objective
 from bevatron.train.restart import Change
@@ -121,7 +119,7 @@ class Run:
         trainer, stored = self.trainer, self.trainer.objective.stored
         if stored is not None:
             stored.check(config)
-        self.feed = open_feed(
+        self.feed = config.objective.feed.open(
             config,
             self.start,
             stored=stored if trainer.placed.is_last else None,
@@ -133,7 +131,9 @@ class Run:
             rounded=self._mixture == "rounded",
             batches=batches,
         )
-        self.held_out = {s.path: hash_source(config, s.path) for s in config.data.validation}
+        self.held_out = {
+            s.path: config.objective.feed.hash_of(s.path) for s in config.data.validation
+        }
         if start.state is not None:
             recorded = start.state.get("data", {}), start.state.get("validation", {})
             changed = self.feed.changed_sources(recorded[0])
@@ -197,7 +197,7 @@ class Run:
         """What decides the numbers may not change between starts of one run."""
         if self.start.resumed is None:
             return
-        found = restart.compare(self.start, self.config, partial(hash_source, self.config))
+        found = restart.compare(self.start, self.config, self.config.objective.feed.hash_of)
         restart.refuse(str(self.folder.path), found, self.allowed)
         self.changes += found
 
