@@ -13,7 +13,7 @@ from typing import Any
 
 from bevatron.families.config_fields import Field, Values, check, flag, shown, size, wrong
 from bevatron.families.registry import Config, FamilyError
-from bevatron.spec.model import ROPE_NEEDS, Rope
+from bevatron.spec.rope import ROPE_NEEDS, Rope
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 

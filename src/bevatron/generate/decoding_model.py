@@ -7,32 +7,22 @@ under tensor parallelism H, G, f and V are this rank's share.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bevatron.generate.decoding_weights import (
-    AttentionWeights,
-    LayerWeights,
-    MLPWeights,
-    ModelWeights,
-)
+from bevatron.generate.decoding_sublayers import Pair, Place
+from bevatron.generate.decoding_weights import ModelWeights
 from bevatron.generate.engine_ranks import Ranks
 from bevatron.generate.engine_step import Output, Scores, Segment, Step
 from bevatron.generate.kv_cache import SlotCache
-from bevatron.generate.matrix_product import Matrix
 from bevatron.generate.request import NoRoom
-from bevatron.nn.mlp import activate
 from bevatron.nn.norm import rms
 from bevatron.nn.output_heads import softcap
-from bevatron.nn.rope import inverse_frequencies
+from bevatron.nn.rope import cos_and_sin, for_rotate_
 from bevatron.spec import ModelSpec
 
 SCORED = 128  # positions whose logits over the whole vocabulary are held at a time
-
-Pair = tuple[Tensor, Tensor]
 
 
 def is_want_of_memory(error: BaseException) -> bool:
@@ -44,7 +34,7 @@ def is_want_of_memory(error: BaseException) -> bool:
 
 
 class Rotations:
-    """cos and sin of positions, [N, 1, 1, R] each, for the rotation x * cos + swapped(x) * sin."""
+    """cos and sin of positions, [N, 1, 1, R] each, as `nn.rope.rotate_` takes them."""
 
     def __init__(
         self, spec: ModelSpec, head_dims: set[int], dtype: torch.dtype, device: torch.device
@@ -65,33 +55,9 @@ class Rotations:
         return {d: (cos[positions], sin[positions]) for d, (cos, sin) in self.tables.items()}
 
     def _make(self, head_dim: int, positions: Tensor, length: Tensor | int) -> Pair:
-        inverse = inverse_frequencies(self.rope, head_dim, length, self.device)
-        angles = positions.float()[:, None] * inverse  # [N, R/2]
-        cos, sin = angles.cos(), angles.sin()
-        if self.rope.attention_factor is not None:
-            cos, sin = cos * self.rope.attention_factor, sin * self.rope.attention_factor
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        both = cos_and_sin(self.rope, head_dim, positions, length)  # [N, R/2] each
+        cos, sin = for_rotate_(*both)
         return cos[:, None, None].to(self.dtype), sin[:, None, None].to(self.dtype)
-
-
-@dataclass
-class _Place:
-    """Where the tokens of a step lie: made once, used by every layer.
-
-    Attributes:
-        rotations: by head_dim.
-        rows, positions: of the tokens that are decoded, as tensors where there are several.
-        held: positions that any of them sees; mask [n, 1, 1, held] where they differ.
-        masks: by segment, which positions [T, S] its tokens see; None for a plain causal one.
-    """
-
-    step: Step
-    rotations: dict[int, Pair]
-    rows: Tensor
-    positions: Tensor
-    held: int
-    mask: Tensor | None
-    masks: list[Tensor | None]
 
 
 class Model:
@@ -102,14 +68,13 @@ class Model:
     ) -> None:
         self.spec, self.ranks, self.device = spec, ranks, device
         self.weights, self.dtype = weights, weights.dtype
-        shapes = {
-            i: (a.groups, a.head_dim)
-            for i, layer in weights.layers.items()
-            if (a := layer.attention) is not None
-        }
+        layers = weights.layers.items()
+        shapes = {i: shape for i, layer in layers for _, d in layer if (shape := d.cache)}
         self.cache = SlotCache(shapes, self.dtype, device)
         self.sizes = (0, 0)  # of the cache, on all ranks
-        self.rotations = Rotations(spec, {d for _, d in shapes.values()}, self.dtype, device)
+        found = {d.rotated for i in weights.layers for _, d in spec.layers[i].present}
+        head_dims = {d for d in found if d is not None}
+        self.rotations = Rotations(spec, head_dims, self.dtype, device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> Output | None:
@@ -126,8 +91,9 @@ class Model:
             x = self._embed(step)
         else:
             x = self.ranks.receive((step.size, self.spec.hidden_size), self.dtype, self.device)
-        for index, layer in self.weights.layers.items():
-            x = self._layer(x, index, layer, place)
+        for layer in self.weights.layers.values():
+            for norm, sublayer in layer:
+                x.add_(sublayer(norm(x), place))  # [N, h]
         if self.weights.head is None:
             self.ranks.send(x)
         return self.ranks.to_first(self._output(x, step), step, self.spec.vocab_size, self.device)
@@ -164,7 +130,7 @@ class Model:
         x = x.to(self.dtype)  # [N, h]
         return rms(x, self.spec.norm.eps) if self.spec.embedding_norm else x
 
-    def _place(self, step: Step) -> _Place:
+    def _place(self, step: Step) -> Place:
         positions = list(step.positions)
         lengths = [p + 1 for p in positions]
         for s in step.prefill:
@@ -183,7 +149,9 @@ class Model:
             mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None]  # [n, 1, 1, held]
         rotations = self.rotations.at(at, lengths, self.cache.capacity)
         rows = torch.arange(n, device=self.device)
-        return _Place(step, rotations, rows, own, held, mask, [self._mask(s) for s in step.prefill])
+        masks = [self._mask(s) for s in step.prefill]
+        caches = self.cache.layers
+        return Place(step, self.ranks, caches, rotations, rows, own, held, mask, masks)
 
     def _mask(self, segment: Segment) -> Tensor | None:
         """A piece of a prompt: each token sees what came before it."""
@@ -191,64 +159,6 @@ class Model:
         if segment.start == 0 or new == 1:
             return None
         return torch.ones(new, end, dtype=torch.bool, device=self.device).tril(segment.start)
-
-    # --- the layers
-
-    def _layer(self, x: Tensor, index: int, layer: LayerWeights, place: _Place) -> Tensor:
-        """x [N, h], which is changed in place."""
-        if layer.attention is not None:
-            x.add_(self._attention(layer.attention_norm(x), index, layer.attention, place))
-        elif layer.attention_linear is not None:
-            x.add_(self._linear(layer.attention_norm(x), layer.attention_linear))
-        if layer.mlp is not None:
-            x.add_(self._mlp(layer.mlp_norm(x), layer.mlp))
-        elif layer.mlp_linear is not None:
-            x.add_(self._linear(layer.mlp_norm(x), layer.mlp_linear))
-        return x
-
-    def _linear(self, x: Tensor, matrix: Matrix) -> Tensor:
-        if self.ranks.tp > 1:
-            first, last = self.ranks.bounds(self.spec.hidden_size)
-            x = x[:, first:last].contiguous()
-        return self.ranks.sum_(matrix(x))
-
-    def _mlp(self, x: Tensor, mlp: MLPWeights) -> Tensor:
-        y = mlp.up(x)
-        if mlp.up_bias is not None:
-            y += mlp.up_bias
-        if mlp.gated:
-            gate, up = y.chunk(2, dim=-1)  # [N, f] each
-            y = activate(gate, mlp.activation).mul_(up)
-        else:
-            y = activate(y, mlp.activation)
-        y = self.ranks.sum_(mlp.down(y))  # [N, h]
-        return y if mlp.down_bias is None else y + mlp.down_bias
-
-    def _attention(self, x: Tensor, index: int, a: AttentionWeights, place: _Place) -> Tensor:
-        rows = a.qkv(x)
-        if a.qkv_bias is not None:
-            rows += a.qkv_bias
-        heads = rows.view(len(x), a.groups, a.queries + 2, a.head_dim)  # [N, G, q+2, D]
-        cos, sin = place.rotations[a.head_dim]
-        turned = heads[:, :, : a.queries + 1, : cos.shape[-1]]  # queries and key
-        left, right = turned.chunk(2, dim=-1)
-        swapped = torch.cat((right, left), dim=-1)
-        turned.mul_(cos).add_(swapped.mul_(sin))  # rounded as often as transformers does
-        if a.qk_norm:
-            both = heads[:, :, : a.queries + 1]
-            both.copy_(rms(both, self.spec.norm.eps))
-        kv, q, n = self.cache.layers[index], a.queries, len(place.step.tokens)
-        parts = []
-        if n:
-            parts.append(_decode(heads[:n], kv, q, place))
-        at = n
-        for segment, mask in zip(place.step.prefill, place.masks, strict=True):
-            end = at + len(segment.tokens)
-            parts.append(_prefill(heads[at:end], kv, q, segment, mask))
-            at = end
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)  # [N, H*D]
-        y = self.ranks.sum_(a.o(y))  # [N, h]
-        return y if a.o_bias is None else y + a.o_bias
 
     # --- after the layers
 
@@ -292,30 +202,3 @@ def score(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Te
     best = logprobs.topk(min(top, logits.shape[-1]))
     own = logprobs.gather(1, targets[:, None])[:, 0]
     return own, logits.argmax(-1) == targets, best.indices, best.values
-
-
-def _decode(heads: Tensor, kv: Tensor, q: int, place: _Place) -> Tensor:
-    """One new token each of the sequences in the first rows: heads [n, G, q+2, D] -> [n, H*D]."""
-    n = len(heads)
-    if n == 1:
-        kv[0, :, :, place.held - 1] = heads[0, :, q:]
-    else:
-        kv[place.rows, :, :, place.positions] = heads[:, :, q:]
-    keys, values = kv[:n, :, 0, : place.held], kv[:n, :, 1, : place.held]  # [n, G, S, D]
-    # A group's queries take the place of T: they see the same keys.
-    y = F.scaled_dot_product_attention(heads[:, :, :q], keys, values, place.mask)
-    return y.flatten(1)  # [n, G*q*D]
-
-
-def _prefill(heads: Tensor, kv: Tensor, q: int, segment: Segment, mask: Tensor | None) -> Tensor:
-    """Tokens of one prompt: heads [T, G, q+2, D] -> [T, H*D]."""
-    new = len(heads)
-    end = segment.start + new
-    held = kv[segment.row]  # [G, 2, capacity, D]
-    held[:, :, segment.start : end] = heads[:, :, q:].permute(1, 2, 0, 3)
-    keys, values = held[None, :, 0, :end], held[None, :, 1, :end]  # [1, G, S, D]
-    queries = heads[:, :, :q].permute(1, 2, 0, 3).flatten(0, 1)[None]  # [1, H, T, D]
-    y = F.scaled_dot_product_attention(
-        queries, keys, values, mask, is_causal=mask is None and new > 1, enable_gqa=q > 1
-    )
-    return y[0].transpose(0, 1).flatten(1)

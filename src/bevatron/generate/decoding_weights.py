@@ -1,9 +1,5 @@
 """One rank's weights as the engine uses them, read straight from where they lie: files, or the
 parameters of a model that is being trained.
-
-Tensor parallelism cuts as training does (`bevatron.parallel.tensor_parallel.placement`). KV groups
-that the ranks do not divide: each rank reads the rows of its own query heads and, beside every one
-of them, those of the key and value that it needs, so that a head is a group of its own.
 """
 
 from __future__ import annotations
@@ -12,62 +8,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Shard
 
 from bevatron.bridge.open_weights import Opened
 from bevatron.checkpoint.save_and_load import DTYPES, ReadBox, box_reader
+from bevatron.errors import BevatronError
+from bevatron.generate.decoding_sublayers import DECODINGS, Decoding
 from bevatron.generate.matrix_product import Matrix, matrix
 from bevatron.nn.norm import NormFunction, norm_function
-from bevatron.parallel.tensor_parallel import placement
 from bevatron.progress import Advance, progress
-from bevatron.spec import MLP, Attention, Linear, ModelSpec
-
-
-@dataclass
-class AttentionWeights:
-    """Rows of qkv: [groups][queries.., key, value][head_dim], of this rank."""
-
-    groups: int
-    queries: int
-    head_dim: int
-    qk_norm: bool
-    qkv: Matrix
-    qkv_bias: Tensor | None
-    o: Matrix
-    o_bias: Tensor | None
-
-
-@dataclass
-class MLPWeights:
-    """`up` has the gate's rows first if there is one."""
-
-    gated: bool
-    activation: str
-    up: Matrix
-    up_bias: Tensor | None
-    down: Matrix
-    down_bias: Tensor | None
-
-
-@dataclass
-class LayerWeights:
-    """Of each sublayer its norm and itself, or the matrix in its place; nothing if it is absent."""
-
-    attention_norm: NormFunction
-    attention: AttentionWeights | None
-    attention_linear: Matrix | None
-    mlp_norm: NormFunction
-    mlp: MLPWeights | None
-    mlp_linear: Matrix | None
+from bevatron.spec import ModelSpec
 
 
 @dataclass
 class ModelWeights:
-    """`dtype`: of the activations too; embed, head and final_norm where this stage has them."""
+    """`dtype`: of the activations too; embed, head and final_norm where this stage has them.
+    `layers`: of each its sublayers, with the norms before them."""
 
     dtype: torch.dtype
     embed: Tensor | None
-    layers: dict[int, LayerWeights]
+    layers: dict[int, list[tuple[NormFunction, Decoding]]]
     final_norm: NormFunction | None
     head: Matrix | None
 
@@ -134,10 +93,10 @@ class Reader:
         """This rank's part of a parameter."""
         parameter = self.parameters[name]
         offset, shape = [0] * len(parameter.shape), list(parameter.shape)
-        place = placement(parameter, self.spec, self.share.tp)
-        if self.share.tp > 1 and isinstance(place, Shard):
-            first, last = self.share.bounds(shape[place.dim])
-            offset[place.dim], shape[place.dim] = first, last - first
+        dim = self.spec.cut(parameter, self.share.tp)
+        if dim is not None:
+            first, last = self.share.bounds(shape[dim])
+            offset[dim], shape[dim] = first, last - first
         return self.box(name, tuple(offset), tuple(shape))
 
     def matrix(self, name: str, weight: Tensor | None = None) -> Matrix:
@@ -179,72 +138,17 @@ class Reader:
             bias = self.bias(f"{name}.bias")
         return norm_function(self.spec.norm, self.spec.hidden_size, weight, bias)
 
-    def layer(self, index: int) -> LayerWeights:
-        layer, prefix = self.spec.layers[index], f"layers.{index}"
-        attention, mlp = layer.attention, layer.mlp
-
-        def linear(part: str) -> Matrix:
-            return self.matrix(f"{prefix}.{part}.linear.weight")
-
-        return LayerWeights(
-            self.norm(f"{prefix}.attention_norm"),
-            self.attention(f"{prefix}.attention", attention)
-            if isinstance(attention, Attention)
-            else None,
-            linear("attention") if isinstance(attention, Linear) else None,
-            self.norm(f"{prefix}.mlp_norm"),
-            self.mlp(f"{prefix}.mlp", mlp) if isinstance(mlp, MLP) else None,
-            linear("mlp") if isinstance(mlp, Linear) else None,
-        )
-
-    def mlp(self, prefix: str, spec: MLP) -> MLPWeights:
-        up = f"{prefix}.{'gate_up' if spec.gated else 'up'}"
-        return MLPWeights(
-            spec.gated,
-            spec.activation,
-            self.matrix(f"{up}.weight"),
-            self.bias(f"{up}.bias"),
-            self.matrix(f"{prefix}.down.weight"),
-            self.bias(f"{prefix}.down.bias"),
-        )
-
-    def attention(self, prefix: str, spec: Attention) -> AttentionWeights:
-        tp, groups, queries = self.share.tp, spec.num_key_value_heads, spec.queries_per_group
-        bias = None
-        if groups % tp == 0:
-            groups //= tp
-            qkv = self.matrix(f"{prefix}.qkv.weight")
-            bias = self.bias(f"{prefix}.qkv.bias")
-        else:
-            first, last = self.share.bounds(spec.num_attention_heads)
-            groups, queries = last - first, 1
-            weight = self.heads(f"{prefix}.qkv.weight", spec, range(first, last))
-            qkv = self.matrix(f"{prefix}.qkv.weight", weight)
-            if spec.qkv_bias:
-                bias = self.heads(f"{prefix}.qkv.bias", spec, range(first, last))
-        return AttentionWeights(
-            groups,
-            queries,
-            spec.head_dim,
-            spec.qk_norm,
-            qkv,
-            bias,
-            self.matrix(f"{prefix}.o.weight"),
-            self.bias(f"{prefix}.o.bias"),
-        )
-
-    def heads(self, name: str, spec: Attention, heads: range) -> Tensor:
-        """Rows of these query heads, each followed by those of its key and value."""
-        q, d, tail = spec.queries_per_group, spec.head_dim, self.parameters[name].shape[1:]
-
-        def rows(at: int) -> Tensor:
-            return self.box(name, (at * d, *[0] * len(tail)), (d, *tail))
-
-        parts = []
-        for head in heads:
-            group = head // q * (q + 2)
-            parts += [rows(group + head % q), rows(group + q), rows(group + q + 1)]
-        return torch.cat(parts)
+    def layer(self, index: int) -> list[tuple[NormFunction, Decoding]]:
+        made = []
+        for part, sublayer in self.spec.layers[index].present:
+            if sublayer.kind not in DECODINGS:
+                raise BevatronError(
+                    f"layers.{index}.{part} is of kind {sublayer.kind!r}, which nothing decodes: "
+                    "add it to bevatron.generate.decoding_sublayers.DECODINGS"
+                )
+            norm = self.norm(f"layers.{index}.{part}_norm")
+            made.append((norm, DECODINGS[sublayer.kind](sublayer, index, part, self)))
+        return made
 
 
 def read_weights(

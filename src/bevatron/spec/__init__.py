@@ -3,8 +3,10 @@
 from bevatron.spec.attention import Attention
 from bevatron.spec.linear import Linear
 from bevatron.spec.mlp import MLP
-from bevatron.spec.model import Head, HeadKind, Init, LayerSpec, ModelSpec, Norm, Rope
-from bevatron.spec.sublayer import ParameterSpec, Role, Shape, SpecError, Sublayer
+from bevatron.spec.model import Head, HeadKind, Init, LayerSpec, ModelSpec, Norm
+from bevatron.spec.parameter import ParameterSpec, Role, Shape, SpecError
+from bevatron.spec.rope import Rope
+from bevatron.spec.sublayer import Sublayer
 
 __all__ = [
     "MLP",

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from bevatron.spec.sublayer import FP32, ParameterSpec, SpecError, Sublayer
-
-if TYPE_CHECKING:
-    from bevatron.spec.model import ModelSpec
+from bevatron.spec.parameter import ParameterSpec, SpecError
+from bevatron.spec.rope import Rope
+from bevatron.spec.sublayer import FP32, Sublayer
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,13 @@ class Attention(Sublayer, kind="attention", places=("attention",)):
         if self.o_bias:
             yield ParameterSpec(f"{prefix}.o.bias", (hidden_size,), "bias")
 
-    def misfit(self, place: str, model: ModelSpec) -> str | None:
-        rotary = model.rope.rotary_dim(self.head_dim)
-        least = 4 if model.rope.kind == "dynamic" else 0
+    def misfit(self, place: str, hidden_size: int, rope: Rope) -> str | None:
+        rotary = rope.rotary_dim(self.head_dim)
+        least = 4 if rope.kind == "dynamic" else 0
         if rotary % 2 == 0 and rotary >= least:
             return None
         return (
-            f"{place}: head_dim {self.head_dim} times partial {model.rope.partial} rotates "
+            f"{place}: head_dim {self.head_dim} times partial {rope.partial} rotates "
             f"{rotary} dimensions; expected an even number of at least {least}"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bevatron.spec.model import ModelSpec
-from bevatron.spec.sublayer import Role, SpecError
+from bevatron.spec.parameter import Role, SpecError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

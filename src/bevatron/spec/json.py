@@ -15,8 +15,10 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from bevatron.spec.model import Init, LayerSpec, ModelSpec, Rope
-from bevatron.spec.sublayer import KINDS, SpecError, Sublayer
+from bevatron.spec.model import Init, LayerSpec, ModelSpec
+from bevatron.spec.parameter import SpecError
+from bevatron.spec.rope import Rope
+from bevatron.spec.sublayer import KINDS, Sublayer
 
 T = TypeVar("T")
 

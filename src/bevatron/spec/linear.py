@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bevatron.spec.sublayer import ParameterSpec, Sublayer
+from bevatron.spec.parameter import ParameterSpec
+from bevatron.spec.sublayer import Sublayer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from bevatron.spec.sublayer import ParameterSpec, Role, SpecError, Sublayer, uneven_cut
+from bevatron.spec.parameter import ParameterSpec, Role, SpecError
+from bevatron.spec.sublayer import Sublayer, uneven_cut
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from bevatron.spec.sublayer import ParameterSpec, Role, SpecError, Sublayer
+from bevatron.spec.parameter import ParameterSpec, Role, SpecError
+from bevatron.spec.rope import Rope
+from bevatron.spec.sublayer import Sublayer
 
 S = TypeVar("S", bound=Sublayer)
 
@@ -66,54 +68,6 @@ class Norm:
             yield ParameterSpec(f"{prefix}.weight", (hidden_size,), "norm")
         if self.kind == "layernorm1p":
             yield ParameterSpec(f"{prefix}.bias", (hidden_size,), "norm")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding, half-split. `partial`: share of head_dim that is rotated.
-
-    `reversed`: rotates by minus the angle (NanoChat). Kinds:
-    - `linear` divides all frequencies by `factor`
-    - `dynamic` raises theta once a sequence is longer than `original_max_position_embeddings`
-    - `yarn` divides those that turn slowly within that context, keeps those that turn fast, blends
-      between `beta_slow` and `beta_fast` turns (from whole dimensions on if `truncate`), and
-      multiplies cos and sin by `attention_factor` (Peng et al., arXiv 2309.00071)
-    - `llama3` divides the long wavelengths and blends the ones between (Llama 3.1)
-    """
-
-    theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    partial: float = 1.0
-    reversed: bool = False
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    attention_factor: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROPE_NEEDS:
-            raise SpecError(f"rope: kind {self.kind!r} is not one of {', '.join(ROPE_NEEDS)}")
-        for name in ROPE_NEEDS[self.kind]:
-            if getattr(self, name) is None:
-                raise SpecError(f"rope: kind {self.kind} needs {name}")
-
-    def rotary_dim(self, head_dim: int) -> int:
-        """How many leading dimensions of a head are rotated."""
-        return int(head_dim * self.partial)
-
-
-_CONTEXT = "original_max_position_embeddings"
-ROPE_NEEDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor", _CONTEXT),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", _CONTEXT),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
-}
 
 
 @dataclass(frozen=True)
@@ -201,7 +155,7 @@ class ModelSpec:
     hidden_size: int
     layers: tuple[LayerSpec, ...]
     norm: Norm = Norm()
-    rope: Rope = Rope()
+    rope: Rope = Rope()  # noqa: RUF009
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     embedding_norm: bool = False
@@ -217,7 +171,7 @@ class ModelSpec:
             raise SpecError("model: it has no layers")
         for i, layer in enumerate(self.layers):
             for place, sublayer in layer.present:
-                if problem := sublayer.misfit(f"layers.{i}.{place}", self):
+                if problem := sublayer.misfit(f"layers.{i}.{place}", self.hidden_size, self.rope):
                     raise SpecError(problem)
 
     @property

@@ -10,45 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar
 
-from bevatron.errors import BevatronError
+from bevatron.spec.parameter import ParameterSpec, SpecError
+from bevatron.spec.rope import Rope
 
-if TYPE_CHECKING:
-    from bevatron.spec.model import ModelSpec
-
-Role = Literal[
-    "embedding", "head", "score", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear"
-]
-Shape = tuple[int, ...]
 FP32 = 4  # bytes
-
-
-class SpecError(BevatronError):
-    """A spec that describes no model."""
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """One native parameter: its name, its global shape, and what it does.
-
-    Attributes:
-        fused: of several matrices in one, (groups, rows of each matrix in a group): its rows are,
-            group by group, so many of the first matrix, then of the second, ...
-    """
-
-    name: str
-    shape: Shape
-    role: Role
-    fused: tuple[int, tuple[int, ...]] | None = None
-
-    @property
-    def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
 
 
 class Sublayer(ABC):
@@ -94,8 +61,8 @@ class Sublayer(ABC):
     def describe(self) -> str:
         """Its kind and sizes in a few words, for tables."""
 
-    def misfit(self, place: str, model: ModelSpec) -> str | None:
-        """Why it cannot stand in this model at `place`, such as `layers.3.attention`."""
+    def misfit(self, place: str, hidden_size: int, rope: Rope) -> str | None:
+        """Why it cannot stand in such a model at `place`, which is `layers.3.attention` or so."""
         return None
 
     def cut_problem(self, place: str, tp: int) -> str | None:

@@ -11,7 +11,7 @@ from bevatron.errors import BevatronError
 from bevatron.families import FamilyError, by_name
 from bevatron.families.rope_fields import read_rope
 from bevatron.spec import ModelSpec, Rope, SpecError
-from bevatron.spec.model import ROPE_NEEDS
+from bevatron.spec.rope import ROPE_NEEDS
 from bevatron.train.config_objective import Section
 
 if TYPE_CHECKING:

@@ -1,0 +1,39 @@
+"""One parameter of a model, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bevatron.errors import BevatronError
+
+Role = Literal[
+    "embedding", "head", "score", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear"
+]
+Shape = tuple[int, ...]
+
+
+class SpecError(BevatronError):
+    """A spec that describes no model."""
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One native parameter: its name, its global shape, and what it does.
+
+    Attributes:
+        fused: of several matrices in one, (groups, rows of each matrix in a group): its rows are,
+            group by group, so many of the first matrix, then of the second, ...
+    """
+
+    name: str
+    shape: Shape
+    role: Role
+    fused: tuple[int, tuple[int, ...]] | None = None
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
