@@ -91,20 +91,21 @@ function marks(f) {
     markLine: { silent: true, animation: false, symbol: ["none", "pin"], symbolSize: 9, label: { show: false }, data } };
 }
 function curves(f) {
-  const bars = f.data.some((c) => c.style === "bars"), named = bars || f.data.every((c) => c.style === "points");
+  const bars = f.data.some((c) => c.style === "bars"), points = f.data.every((c) => c.style === "points");
   const log = f.log ?? f.shown.log;
   const y = { ...axes(), name: f.shown.value, nameLocation: "end", type: log ? "log" : "value", scale: true };
   if (!log && f.shown.bottom !== undefined) y.min = f.shown.bottom;
   if (f.shown.top !== undefined) y.max = f.shown.top;
   const x = { ...axes(), ...below(f.shown.axis), splitLine: { show: false }, minInterval: 1, scale: true };
-  const single = f.shown.axis === "step" ? { min: "dataMin", max: "dataMax" } : {};
+  const ends = points ? { boundaryGap: ["6%", "6%"] } : { min: "dataMin", max: "dataMax" };
+  if (points) y.boundaryGap = ["6%", "6%"];
   return {
     grid: { left: 8, right: 16, top: 46, bottom: 26, containLabel: true },
-    xAxis: bars ? { ...x, type: "category", data: f.data[0].x.map(String) } : { ...x, type: "value", ...single },
+    xAxis: bars ? { ...x, type: "category", data: f.data[0].x.map(String) } : { ...x, type: "value", ...ends },
     yAxis: y,
     series: [...f.data.flatMap((c) => lines(c, f)), marks(f)],
     legend: { show: false, selected: Object.fromEntries([...off].map((run) => ["run " + run, false])) },
-    tooltip: named
+    tooltip: bars || points
       ? { trigger: "item", formatter: (p) => element("div", p.data.name || short(p.value), "tip") }
       : { trigger: "axis", axisPointer: { type: "line", lineStyle: { color: tone("faint") }, snap: true },
           formatter: (p) => under(f, p[0].axisValue) },
