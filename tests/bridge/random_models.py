@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bevatron.families.registry import by_name
-from bevatron.spec.model import MLP, Attention, LayerSpec, Linear, ModelSpec, Norm, Rope
+from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec, Norm, Rope
 
 DTYPES = {
     "F64": torch.float64,

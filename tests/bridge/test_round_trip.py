@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, read_manifest
+from bevatron.checkpoint.dtypes import ITEMSIZE
+from bevatron.checkpoint.manifest import Chunk, read_manifest
 from bevatron.checkpoint.read_boxes import read_box, verify_chunk
 from bevatron.checkpoint.safetensors_file import read_header
 from bevatron.compress.prune import prune
@@ -22,8 +23,8 @@ from bevatron.compress.pruned_spec import Targets
 from bevatron.errors import BevatronError
 from bevatron.evaluate.verify import verify
 from bevatron.families.registry import by_name
+from bevatron.spec import MLP, Attention, LayerSpec, Linear
 from bevatron.spec.json import from_json
-from bevatron.spec.model import MLP, Attention, LayerSpec, Linear
 from tests.bridge.hf_folders import (
     add_others,
     assert_same_folder,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.checkpoint.manifest import ITEMSIZE, read_manifest
+from bevatron.checkpoint.dtypes import ITEMSIZE
+from bevatron.checkpoint.manifest import read_manifest
 from bevatron.errors import BevatronError
 from bevatron.evaluate.verify import verify
 from tests.bridge.hf_folders import assert_same_folder, make, rewrite

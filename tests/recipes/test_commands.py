@@ -13,8 +13,7 @@ import transformers
 
 from bevatron.families.published_models import family_of, preset
 from bevatron.recipes import recipe
-from bevatron.spec import ModelSpec
-from bevatron.spec.model import MLP, Attention
+from bevatron.spec import MLP, Attention, ModelSpec
 from tests.commands import bevatron
 from tests.train.small_run import lines
 from tests.train.tiny_run import prepare

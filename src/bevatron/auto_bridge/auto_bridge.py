@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bevatron.bridge.cast import parse_dtype
 from bevatron.bridge.conversion_report import ConversionReport
 from bevatron.bridge.export_hf import export_checkpoint
 from bevatron.bridge.hf_config import as_dict, config_of, spec_at
 from bevatron.bridge.hf_folder import INDEX, SINGLE
 from bevatron.bridge.import_hf import import_checkpoint, understand
 from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.checkpoint.dtypes import FLOATS, parse_dtype, stated_dtype
 from bevatron.errors import BevatronError
 from bevatron.families.registry import architectures
 from bevatron.spec.model import ModelSpec
@@ -432,9 +432,7 @@ class AutoBridge:
         """What config.json says, for weights that are not there to ask."""
         import torch
 
-        config = self._config or {}
-        name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        name = name.removeprefix("torch.")
+        name = stated_dtype(self._config or {})
         return getattr(torch, name) if name in ("bfloat16", "float16") else torch.float32
 
 
@@ -449,8 +447,7 @@ def _dtype_name(dtype: DType) -> str | None:
     """`bfloat16` for torch.bfloat16 or "bf16"; None for None and "auto"."""
     if dtype is None or dtype == "auto":
         return None
-    spelled = parse_dtype(str(dtype).removeprefix("torch."))
-    return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[spelled]
+    return FLOATS[parse_dtype(str(dtype).removeprefix("torch."))]
 
 
 def _once(act: Callable[[], T]) -> T:

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bevatron.bridge.cast import FLOATS, Converter, NonFinite
 from bevatron.bridge.conversion_report import shown_progress
 from bevatron.bridge.open_native import CONFIG, family_of
 from bevatron.bridge.open_weights import Opened
 from bevatron.bridge.provenance import fingerprint
 from bevatron.bridge.source_changes import Stamp, stamps, unchanged
 from bevatron.bridge.write_native import commit, write_tensors
-from bevatron.checkpoint.manifest import ITEMSIZE, Manifest, TensorEntry
+from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, Converter, NonFinite
+from bevatron.checkpoint.manifest import Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import read_box, verify_chunk
 from bevatron.errors import BevatronError

@@ -17,7 +17,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Generic, Protocol, TypeVar
 
-from bevatron.bridge.cast import Converter
+from bevatron.checkpoint.dtypes import Converter
 from bevatron.checkpoint.read_boxes import HASH_BUFFER, Hasher
 from bevatron.checkpoint.storage import File, open_file, threads_are_free
 

@@ -11,12 +11,12 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.hf_folder import SourceError, shown
 from bevatron.bridge.write_native import FILE_BYTES, lay_out
-from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
+from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, NATIVE
+from bevatron.checkpoint.manifest import TensorEntry
 from bevatron.checkpoint.read_boxes import runs
-from bevatron.checkpoint.safetensors_file import DTYPES, Stored
+from bevatron.checkpoint.safetensors_file import Stored
 from bevatron.families.registry import Family
 from bevatron.families.weight_map import Entry, Rows, Source
 from bevatron.spec import ModelSpec, ParameterSpec, Shape
@@ -61,7 +61,7 @@ class Task:
         """As read."""
         if self.dtypes:
             return sum(places[0][1].nbytes for places in self.tensors)
-        return self.entry.native.numel * DTYPES[self.dtype]
+        return self.entry.native.numel * ITEMSIZE[self.dtype]
 
     def dtype_of(self, source: int) -> str:
         """As read, of one of `entry.sources`."""
@@ -149,7 +149,7 @@ def plan_import(
         if name == head:
             _check_same_kind(where, name, stored, embed, found[embed][1])
             duplicates[name] = embed
-        elif reason is not None and stored.dtype in ITEMSIZE:
+        elif reason is not None and stored.dtype in NATIVE:
             carried[name] = reason
             entry = carry(name, stored.shape)
             place = (((file, stored),),)

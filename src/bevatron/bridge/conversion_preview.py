@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.cast import parse_dtype
 from bevatron.bridge.conversion_plan import Task, plan_import
 from bevatron.bridge.export_hf import folder_on_disk, plan_target
 from bevatron.bridge.export_shards import parse_size
@@ -29,8 +28,8 @@ from bevatron.bridge.import_hf import (
 from bevatron.bridge.nanotron_writer import left_out, tokenizer_files
 from bevatron.bridge.open_native import Native, open_native
 from bevatron.bridge.remote_code import MODULE, REPLACED, is_outdated
+from bevatron.checkpoint.dtypes import ITEMSIZE, parse_dtype
 from bevatron.checkpoint.new_folder import check_looked_at, check_space
-from bevatron.checkpoint.safetensors_file import DTYPES
 from bevatron.checkpoint.storage import located
 from bevatron.families.config_fields import check_accepted
 from bevatron.families.registry import by_name
@@ -255,7 +254,7 @@ def _line(task: Task, files: tuple[str, ...]) -> Line:
         tensors=tuple(s.name for s in entry.sources),
         dtype=" and ".join(dict.fromkeys(task.dtypes)) or task.dtype,
         to=task.to,
-        nbytes=entry.native.numel * DTYPES[task.to],
+        nbytes=entry.native.numel * ITEMSIZE[task.to],
         files=files,
     )
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import bevatron
 from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.cast import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.conversion_plan import Task, pieces
 from bevatron.bridge.conversion_report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.export_shards import SHARD_SIZE, new_shards, parse_size, readable
 from bevatron.bridge.hf_folder import GENERATION_CONFIG, INDEX, SINGLE
-from bevatron.bridge.import_hf import copy_file, main_dtype, written_bytes
+from bevatron.bridge.import_hf import copy_file, written_bytes
 from bevatron.bridge.model_card import write_record
 from bevatron.bridge.nanotron_writer import left_out, plan_nanotron, write_around
 from bevatron.bridge.open_native import CONFIG, Native, open_native
@@ -29,11 +28,19 @@ from bevatron.bridge.provenance import fingerprint
 from bevatron.bridge.remote_code import renew_own_code, wont_read, write_remote_code
 from bevatron.bridge.source_changes import stamps, unchanged
 from bevatron.bridge.tensor_hashes import hashes_of_files, prove
+from bevatron.checkpoint.dtypes import (
+    FLOATS,
+    ITEMSIZE,
+    Converter,
+    NonFinite,
+    main_dtype,
+    parse_dtype,
+)
 from bevatron.checkpoint.locate import resolve
-from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
+from bevatron.checkpoint.manifest import TensorEntry
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import damaged, new_hasher, spell
-from bevatron.checkpoint.safetensors_file import DTYPES, Header, Stored, read_header
+from bevatron.checkpoint.safetensors_file import Header, Stored, read_header
 from bevatron.checkpoint.storage import copy_tree, is_url
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
@@ -244,7 +251,7 @@ def _move_tensors(
     for task in plan.tasks:
         convert = Converter(task.dtype, task.to) if task.to != task.dtype else None
         tensor = native.manifest.tensors[task.native]
-        ratio = (DTYPES[task.to], ITEMSIZE[task.dtype])
+        ratio = (ITEMSIZE[task.to], ITEMSIZE[task.dtype])
         hashers = [new_hasher() for _ in tensor.chunks]
         written = [new_hasher() for _ in task.entry.sources]
         watch = [NonFinite(task.dtype) for _ in task.entry.sources] if task.dtype in FLOATS else []

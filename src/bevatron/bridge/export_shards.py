@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.hf_folder import SINGLE
+from bevatron.checkpoint.dtypes import ITEMSIZE
 from bevatron.checkpoint.manifest import TensorEntry
-from bevatron.checkpoint.safetensors_file import (
-    DTYPES,
-    Header,
-    Stored,
-    parse_header,
-    write_header,
-)
+from bevatron.checkpoint.safetensors_file import Header, Stored, parse_header, write_header
 from bevatron.errors import BevatronError
 
 SHARD_SIZE = 5_000_000_000
@@ -51,7 +46,7 @@ def new_shards(
     headers: dict[str, bytes] = {}
     for i, group in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        group.sort(key=lambda t: (-DTYPES[t[1]], t[0]))  # the order of the safetensors library
+        group.sort(key=lambda t: (-ITEMSIZE[t[1]], t[0]))  # the order of the safetensors library
         headers[file] = write_header(group, {"format": "pt"})
         at = len(headers[file])
         for name, dtype, shape in group:
@@ -60,7 +55,7 @@ def new_shards(
             at = end
     if len(groups) == 1:
         return places, headers, None
-    elements = sum(_nbytes(d, s) // DTYPES[d] for d, s in wanted.values())
+    elements = sum(_nbytes(d, s) // ITEMSIZE[d] for d, s in wanted.values())
     index = {
         "metadata": {"total_parameters": elements, "total_size": sum(sizes)},
         "weight_map": {name: places[name][0] for name in sorted(places)},

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.source_changes import Stamp
+from bevatron.checkpoint.dtypes import FLOATS
 from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.safetensors_file import Stored
 from bevatron.spec.model import ModelSpec

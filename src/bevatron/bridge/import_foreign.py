@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 import bevatron
 from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.cast import FLOATS, Converter, NonFinite
 from bevatron.bridge.conversion_plan import row_elements
 from bevatron.bridge.conversion_report import ConversionReport, non_finite_notes, shown_progress
 from bevatron.bridge.foreign_checkpoint import Foreign
-from bevatron.bridge.import_hf import copy_file, main_dtype, read_back
+from bevatron.bridge.import_hf import copy_file, read_back
 from bevatron.bridge.open_native import Native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, fingerprint
 from bevatron.bridge.source_changes import unchanged
 from bevatron.bridge.tensor_hashes import Advance
 from bevatron.bridge.write_native import Table, commit, lay_out, write_tensors
-from bevatron.checkpoint.manifest import ITEMSIZE, TensorEntry
+from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, Converter, NonFinite, main_dtype
+from bevatron.checkpoint.manifest import TensorEntry
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import HASH_BUFFER, hash_range, new_hasher, spell, stream_rows
 from bevatron.checkpoint.storage import open_file

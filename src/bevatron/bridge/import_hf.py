@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.cast import FLOATS, Converter, NonFinite, parse_dtype
 from bevatron.bridge.conversion_plan import ImportPlan, Task, plan_import, row_elements
 from bevatron.bridge.conversion_report import (
     ConversionReport,
@@ -27,10 +25,17 @@ from bevatron.bridge.provenance import describe, fingerprint
 from bevatron.bridge.source_changes import unchanged
 from bevatron.bridge.tensor_hashes import hashes_of_native, prove
 from bevatron.bridge.write_native import commit
+from bevatron.checkpoint.dtypes import (
+    FLOATS,
+    ITEMSIZE,
+    Converter,
+    NonFinite,
+    main_dtype,
+    parse_dtype,
+)
 from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import Hasher, new_hasher, spell
-from bevatron.checkpoint.safetensors_file import DTYPES
 from bevatron.checkpoint.storage import located
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import check_accepted, spec_of
@@ -167,18 +172,9 @@ def understand(
     return family, *spec_of(family, config, accept)
 
 
-def main_dtype(tensors: Iterable[tuple[str, int]]) -> str:
-    """The floating dtype of most elements, as config.json spells it."""
-    counts: Counter[str] = Counter()
-    for dtype, numel in tensors:
-        if dtype in FLOATS:
-            counts[dtype] += numel
-    return FLOATS[counts.most_common(1)[0][0]]
-
-
 def written_bytes(tasks: Iterable[Task]) -> int:
     """What the tasks' native tensors take after conversion."""
-    return sum(t.entry.native.numel * DTYPES[t.to] for t in tasks)
+    return sum(t.entry.native.numel * ITEMSIZE[t.to] for t in tasks)
 
 
 def _move_tensors(
@@ -228,12 +224,12 @@ def _move_one(
     written: Hasher = read[0] if same else new_hasher()
     for part in task.entry.rows:
         from_file, stored = task.tensors[part.source][0]
-        itemsize = DTYPES[task.dtype_of(part.source)]
+        itemsize = ITEMSIZE[task.dtype_of(part.source)]
         begin = stored.begin + part.source_start * row * itemsize
         mover.move(
             (source.path / from_file, begin),
             part.count * row * itemsize,
-            ((folder / file, at + part.native_start * row * DTYPES[task.to]),),
+            ((folder / file, at + part.native_start * row * ITEMSIZE[task.to]),),
             read_hashers=(read[part.source],),
             written_hashers=() if same else (written,),
             convert=convert[part.source],

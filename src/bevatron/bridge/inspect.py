@@ -8,14 +8,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.foreign_checkpoint import Foreign
 from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
-from bevatron.bridge.import_hf import main_dtype, understand
+from bevatron.bridge.import_hf import understand
 from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import open_native
+from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, dtype_named, main_dtype, stated_dtype
 from bevatron.checkpoint.locate import is_native, resolve
-from bevatron.checkpoint.manifest import ITEMSIZE
 from bevatron.checkpoint.storage import located
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
@@ -96,12 +95,12 @@ def _hf(path: str | Path, accept: Collection[str]) -> dict[str, Any]:
         raise type(error)(f"{file.parent}: {error}") from error
     parameters = sum(p.numel for p in spec.parameters())
     dtype = _dtype(config, file.parent)
-    itemsize = next((ITEMSIZE[k] for k, v in FLOATS.items() if v == dtype), None)
+    spelled = dtype_named(dtype)
     return {
         "family": family.name,
         "parameters": parameters,
         "layers": len(spec.layers),
-        "bytes": parameters * itemsize if itemsize else None,
+        "bytes": parameters * ITEMSIZE[spelled] if spelled else None,
         "dtype": dtype,
         "step": None,
         "kind": "hf",
@@ -112,9 +111,8 @@ def _hf(path: str | Path, accept: Collection[str]) -> dict[str, Any]:
 
 def _dtype(config: dict[str, Any], folder: Path) -> str:
     """What config.json says; else what the weights are; else float32, as transformers has it."""
-    named = config.get("dtype") or config.get("torch_dtype")
-    if isinstance(named, str):
-        return named.removeprefix("torch.")
+    if named := stated_dtype(config):
+        return named
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
         stored = [t for _, t in open_hf(folder).tensors().values() if t.dtype in FLOATS]
         if not stored:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.conversion_plan import row_elements
 from bevatron.bridge.foreign_checkpoint import Foreign
 from bevatron.bridge.hf_folder import TOKENIZER_FILES, SourceError, confined, shown
@@ -31,7 +30,8 @@ from bevatron.bridge.nanotron_format import (
     parse_slices,
 )
 from bevatron.bridge.source_changes import stamps
-from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE
+from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.safetensors_file import Stored, read_header
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.families.registry import FamilyError

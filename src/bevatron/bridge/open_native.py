@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.conversion_plan import carry, head_name
 from bevatron.bridge.hf_folder import shown
 from bevatron.bridge.provenance import Provenance, read_provenance
+from bevatron.checkpoint.dtypes import FLOATS
 from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import FILE_NAME, Manifest, TensorEntry, read_manifest
 from bevatron.checkpoint.strict_json import read_object

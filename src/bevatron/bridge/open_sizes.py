@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.hf_folder import INDEX, OTHER_WEIGHTS, read_config
 from bevatron.bridge.open_weights import Opened
+from bevatron.checkpoint.dtypes import dtype_named, stated_dtype
 from bevatron.checkpoint.locate import is_native
 from bevatron.checkpoint.manifest import Manifest, TensorEntry
 from bevatron.families.published_models import PRESETS, family_of, preset
@@ -34,8 +34,7 @@ def open_on_paper(path: str | Path) -> Opened | None:
         return None
     config = read_config(folder)
     family = for_config(config)
-    named = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = next((k for k, v in FLOATS.items() if v == named.removeprefix("torch.")), "F32")
+    dtype = dtype_named(stated_dtype(config) or "") or "F32"
     text = (folder / CONFIG).read_text(encoding="utf-8")
     return paper(folder, family, family.spec(config), text, dtype)
 

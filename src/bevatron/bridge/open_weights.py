@@ -24,8 +24,9 @@ from bevatron.bridge.nanotron import TOKENIZER, is_nanotron, open_nanotron
 from bevatron.bridge.open_native import open_native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, describe
+from bevatron.checkpoint.dtypes import ITEMSIZE
 from bevatron.checkpoint.locate import is_native
-from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.storage import copy_tree, located
 from bevatron.spec import ModelSpec
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bevatron.bridge.byte_mover import Mover
+from bevatron.checkpoint.dtypes import ITEMSIZE
 from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.read_boxes import new_hasher, spell
-from bevatron.checkpoint.safetensors_file import DTYPES, write_header
+from bevatron.checkpoint.safetensors_file import write_header
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import to_json
 
@@ -26,7 +27,7 @@ def lay_out(
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = []
     filled = 0
     for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * DTYPES[dtype]
+        nbytes = math.prod(shape) * ITEMSIZE[dtype]
         if not groups or (filled and filled + nbytes > file_bytes):
             groups.append([])
             filled = 0
@@ -36,14 +37,14 @@ def lay_out(
     headers: dict[str, bytes] = {}
     for number, group in enumerate(groups, 1):
         file = f"model/{number:05d}.safetensors"
-        group.sort(key=lambda t: -DTYPES[t[1]])  # keeps every tensor aligned to its elements
+        group.sort(key=lambda t: -ITEMSIZE[t[1]])  # keeps every tensor aligned to its elements
         # The key in a native safetensors file leaves `model/` out.
         table = [(name.removeprefix("model/"), dtype, shape) for name, dtype, shape in group]
         headers[file] = write_header(table, {"format": "pt"})
         at = len(headers[file])
         for name, dtype, shape in group:
             places[name] = (file, at)
-            at += math.prod(shape) * DTYPES[dtype]
+            at += math.prod(shape) * ITEMSIZE[dtype]
     return places, headers
 
 

@@ -19,15 +19,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bevatron.checkpoint.dtypes import ITEMSIZE, NATIVE
 from bevatron.checkpoint.strict_json import parse_object
 from bevatron.errors import CheckpointError
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 
-# Bytes per element of every dtype that a native checkpoint may hold, in safetensors' spelling.
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-ITEMSIZE |= {"BOOL": 1}
 SIZE_LIMIT = 1 << 62  # of any number of elements or bytes
 
 
@@ -175,7 +173,7 @@ def _tensor(path: Path, name: str, raw: Any, inside: set[str]) -> TensorEntry:
     if type(raw) is not dict or raw.keys() != {"dtype", "shape", "chunks"}:
         raise CheckpointError(f"{path}: {name!r:.200} must have exactly dtype, shape and chunks")
     dtype, shape, listed = raw["dtype"], raw["shape"], raw["chunks"]
-    if type(dtype) is not str or dtype not in ITEMSIZE:
+    if type(dtype) is not str or dtype not in NATIVE:
         raise CheckpointError(f"{path}: {name!r:.200} has unknown dtype {dtype!r:.80}")
     if type(shape) is not list or not _are_sizes(shape) or len(shape) > 64:
         raise CheckpointError(f"{path}: {name!r:.200} has the shape {shape!r:.80}; it is damaged")

@@ -21,13 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bevatron.checkpoint.manifest import (
-    FORMAT_VERSION,
-    ITEMSIZE,
-    TensorEntry,
-    chunk_json,
-    manifest_json,
-)
+from bevatron.checkpoint.dtypes import ITEMSIZE
+from bevatron.checkpoint.manifest import FORMAT_VERSION, TensorEntry, chunk_json, manifest_json
 from bevatron.errors import CheckpointError
 
 FOLDER = "ranks"

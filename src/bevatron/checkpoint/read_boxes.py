@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import xxhash
 
-from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, TensorEntry
+from bevatron.checkpoint.dtypes import ITEMSIZE
+from bevatron.checkpoint.manifest import Chunk, TensorEntry
 from bevatron.checkpoint.storage import File, open_file
 from bevatron.errors import CheckpointError
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bevatron.checkpoint.dtypes import ITEMSIZE
 from bevatron.checkpoint.storage import open_file
 from bevatron.checkpoint.strict_json import parse_object
 from bevatron.errors import CheckpointError
@@ -23,11 +24,6 @@ from bevatron.errors import CheckpointError
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 SIZE_LIMIT = 1 << 62
 DIMENSION_LIMIT = 64  # that of torch and numpy
-
-# Bytes per element of every dtype that occupies whole bytes.
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-DTYPES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8}
-DTYPES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
 
 
 class SafetensorsError(CheckpointError):
@@ -124,7 +120,7 @@ def write_header(
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, dtype, shape in tensors:
-        end = at + math.prod(shape) * DTYPES[dtype]
+        end = at + math.prod(shape) * ITEMSIZE[dtype]
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -147,17 +143,17 @@ def _tensor(value: Any, name: str, start: int, path: Path) -> Stored:
             f"{path}: {_shown(name)} has {len(shape)} dimensions, expected at most "
             f"{DIMENSION_LIMIT}; the file is damaged"
         )
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise SafetensorsError(
             f"{path}: {_shown(name)} has dtype {dtype!r:.200}, which is unknown or "
-            f"packed; known are {', '.join(DTYPES)}"
+            f"packed; known are {', '.join(ITEMSIZE)}"
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise SafetensorsError(
             f"{path}: {_shown(name)} has shape {shape!r:.200} and data_offsets "
             f"{offsets!r:.200}; expected non-negative integers, begin before end"
         )
-    nbytes = DTYPES[dtype]
+    nbytes = ITEMSIZE[dtype]
     for n in shape:
         nbytes *= n
         if max(n, nbytes) > SIZE_LIMIT:

@@ -17,24 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bevatron.checkpoint.manifest import ITEMSIZE, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.dtypes import ITEMSIZE, KINDS, NATIVE
+from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.rank_boxes import box, shares
 from bevatron.checkpoint.read_boxes import new_hasher, read_box, spell, verify_chunk
 from bevatron.errors import CheckpointError
 from bevatron.progress import Advance, progress
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, KINDS[name].name) for name in NATIVE}
 PIECE = 4 << 20  # bytes hashed and written at a time, while they are in the cache
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bevatron.bridge.cast import parse_dtype
 from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.checkpoint.dtypes import parse_dtype
 from bevatron.checkpoint.save_and_load import DTYPES
 from bevatron.compress.calibrate import Aggregation, Calibration
 from bevatron.compress.importance_scores import (

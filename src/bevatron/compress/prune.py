@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.assemble import Index, assemble
-from bevatron.bridge.cast import FLOATS
 from bevatron.bridge.open_native import CONFIG
 from bevatron.bridge.open_sizes import open_on_paper
 from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.bridge.remote_code import readers
 from bevatron.bridge.source_changes import stamps
-from bevatron.checkpoint.manifest import ITEMSIZE
+from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE
 from bevatron.checkpoint.new_folder import check_looked_at, check_space, check_target
 from bevatron.checkpoint.storage import located
 from bevatron.compress.importance_scores import Scores, weights_hash

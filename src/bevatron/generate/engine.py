@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bevatron.bridge.cast import parse_dtype
 from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.checkpoint.dtypes import parse_dtype
 from bevatron.checkpoint.save_and_load import DTYPES
 from bevatron.errors import BevatronError, UnexpectedError, failure
 from bevatron.generate.answer_stream import Stream

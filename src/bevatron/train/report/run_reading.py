@@ -15,7 +15,8 @@ import numpy as np
 import yaml
 
 from bevatron.charts.thinning import Series
-from bevatron.checkpoint.manifest import FILE_NAME, ITEMSIZE, read_manifest
+from bevatron.checkpoint.dtypes import ITEMSIZE
+from bevatron.checkpoint.manifest import FILE_NAME, read_manifest
 from bevatron.checkpoint.run_folder import METRICS
 from bevatron.errors import BevatronError, CheckpointError
 from bevatron.spec import ModelSpec
