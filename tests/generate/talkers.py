@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.bridge.hf_folders import llama, nanochat
-from tests.generate.chat_templates import SPECIALS, reference, save_tokenizer, tokenizer
+from tests.chat.chat_templates import SPECIALS, reference, save_tokenizer, tokenizer
 
 
 def make_talker(

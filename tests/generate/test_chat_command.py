@@ -14,8 +14,8 @@ import torch
 from bevatron.generate.request import Request
 from bevatron.generate.sampling_options import model_name
 from bevatron.parallel.process_groups import choose_device, default_device
+from tests.chat.chat_templates import reference, tokenizer
 from tests.faults.refusal import command
-from tests.generate.chat_templates import reference, tokenizer
 from tests.generate.talkers import answer_of_transformers, make_talker
 
 HI = {"role": "user", "content": "Hello there"}

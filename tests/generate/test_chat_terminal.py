@@ -20,7 +20,7 @@ from bevatron.chat.answer_parts import Said
 from bevatron.errors import BevatronError
 from bevatron.generate.conversation import Conversation
 from bevatron.generate.terminal_text import harmless, show
-from tests.generate.chat_templates import reference
+from tests.chat.chat_templates import reference
 from tests.generate.talkers import answer_of_transformers, make_parrot, make_talker
 
 PROMPT = ">>> "

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bevatron.chat.chat_error import ChatError
+from bevatron.errors import BevatronError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names for one thing
@@ -18,10 +18,15 @@ LONE = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON may hav
 Message = dict[str, Any]
 
 
+class ChatError(BevatronError):
+    """A chat template, messages or tools that cannot be used; the message is safe to show to a
+    client."""
+
+
 def checked_messages(messages: Any, template: str) -> list[Message]:
-    """Fresh plain copies: content is text (or None beside tool calls), arguments of tool calls are
-    objects rather than JSON in a string, and a developer is a system where `template` (its text)
-    knows no developer.
+    """Fresh plain copies: content is text (or None beside tool calls), other values that are None
+    are left out, arguments of tool calls are objects rather than JSON in a string, and a developer
+    is a system where `template` (its text) knows no developer.
 
     Raises ChatError that says which message is wrong and how.
     """
@@ -35,7 +40,8 @@ def checked_messages(messages: Any, template: str) -> list[Message]:
 def _message(where: str, message: Any, template: str) -> Message:
     if not isinstance(message, Mapping):
         raise ChatError(f'{where} is {_kind(message)}, expected {{"role": ..., "content": ...}}')
-    made: Message = plain(message, where)
+    given = plain(message, where)
+    made: Message = {k: v for k, v in given.items() if v is not None or k == "content"}
     role = made.get("role")
     if not isinstance(role, str):
         raise ChatError(f"{where}.role is {_kind(role)}, expected a text such as 'user'")

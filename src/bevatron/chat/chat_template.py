@@ -7,27 +7,23 @@ What the text of special tokens in messages becomes is in `encode_chat.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
-
 from bevatron.bridge.open_weights import Opened
-from bevatron.chat.chat_error import ChatError
 from bevatron.chat.chat_messages import (
+    ChatError,
     Message,
     checked_messages,
     checked_tools,
     merge_system,
     plain,
 )
-from bevatron.chat.encode_chat import Encoder
-from bevatron.chat.sandbox.budget import Budget
-from bevatron.chat.sandbox.evaluate import ENVIRONMENT, evaluate
-from bevatron.chat.sandbox.functions import shortened
+from bevatron.chat.encode_chat import EncodedChat, Encoder
+from bevatron.chat.template_process import Outline, Rendered, outline, render
 
 FILE = "chat_template.jinja"
 LARGEST = 512 * 1024  # characters of a template; published ones have up to 20,000
@@ -37,16 +33,6 @@ NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|assistant_end|>", "<|im_end|>")
 PROBE = "bevatron-probe"
 Chat = tuple[list[Message], Any, Any, dict[str, Any]]  # messages, tools, documents, variables
-MISTAKES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
 
 
 class ChatTemplate:
@@ -70,7 +56,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.tokens = dict(tokens or {})
         self.where = where
-        self._trees: dict[str, nodes.Template] = {}
+        self._outlines: dict[str, Outline] = {}
 
     @classmethod
     def of(cls, opened: Opened, tokenizer: Any) -> ChatTemplate | None:
@@ -139,7 +125,8 @@ class ChatTemplate:
         Raises ChatError for whatever is wrong with the template, messages or tools.
         """
         chat = self._prepared(messages, tools, documents, template_kwargs)
-        return self._render(chat, add_generation_prompt, continue_final_message, _now())
+        now = datetime.now()
+        return self._render(chat, add_generation_prompt, continue_final_message, now).text
 
     def encode(
         self,
@@ -154,25 +141,29 @@ class ChatTemplate:
         """The token ids of `render`: special tokens that the template writes are tokens, those in
         messages, tools and variables are text."""
         chat = self._prepared(messages, tools, documents, template_kwargs)
-        now = _now()
+        return self._encoded(chat, add_generation_prompt, continue_final_message)[0].ids
 
-        def rendered(chat: Chat) -> str:
-            return self._render(chat, add_generation_prompt, continue_final_message, now)
-
-        name = self._name(chat[1])
-        return self._encoder(name).encode(chat, rendered)
+    def encode_with_mask(
+        self, messages: Any, *, tools: Any = None, documents: Any = None, **template_kwargs: Any
+    ) -> tuple[list[int], list[bool]]:
+        """The token ids of a whole conversation, and which of them the assistant says: those that
+        overlap what the template has within `{% generation %}`, as transformers masks them. None
+        does where the template has no such mark."""
+        chat = self._prepared(messages, tools, documents, template_kwargs)
+        encoded, rendered = self._encoded(chat, False, False)
+        return encoded.ids, encoded.overlapping(rendered.spans)
 
     @property
     def takes_tools(self) -> bool:
         """Whether the template has a place for tools."""
-        return "tool_use" in self.sources or "tools" in self._variables("default")
+        return "tool_use" in self.sources or "tools" in self._outline("default").variables
 
     @cached_property
     def has_system_role(self) -> bool:
         """Whether a system message gets into the text, rather than lost or refused."""
         chat = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
         try:
-            return PROBE in self._evaluate(chat, None, None, {}, True, _now())
+            return PROBE in self._evaluate((chat, None, None, {})).text
         except ChatError:
             return False
 
@@ -185,11 +176,12 @@ class ChatTemplate:
             names.add("<|bos|>")
         chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
         try:
-            text = self._evaluate([*chat, chat[0]], None, None, {}, True, _now())
+            text = self._evaluate(([*chat, chat[0]], None, None, {})).text
         except ChatError:
             text = ""
         after = text.partition(PROBE)[2].lstrip()
-        names.update(t for t in self._encoder("default").control if after.startswith(t))
+        encoder = Encoder.cached(self.tokenizer, self._outline("default").literals)
+        names.update(t for t in encoder.control if after.startswith(t))
         ids = (self.tokenizer.token_to_id(name) for name in names)
         return frozenset(id for id in ids if id is not None)
 
@@ -208,65 +200,70 @@ class ChatTemplate:
     def _speechless(
         self, chat: list[Message], tools: Any, documents: Any, variables: dict[str, Any]
     ) -> list[Message]:
-        """Messages without content, as they stand beside tool calls, for templates that would print
-        None there, or fail: those get an empty text."""
+        """Content that is None, as it stands beside tool calls, is left out, as transformers does
+        it. Templates that fail at that, or then leave out the calls, get an empty text or null."""
         if all(message["content"] is not None for message in chat):
             return chat
-        empty = [{**m, "content": ""} if m["content"] is None else m for m in chat]
-        rest = (tools, documents, variables, True, _now())
-        try:
-            with_null = self._evaluate(chat, *rest)
-        except ChatError:
-            return empty
-        try:
-            printed = with_null.count("None") > self._evaluate(empty, *rest).count("None")
-            return empty if printed else chat
-        except ChatError:
-            return chat
+        left_out = [{k: v for k, v in m.items() if v is not None} for m in chat]
+        empty = [{**m, "content": m["content"] or ""} for m in chat]
+        calls = [call for m in chat for call in m.get("tool_calls") or ()]
+        functions = [call.get("function") or call for call in calls]
+        names = [str(f["name"]) for f in functions if f.get("name")]
+        best, most = left_out, -1
+        for form in (left_out, empty, chat):
+            try:
+                text = self._evaluate((form, tools, documents, variables)).text
+            except ChatError:
+                continue
+            written = sum(map(text.count, names))
+            if written > most:
+                best, most = form, written
+        return best
+
+    def _encoded(
+        self, chat: Chat, add_generation_prompt: bool, continue_final: bool
+    ) -> tuple[EncodedChat, Rendered]:
+        now = datetime.now()  # one moment for all renderings of a chat
+        made: list[Rendered] = []
+
+        def rendered(chat: Chat) -> str:
+            made.append(self._render(chat, add_generation_prompt, continue_final, now))
+            return made[-1].text
+
+        literals = self._outline(self._name(chat[1])).literals
+        return Encoder.cached(self.tokenizer, literals).encode(chat, rendered), made[0]
 
     def _render(
-        self,
-        given: Chat,
-        add_generation_prompt: bool,
-        continue_final: bool,
-        now: Callable[[], datetime],
-    ) -> str:
+        self, given: Chat, add_generation_prompt: bool, continue_final: bool, now: datetime
+    ) -> Rendered:
         if not continue_final:
-            return self._evaluate(*given, add_generation_prompt, now)
+            return self._evaluate(given, add_generation_prompt, now)
         chat, tools, documents, variables = given
         # As transformers: what the template writes after the last message is cut off.
-        final, tag = chat[-1]["content"], "CONTINUE_FINAL_MESSAGE_TAG "
+        final, tag = chat[-1].get("content"), "CONTINUE_FINAL_MESSAGE_TAG "
         if not final:
             raise ChatError("continue_final_message: the last message has no text to continue")
         tagged = [*chat[:-1], {**chat[-1], "content": final + tag}]
-        text = self._evaluate(tagged, tools, documents, variables, False, now)
+        text = self._evaluate((tagged, tools, documents, variables), False, now).text
         at = text.rfind(tag.strip())
         if at < 0 or final.strip() not in text:
             raise ChatError(
                 "continue_final_message: the chat template does not write the last message as it is"
             )
         kept = text[:at]
-        return kept if text[at : at + len(tag)] == tag else kept.rstrip()
+        return Rendered(kept if text[at : at + len(tag)] == tag else kept.rstrip(), [])
 
     def _evaluate(
-        self,
-        chat: list[Message],
-        tools: Any,
-        documents: Any,
-        variables: dict[str, Any],
-        add_generation_prompt: bool,
-        now: Callable[[], datetime],
-    ) -> str:
-        given = {**self.tokens, **variables, "messages": chat, "tools": tools}
-        given |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
-        tree = self._tree(self._name(tools))
+        self, given: Chat, add_generation_prompt: bool = True, now: datetime | None = None
+    ) -> Rendered:
+        chat, tools, documents, variables = given
+        named = {**self.tokens, **variables, "messages": chat, "tools": tools}
+        named |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
+        source = self._source(self._name(tools))
         try:
-            return evaluate(tree, given, Budget(_characters(given)), now)
+            return render(source, named, now or datetime.now())
         except ChatError as error:
             raise ChatError(f"{self.where}: {error}") from error
-        except MISTAKES as error:
-            kind = "nests too deeply" if isinstance(error, RecursionError) else "fails"
-            raise ChatError(f"{self.where}: the chat template {kind}: {_said(error)}") from error
 
     def _name(self, tools: Any) -> str:
         return "tool_use" if tools is not None and "tool_use" in self.sources else "default"
@@ -275,40 +272,22 @@ class ChatTemplate:
         if name not in self.sources:
             known = ", ".join(sorted(self.sources))
             raise ChatError(f"{self.where}: has no chat template named 'default', but {known}")
-        return self.sources[name]
+        source = self.sources[name]
+        if len(source) > LARGEST:
+            raise ChatError(
+                f"{self.where}: the chat template has {len(source):,} characters, expected at "
+                f"most {LARGEST:,}"
+            )
+        return source
 
-    def _tree(self, name: str) -> nodes.Template:
-        if name not in self._trees:
+    def _outline(self, name: str) -> Outline:
+        if name not in self._outlines:
             source = self._source(name)
-            if len(source) > LARGEST:
-                raise ChatError(
-                    f"{self.where}: the chat template has {len(source):,} characters, expected at "
-                    f"most {LARGEST:,}"
-                )
             try:
-                self._trees[name] = ENVIRONMENT.parse(source)
-            except TemplateSyntaxError as error:
-                raise ChatError(
-                    f"{self.where}: the chat template has a mistake in line {error.lineno}: "
-                    f"{shortened(error.message or '')}"
-                ) from error
-            except MISTAKES as error:
-                raise ChatError(
-                    f"{self.where}: the chat template cannot be parsed ({_said(error)})"
-                ) from error
-        return self._trees[name]
-
-    def _variables(self, name: str) -> set[str]:
-        try:
-            return meta.find_undeclared_variables(self._tree(name))
-        except MISTAKES:  # such as unknown filters, which evaluation will name
-            return {"tools"} if "tools" in self._source(name) else set()
-
-    def _encoder(self, name: str) -> Encoder:
-        tree = self._tree(name)
-        literals = [node.data for node in tree.find_all(nodes.TemplateData)]
-        literals += [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
-        return Encoder.cached(self.tokenizer, tuple(literals))
+                self._outlines[name] = outline(source)
+            except ChatError as error:
+                raise ChatError(f"{self.where}: {error}") from error
+        return self._outlines[name]
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -320,25 +299,6 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             found[f"{kind}_token"] = value
     return found
-
-
-def _characters(value: Any) -> int:
-    """About how many characters an input has."""
-    if isinstance(value, str):
-        return len(value) + 16
-    if isinstance(value, dict):
-        return sum(_characters(k) + _characters(v) for k, v in value.items())
-    return sum(map(_characters, value)) if isinstance(value, list) else 16
-
-
-def _now() -> Callable[[], datetime]:
-    """One moment for all renderings of a chat."""
-    moment = datetime.now()
-    return lambda: moment
-
-
-def _said(error: BaseException) -> str:
-    return shortened(str(error) or type(error).__name__)
 
 
 def _text(opened: Opened, name: str) -> str | None:

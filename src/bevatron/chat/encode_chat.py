@@ -15,16 +15,50 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 from bevatron.chat.answer_parts import THINK, THINK_END
-from bevatron.chat.chat_error import ChatError
-from bevatron.chat.chat_messages import REASONING
+from bevatron.chat.chat_messages import REASONING, ChatError
 
 PRIVATE = 0x10F000  # where the stand-ins begin
 BREAK = "\U0010fffd\U0010fffc\U0010fffd"  # stands for a token of the template
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Token ids, with what is needed to find them in the text.
+
+    Attributes:
+        encoding: of `tokenizers`; where `tokens` is given, of a text that has BREAK for each.
+        break_id: that of BREAK.
+        tokens: what the template wrote there: (id, characters).
+    """
+
+    encoding: Any
+    break_id: int | None = None
+    tokens: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        left = iter(self.tokens)
+        return [next(left)[0] if id == self.break_id else id for id in self.encoding.ids]
+
+    def overlapping(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Which tokens have a character in one of the spans (from, to) of the text, which are in
+        order and apart."""
+        made, at, shift, left = [], 0, 0, iter(self.tokens)
+        for id, offsets in zip(self.encoding.ids, self.encoding.offsets, strict=True):
+            start = offsets[0] + shift
+            if id == self.break_id:
+                shift += next(left)[1] - len(BREAK)
+            end = offsets[1] + shift
+            while at < len(spans) and start >= spans[at][1]:
+                at += 1
+            made.append(at < len(spans) and end > spans[at][0])
+        return made
 
 
 class Encoder:
@@ -52,12 +86,12 @@ class Encoder:
     def cached(cls, tokenizer: Any, literals: tuple[str, ...]) -> Encoder:
         return _cached(tokenizer, literals)
 
-    def encode(self, chat: Any, render: Callable[[Any], str]) -> list[int]:
-        """The ids of `render(chat)`, `chat` being a tuple of messages, tools and plain data."""
+    def encode(self, chat: Any, render: Callable[[Any], str]) -> EncodedChat:
+        """That of `render(chat)`, `chat` being a tuple of messages, tools and plain data."""
         text = render(chat)
         written = "".join(_strings(chat))
         if not any(start in written for start in self.starts):
-            return self._ids(self.tokenizer, text)
+            return self._encoding(text)
         marks = self._marks(written + text)
         marked = self._marked(chat, render, text, marks)
         if marked is None:
@@ -66,7 +100,7 @@ class Encoder:
                     "a message has the text of a special token, and the chat template looks into "
                     "messages in a way that makes it impossible to keep the two apart"
                 )
-            return self._ids(self.tokenizer, text)
+            return self._encoding(text)
         private = set(marks.values())
         pieces, tokens, at = [], [], 0
         for match in self.pattern.finditer(text):
@@ -77,7 +111,7 @@ class Encoder:
             at = match.end()
         pieces.append(text[at:])
         if not any(self.pattern.search(piece) for piece in pieces):
-            return self._ids(self.tokenizer, text)
+            return self._encoding(text)
         return self._joined(pieces, tokens)
 
     def _marks(self, seen: str) -> dict[str, str]:
@@ -112,20 +146,18 @@ class Encoder:
                 return marked
         return None
 
-    def _joined(self, pieces: list[str], tokens: list[str]) -> list[int]:
+    def _encoding(self, text: str) -> EncodedChat:
+        return EncodedChat(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _joined(self, pieces: list[str], tokens: list[str]) -> EncodedChat:
         """Pieces of text with tokens between them, encoded in one go: each text as it is encoded
         beside a special token."""
         if any(BREAK in piece for piece in pieces):
             raise ChatError("a message has characters that are reserved for inner use")
         plain = _without_special_tokens(self.tokenizer, self.control)
-        ids = self._ids(plain, BREAK.join(pieces))
-        at = plain.token_to_id(BREAK)
-        left = iter(tokens)
-        return [self.tokenizer.token_to_id(next(left)) if id == at else id for id in ids]
-
-    @staticmethod
-    def _ids(tokenizer: Any, text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        encoding = plain.encode(BREAK.join(pieces), add_special_tokens=False)
+        written = tuple((self.tokenizer.token_to_id(token), len(token)) for token in tokens)
+        return EncodedChat(encoding, plain.token_to_id(BREAK), written)
 
 
 @lru_cache(maxsize=8)

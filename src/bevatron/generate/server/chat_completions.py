@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bevatron.chat.answer_parts import AnswerReader, Said, marker_tokens, opens_thoughts
-from bevatron.chat.chat_error import ChatError
+from bevatron.chat.chat_messages import ChatError
 from bevatron.chat.tool_calls import ToolCall
 from bevatron.generate.request import Piece, Request
 from bevatron.generate.server.answering import Answers

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from bevatron.chat.chat_error import ChatError
+from bevatron.chat.chat_messages import ChatError
 from bevatron.chat.chat_template import ChatTemplate
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine

@@ -12,7 +12,7 @@ from bevatron.chat.answer_parts import AnswerReader, Said, marker_tokens, opens_
 from bevatron.chat.tool_calls import ToolCall
 from bevatron.generate.detokenize import TextStream, Vocabulary
 from bevatron.generate.request import Request
-from tests.generate.chat_templates import SPECIALS, tokenizer
+from tests.chat.chat_templates import SPECIALS, tokenizer
 
 CALL = '{"name": "weather", "parameters": {"city": "Köln", "days": 2}}'
 WEATHER = ToolCall("weather", {"city": "Köln", "days": 2})

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from bevatron.chat.chat_error import ChatError
+from bevatron.chat import template_process
+from bevatron.chat.chat_messages import ChatError
 from bevatron.chat.chat_template import ChatTemplate
-from bevatron.chat.sandbox import budget
 from bevatron.errors import BevatronError
-from tests.generate.chat_templates import TEMPLATES, tokenizer
+from tests.chat.chat_templates import TEMPLATES, tokenizer
 
 USER = [{"role": "user", "content": "x" * 1000}]
 MEMORY = 1 << 30  # bytes that a template may take at the most, its own limits being far below
@@ -23,11 +23,14 @@ MEMORY = 1 << 30  # bytes that a template may take at the most, its own limits b
 def refused(source: str, *words: str, chat: Any = USER, **variables: Any) -> str:
     """The message with which a template is refused: one printable line, soon, with little memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     start = time.thread_time()
     with pytest.raises(ChatError) as caught:
         ChatTemplate({"default": source}, tokenizer(), where="hf/t.jinja").render(chat, **variables)
     assert time.thread_time() - start < 15
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MEMORY
+    stopped = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert stopped <= max(largest, MEMORY // 2)
     message = str(caught.value)
     assert message.startswith("hf/t.jinja: ") and message.isprintable() and len(message) < 600
     assert all(word in message for word in words), message
@@ -93,8 +96,8 @@ LOOPS = [
     "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
     "{% for i in range(99999) %}{{ 5.5 in range(99999) }}{% endfor %}",
     "{% for i in range(99999) %}{% set x = range(99999) | sort | list %}{% endfor %}",
-    "{% set ns = namespace(a=[1, 1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
-    "{% endfor %}{{ ns.a == 1 }}{% set b = ns.a %}{{ [b] == [ns.a + []] }}",
+    "{% set ns = namespace(a=[1, 1], b=[1, 1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a]"
+    " %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{{ ns.a == 1 }}{{ ns.a == ns.b }}",
     "{% set ns = namespace(a=(1, 1)) %}{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}"
     "{% endfor %}{{ {ns.a: 1} }}",
     "{% set ns = namespace(a=(1, 1)) %}{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}"
@@ -120,8 +123,8 @@ LOOPS = [
 
 @pytest.fixture
 def tenth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the steps, for tests that take a tenth of the time."""
-    monkeypatch.setattr(budget, "STEPS", budget.STEPS // 10)
+    """A tenth of the time on the processor, for tests that take a tenth of it."""
+    monkeypatch.setattr(template_process, "SECONDS", template_process.SECONDS / 10)
 
 
 @pytest.mark.usefixtures("tenth")
@@ -188,7 +191,8 @@ GIANTS = [
     "{% for i in range(99999) %}" + "x" * 1000 + "{% endfor %}",
     "{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}",
     "{% set s %}{% for i in range(99999) %}" + "x" * 1000 + "{% endfor %}{% endset %}",
-    "{% for i in range(9999) %}{% set x = messages[0].content | list | tojson %}{% endfor %}",
+    "{% set ns = namespace(a=[]) %}{% for i in range(99999) %}"
+    "{% set ns.a = [ns.a, messages[0].content | list] %}{% endfor %}",
     "{{ ('a ' * 3000000).split() }}",
     "x" * 600_000,
 ]
