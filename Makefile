@@ -111,7 +111,7 @@ test-readers: .venv/ready-for-tests
 	-$(MAKE) .venv-llama-cpp/ready
 	-$(MAKE) .venv-trl/ready
 	$(BIN)/python -m pytest -m slow -rs tests/readers/test_inference.py
-	test ! -e .venv-trl/ready || .venv-trl/bin/python -m pytest -m "slow or not slow" -rs tests/readers/test_training.py tests/evaluate/test_tasks.py
+	test ! -e .venv-trl/ready || .venv-trl/bin/python -m pytest -m "slow or not slow" -rs tests/readers/test_training.py tests/readers/test_chat_templates.py tests/evaluate/test_tasks.py
 
 lock: .venv/ready
 	$(BIN)/python -m pip install -q uv

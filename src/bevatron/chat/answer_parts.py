@@ -19,7 +19,6 @@ from bevatron.chat.tool_calls import (
     ToolCall,
     parse_calls,
 )
-from bevatron.generate.detokenize import overlap
 
 THINK, THINK_END = "<think>", "</think>"
 CALLS = (PYTHON_TAG, TOOLCALL)
@@ -228,3 +227,11 @@ def marker_tokens(tokenizer: Any) -> frozenset[int]:
     """Tokens that are markers: they stay in the text that is taken apart, special or not."""
     found = (tokenizer.token_to_id(marker) for marker in MARKERS)
     return frozenset(id for id in found if id is not None)
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

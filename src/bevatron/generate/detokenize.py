@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from bevatron.chat.answer_parts import overlap
+
 CONTEXT = 8  # tokens before the new ones that a window begins with: decoders look at neighbours
 WINDOW = 48  # tokens that are decoded at a time, unless they end in half a character
 UNKNOWN = "\ufffd"  # what decoders give for bytes that are no character (yet)
@@ -113,11 +115,3 @@ class TextStream:
         keep = max((overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
