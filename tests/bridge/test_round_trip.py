@@ -19,7 +19,7 @@ from bevatron.checkpoint.manifest import Chunk, read_manifest
 from bevatron.checkpoint.read_boxes import read_box, verify_chunk
 from bevatron.checkpoint.safetensors_file import read_header
 from bevatron.compress.prune import prune
-from bevatron.compress.pruned_spec import Targets
+from bevatron.compress.prune_targets import Targets
 from bevatron.errors import BevatronError
 from bevatron.evaluate.verify import verify
 from bevatron.families.registry import by_name

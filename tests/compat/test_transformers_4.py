@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.compress.prune import prune
-from bevatron.compress.pruned_spec import Targets
+from bevatron.compress.prune_targets import Targets
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.hf.test_hf import CASES as BLOCKS
 from tests.hf.test_hf import save as save_llama_nemotron

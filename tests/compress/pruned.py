@@ -11,7 +11,7 @@ import transformers
 from bevatron.bridge.convert import import_checkpoint
 from bevatron.bridge.open_native import open_native
 from bevatron.compress.importance_scores import Scores, expected, spec_hash
-from bevatron.compress.pruned_spec import Targets
+from bevatron.compress.prune_targets import Targets
 from bevatron.parallel.whole_decoder import load_decoder
 from bevatron.spec import ModelSpec
 from tests.bridge.hf_folders import make

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from bevatron.compress.search.search import Search
-from bevatron.compress.search.search_request import Options
-from bevatron.compress.search.search_space import Axes, Goal
-from bevatron.compress.search.search_state import State
+from bevatron.compress.search.search_results import State
+from bevatron.compress.verb_options import SearchOptions
 from bevatron.data.token_store_writer import StoreWriter
 from tests.compress.test_distill_command import teacher
 
@@ -38,10 +37,13 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def options(folder: Path, **changes: Any) -> Options:
+def options(folder: Path, **changes: Any) -> SearchOptions:
     given: dict[str, Any] = {
-        "axes": Axes(num_attention_heads=(4,), hidden_size=HIDDEN),
-        "goal": Goal(PARAMS, WITHIN, multiple=MULTIPLE),
+        "params": PARAMS,
+        "within": WITHIN,
+        "multiple": MULTIPLE,
+        "num_attention_heads": (4,),
+        "hidden_size": HIDDEN,
         "data": (folder / "train",),
         "validation": (folder / "held-out",),
         "samples": 8,
@@ -51,7 +53,7 @@ def options(folder: Path, **changes: Any) -> Options:
         "short": 2,
         "overrides": OVERRIDES,
     }
-    return Options(**{**given, **changes})
+    return SearchOptions(**{**given, **changes})
 
 
 def arguments(folder: Path, target: Path) -> list[str]:

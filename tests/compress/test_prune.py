@@ -19,9 +19,15 @@ from bevatron.compress import prune as pruning
 from bevatron.compress.importance import measure
 from bevatron.compress.importance_scores import Scores, ScoresError
 from bevatron.compress.prune import prune
-from bevatron.compress.prune_targets import parse_count, parse_layers, read_per_layer
-from bevatron.compress.pruned_spec import LayerTarget, PruneError, Targets
-from bevatron.compress.pruned_widths import shape
+from bevatron.compress.prune_targets import (
+    LayerTarget,
+    PruneError,
+    Targets,
+    parse_count,
+    parse_layers,
+    read_per_layer,
+)
+from bevatron.compress.pruned_spec import shape
 from bevatron.errors import BevatronError
 from bevatron.families import by_name
 from bevatron.families.published_models import preset

@@ -23,7 +23,7 @@ from bevatron.cli.main import app
 from bevatron.compress import prune as pruning
 from bevatron.compress.kept_indices import keep
 from bevatron.compress.prune import prune
-from bevatron.compress.pruned_spec import LayerTarget, Targets
+from bevatron.compress.prune_targets import LayerTarget, Targets
 from bevatron.errors import BevatronError
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.compress.pruned import BOTH, IDS, native_logits, random_scores, sliced, source, stock

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from bevatron.bridge.remote_code import READERS, readers
-from bevatron.compress.pruned_spec import Targets
-from bevatron.compress.pruned_widths import shape
+from bevatron.compress.prune_targets import Targets
+from bevatron.compress.pruned_spec import shape
 from bevatron.families import by_name
 from bevatron.families.published_models import preset
 from bevatron.spec import MLP, Attention, LayerSpec, Linear, ModelSpec, Norm, Rope

@@ -27,7 +27,8 @@ from bevatron.cli.main import app
 from bevatron.compress.search import search as searching
 from bevatron.compress.search.search import Search
 from bevatron.compress.search.search_request import Asked
-from bevatron.compress.search.search_state import State, ranked, stages_of, standing
+from bevatron.compress.search.search_results import State, ranked, stages_of, standing
+from bevatron.compress.verb_options import Comparison
 from bevatron.data.token_store import TokenStore
 from bevatron.errors import BevatronError
 from bevatron.evaluate.perplexity import evaluate
@@ -199,11 +200,11 @@ def test_killed_after_every_result_it_ends_the_same_and_does_nothing_twice(
 @pytest.mark.parametrize(
     "where",
     [
-        "bevatron.compress.search.search_state:State.write",
+        "bevatron.compress.search.search_results:State.write",
         "bevatron.train.trainer:Trainer.step",
         "bevatron.bridge.byte_mover:Mover.write",
         "bevatron.train.save_steps:Saver.save_if_due",
-        "bevatron.compress.search.search_runs:remove",
+        "bevatron.compress.search.search:remove",
         "bevatron.compress.search.search_page:write_page",
     ],
 )
@@ -365,7 +366,8 @@ def test_a_loss_that_is_not_finite_ranks_last() -> None:
     losses = {"a": 2.0, "b": None, "c": 1.0}
     found = [{"name": n, "parameters": 1, "losses": {"pruned": x}} for n, x in losses.items()]
     assert [c["name"] for c in ranked(found, "pruned")] == ["c", "a", "b"]
-    assert [s["name"] for s in stages_of(4, 3, 9, 1)] == ["pruned", "short", "long"]
+    stages = stages_of(Comparison(steps=4, short=3, long_steps=9, long=1))
+    assert [s["name"] for s in stages] == ["pruned", "short", "long"]
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ import transformers
 from typer.testing import CliRunner
 
 from bevatron.cli.main import app
-from bevatron.compress.prune_targets import parse_share, parse_sizes
-from bevatron.compress.pruned_spec import PruneError, Targets
-from bevatron.compress.pruned_widths import shape
-from bevatron.compress.search.search_preview import dry_run, outline
-from bevatron.compress.search.search_space import Axes, Goal, Space, enumerate_space, grid
+from bevatron.compress.prune_targets import PruneError, Targets, parse_share, parse_sizes
+from bevatron.compress.pruned_spec import shape
+from bevatron.compress.search.search_request import dry_run, outline
+from bevatron.compress.search.search_space import Space, enumerate_space, grid
+from bevatron.compress.verb_options import Axes, Goal, SearchOptions
 from bevatron.errors import BevatronError
 from bevatron.families import by_name, for_spec
 from bevatron.families.published_models import preset
@@ -61,7 +61,7 @@ def test_candidates_are_all_combinations_near_the_target_and_no_others():
     wanted = 60_000
     near = {s for s, n in counts.items() if abs(n - wanted) <= 0.2 * wanted and s[1] % s[2] == 0}
     assert 3 < len(near) < len(counts) / 2
-    found = space(SMALL, axes, Goal(wanted, 0.2, most=99))
+    found = space(SMALL, axes, Goal(wanted, 0.2, max_candidates=99))
     sizes = {
         (t.num_layers, t.hidden_size, t.num_attention_heads, t.intermediate_size): c.parameters
         for c in found.candidates
@@ -86,9 +86,10 @@ def test_a_candidate_is_what_prune_makes_of_the_same_sizes():
 
 
 def test_the_cap_keeps_the_nearest_and_says_how_many_went():
-    axes, goal = Axes((2, 3, 4), (4, 8), (32, 48, 64), (32, 64, 96)), Goal(60_000, 0.2, most=99)
+    axes = Axes((2, 3, 4), (4, 8), (32, 48, 64), (32, 64, 96))
+    goal = Goal(60_000, 0.2, max_candidates=99)
     every = space(SMALL, axes, goal).candidates
-    kept = space(SMALL, axes, replace(goal, most=3))
+    kept = space(SMALL, axes, replace(goal, max_candidates=3))
     off = sorted(abs(c.parameters - 60_000) for c in every)
     assert sorted(abs(c.parameters - 60_000) for c in kept.candidates) == off[:3]
     [(rule, count)] = [d for d in kept.dropped if "--max-candidates 3" in d[0]]
@@ -96,7 +97,8 @@ def test_the_cap_keeps_the_nearest_and_says_how_many_went():
 
 
 def test_sizes_that_the_class_cannot_say_are_counted_with_a_reason():
-    found = space(SMALL, Axes((4,), (8,), (60, 64), (64, 96)), Goal(110_000, 0.2, most=99))
+    goal = Goal(110_000, 0.2, max_candidates=99)
+    found = space(SMALL, Axes((4,), (8,), (60, 64), (64, 96)), goal)
     assert {c.targets.hidden_size for c in found.candidates} == {64}
     assert any("divisor of hidden_size 60" in rule for rule, _ in found.dropped)
 
@@ -122,7 +124,7 @@ def test_layers_go_as_prune_chooses_them(depth_by):
 )
 def test_the_default_grid_holds_the_published_results(name, wanted, sizes, count):
     spec = preset(name)
-    goal = Goal(wanted, most=999)
+    goal = Goal(wanted, max_candidates=999)
     found = enumerate_space(spec, for_spec(spec), Axes(), goal, None).candidates
     [same] = [
         c
@@ -179,8 +181,8 @@ def test_a_dry_run_needs_a_config_json_alone(tmp_path):
         vocab_size=97, hidden_size=64, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, head_dim=8, intermediate_size=96, architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)  # fmt: skip
-    stages = {"steps": 4, "short": 2, "long_steps": 0, "long": 1}
-    found = dry_run(str(tmp_path), Axes(), Goal(60_000, 0.1, multiple=8), scores=None, **stages)
+    asked = SearchOptions(60_000, 0.1, multiple=8, steps=4, short=2, long_steps=0, long=1)
+    found = dry_run(str(tmp_path), asked)
     assert json.loads(json.dumps(found)) == found and found["dry_run"]
     for c in found["candidates"]:
         sizes = [c[k] for k in ("num_layers", "hidden_size", "num_attention_heads")]

@@ -28,7 +28,7 @@ from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint import new_folder
 from bevatron.compress import prune
 from bevatron.compress.importance_scores import Scores, expected, spec_hash
-from bevatron.compress.pruned_spec import Targets
+from bevatron.compress.prune_targets import Targets
 from bevatron.errors import BevatronError
 
 Contents = dict[str, bytes | None]

@@ -15,7 +15,7 @@ from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.open_native import open_native
 from bevatron.bridge.remote_code import readers, write_remote_code
 from bevatron.compress.prune import prune
-from bevatron.compress.pruned_spec import LayerTarget, Targets
+from bevatron.compress.prune_targets import LayerTarget, Targets
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.bridge.hf_folders import MAKERS
 from tests.compress.pruned import random_scores

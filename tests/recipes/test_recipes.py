@@ -12,8 +12,7 @@ import yaml
 
 from bevatron.cli.main import app
 from bevatron.compress.prune import prune
-from bevatron.compress.prune_targets import parse_layers
-from bevatron.compress.pruned_spec import Targets
+from bevatron.compress.prune_targets import Targets, parse_layers
 from bevatron.errors import BevatronError
 from bevatron.families.published_models import preset
 from bevatron.recipes import Recipe, find, recipe, recipes, sizes

@@ -31,6 +31,7 @@ from bevatron.compress.importance_scores import (
     spec_hash,
     weights_hash,
 )
+from bevatron.compress.verb_options import Measuring
 from bevatron.data.sample_order import Sampler
 from bevatron.data.token_store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
@@ -49,8 +50,7 @@ from bevatron.progress import Advance, progress
 from bevatron.spec import ModelSpec
 from bevatron.train.objectives import Pretrain
 
-SAMPLES, SEQ_LEN = 1024, 2048  # SEQ_LEN unless the model's context is shorter
-LOSS_SAMPLES = 128  # a loss per layer is a pass per layer
+SEQ_LEN = 2048  # unless the model's context is shorter
 TOGETHER = 4096  # tokens of a micro-batch
 LAYERS = ("bi", "loss", "spans")
 ONE_PROCESS = Layout()
@@ -72,15 +72,8 @@ def measure(
     ckpt: str | Path,
     data: Sequence[str | Path],
     *,
-    samples: int = SAMPLES,
-    seq_len: int | None = None,
-    aggregation: str = "l2,mean",
-    layers: str = "bi",
-    spans: Sequence[int] = (),
-    loss_samples: int = LOSS_SAMPLES,
     layout: Layout = ONE_PROCESS,
-    dtype: str | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> Scores:
     """The scores of a model, the same on every rank of the process group; without one, in this
     process.
@@ -88,15 +81,10 @@ def measure(
     Args:
         ckpt: native checkpoint, run (its newest step), HF folder or Hub id.
         data: token stores; samples are drawn from all of them in proportion to their tokens.
-        seq_len: tokens of a sample; default 2,048 or the model's context, if shorter.
-        aggregation: `batch,sequence` of mean, l2 and var.
-        layers: `bi` for block influence alone; `loss` for the loss without each layer besides;
-            `spans` for the loss without each contiguous span of so many layers as `spans` says,
-            a quarter and a half of them by default. These take a pass per layer or span, over the
-            first `loss_samples` samples.
-        dtype: bf16, fp16 or fp32 to compute in; default: as stored.
+        options: of `Measuring`.
     Raises BevatronError, with one message on all ranks if it fails on one of them.
     """
+    measuring = Measuring(**options)
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = default_device()
@@ -105,14 +93,12 @@ def measure(
 
         def prepare() -> None:
             opened = open_weights(ckpt, copies=dist.get_rank() == 0)
-            plan = make_plan(
-                opened.spec, samples, seq_len, aggregation, layers, spans, loss_samples, seed
-            )
+            plan = make_plan(opened.spec, measuring)
             ready.append((opened, plan, open_sampler(opened, data, plan, layout)))
 
         on_all(prepare)
         opened, plan, sampler = ready[0]
-        precision = precision_of(opened, dtype)
+        precision = precision_of(opened, measuring.dtype)
         placed = place(
             opened.spec,
             layout,
@@ -148,18 +134,11 @@ def measure(
     return scores
 
 
-def make_plan(
-    spec: ModelSpec,
-    samples: int,
-    seq_len: int | None,
-    aggregation: str,
-    layers: str,
-    spans: Sequence[int],
-    loss_samples: int,
-    seed: int,
-) -> Plan:
+def make_plan(spec: ModelSpec, asked: Measuring) -> Plan:
     """Raises BevatronError for what cannot be measured of this model."""
     count, context = len(spec.layers), spec.max_position_embeddings
+    samples, loss_samples, seq_len = asked.samples, asked.loss_samples, asked.seq_len
+    layers, spans = asked.layers, asked.spans
     if layers not in LAYERS:
         raise BevatronError(f"layers is {layers!r}, expected one of {', '.join(LAYERS)}")
     if samples < 1 or loss_samples < 1:
@@ -174,7 +153,7 @@ def make_plan(
     if spans and layers != "spans":
         raise BevatronError(f"spans of {spans[0]} layers go with layers spans, not {layers}")
     if layers == "spans" and not spans:
-        spans = sorted({max(1, count // 4), max(1, count // 2)})
+        spans = tuple(sorted({max(1, count // 4), max(1, count // 2)}))
     if wrong := [n for n in spans if not 1 <= n < max(2, count)]:
         raise BevatronError(
             f"a span of {wrong[0]} layers cannot be left out of {count}; expected 1 to {count - 1}"
@@ -188,8 +167,8 @@ def make_plan(
         samples,
         min(samples, loss_samples),
         seq_len or min(SEQ_LEN, context),
-        seed,
-        Aggregation.parse(aggregation),
+        asked.seed,
+        Aggregation.parse(asked.aggregation),
         (1,) if layers == "loss" else tuple(sorted(set(spans))),
     )
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bevatron.compress.verb_options import Measuring, Processes
 from bevatron.errors import BevatronError
+from bevatron.option import arguments
 from bevatron.parallel.layout import Layout, LayoutError
 
 Show = Callable[[dict[str, Any]], None]
@@ -21,46 +23,38 @@ def importance(
     ckpt: str,
     out: Path,
     data: Sequence[Path],
+    measuring: Measuring,
+    processes: Processes,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    dp_shard: int | None = None,
-    nproc: int | None = None,
     html: Path | None = None,
     as_json: bool = False,
     show: Show = lambda found: None,
-    **options: Any,
 ) -> None:
     """Measure and write the scores to `out`, and a page of them to `html`.
 
     Args:
-        tp, pp, dp_shard: of the layout; what is left of the processes is data-parallel.
-        nproc: processes to start; None under torchrun, or for as many as the layout needs.
-        options: of `importance.measure`.
+        processes: `nproc` None under torchrun, or to start as many as the layout needs.
         show: gets what `--json` prints, on the first rank; in processes that are started, the
             command line's does, with `as_json`.
     Raises BevatronError with one message, whichever rank failed.
     """
     worker = "RANK" in os.environ
+    tp, pp, dp_shard = processes.tp, processes.pp, processes.dp_shard
     least = tp * pp * (dp_shard or 1)
-    count = int(os.environ["WORLD_SIZE"]) if worker else nproc or least
+    count = int(os.environ["WORLD_SIZE"]) if worker else processes.nproc or least
     layout = layout_of(count, tp, pp, dp_shard)
     if not worker:
-        _check(ckpt, [out, *([html] if html is not None else [])], data, layout, options)
+        _check(ckpt, [out, *([html] if html is not None else [])], data, layout, measuring)
     if not worker and count > 1:
         from bevatron.train.run_processes import launch
 
-        arguments = ["importance", ckpt, str(out), "--tp", str(tp), "--pp", str(pp)]
-        arguments += ["--dp-shard", str(layout.dp_shard)]
-        arguments += [text for path in data for text in ("--data", str(path))]
-        arguments += [text for n in options.pop("spans", ()) for text in ("--span", str(n))]
-        arguments += ["--html", str(html)] if html is not None else []
-        for name, value in options.items():
-            if value is not None:
-                arguments += [f"--{name.replace('_', '-')}", str(value)]
-        launch([*arguments, *["--json"] * as_json], count, saves=False)
+        words = ["importance", ckpt, str(out), *arguments(measuring)]
+        words += arguments(Processes(tp, pp, layout.dp_shard))
+        words += [text for path in data for text in ("--data", str(path))]
+        words += ["--html", str(html)] if html is not None else []
+        launch([*words, *["--json"] * as_json], count, saves=False)
         return
-    _work(ckpt, out, data, layout, html, show, options, worker)
+    _work(ckpt, out, data, layout, html, show, measuring, worker)
 
 
 def layout_of(count: int, tp: int, pp: int, dp_shard: int | None) -> Layout:
@@ -78,7 +72,11 @@ def layout_of(count: int, tp: int, pp: int, dp_shard: int | None) -> Layout:
 
 
 def _check(
-    ckpt: str, targets: Sequence[Path], data: Sequence[Path], layout: Layout, options: Any
+    ckpt: str,
+    targets: Sequence[Path],
+    data: Sequence[Path],
+    layout: Layout,
+    measuring: Measuring,
 ) -> None:
     """All that would fail, before anything is started."""
     from bevatron.bridge.open_weights import open_weights
@@ -90,9 +88,8 @@ def _check(
         if not path.parent.is_dir():
             raise BevatronError(f"{path}: its folder {path.parent} does not exist; make it first")
     opened = open_weights(ckpt)
-    names = ("samples", "seq_len", "aggregation", "layers", "spans", "loss_samples", "seed")
-    plan = make_plan(opened.spec, **{name: options[name] for name in names})
-    precision_of(opened, options["dtype"])
+    plan = make_plan(opened.spec, measuring)
+    precision_of(opened, measuring.dtype)
     open_sampler(opened, data, plan, layout)
 
 
@@ -103,7 +100,7 @@ def _work(
     layout: Layout,
     html: Path | None,
     show: Show,
-    options: dict[str, Any],
+    measuring: Measuring,
     worker: bool,
 ) -> None:
     """One rank."""
@@ -115,7 +112,7 @@ def _work(
 
     began = time.monotonic()
     with one_rank(worker):
-        scores = measure(ckpt, data, layout=layout, **options)
+        scores = measure(ckpt, data, layout=layout, **vars(measuring))
 
         def write() -> None:
             if dist.get_rank() == 0:

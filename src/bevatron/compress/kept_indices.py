@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bevatron.bridge.assemble import PAD, Bits, Change, Cut, Index
 from bevatron.compress.importance_scores import Scores
-from bevatron.compress.pruned_spec import PruneError, Shape
+from bevatron.compress.prune_targets import PruneError
+from bevatron.compress.pruned_spec import Shape
 from bevatron.spec import MLP, Attention, ModelSpec, ParameterSpec
 
 MERGES = ("none", "residual", "sum")

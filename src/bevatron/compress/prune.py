@@ -20,8 +20,8 @@ from bevatron.checkpoint.storage import located
 from bevatron.compress.importance_scores import Scores, weights_hash
 from bevatron.compress.kept_indices import MERGES, Kept, cut, keep, source_of
 from bevatron.compress.prune_report import PruneReport, class_of, family_of, sizes_of
-from bevatron.compress.pruned_spec import DEPTH_BY, PruneError, Shape, Targets
-from bevatron.compress.pruned_widths import shape
+from bevatron.compress.prune_targets import DEPTH_BY, PruneError, Targets
+from bevatron.compress.pruned_spec import Shape, shape
 from bevatron.families.registry import by_name
 from bevatron.spec.count import parameter_count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bevatron.compress.pruned_spec import PruneError
+from bevatron.compress.prune_targets import PruneError
 from bevatron.families.registry import Family, FamilyError, by_name, for_spec
 from bevatron.spec import ModelSpec
 

@@ -1,17 +1,34 @@
-"""Pruning targets as the command line and files spell them."""
+"""What is asked of pruning, and how the command line and files spell it. No numpy and no torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from bevatron.checkpoint.strict_json import read_object
-from bevatron.compress.pruned_spec import LayerTarget, PruneError
+from bevatron.errors import BevatronError
+from bevatron.option import Option
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _KEYS = ("intermediate_size", "num_attention_heads", "attention", "mlp")
+DEPTH_BY = ("influence", "loss", "span")
+
+
+class PruneError(BevatronError):
+    """Sizes that the model cannot be pruned to."""
+
+
+@dataclass(frozen=True)
+class LayerTarget:
+    """Sizes of one layer; None leaves one as the other options have it."""
+
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    no_attention: bool = False
+    no_mlp: bool = False
 
 
 def parse_count(text: str) -> int:
@@ -84,3 +101,54 @@ def _target(path: Path, name: str, value: Any) -> LayerTarget:
         no_attention="attention" in value,
         no_mlp="mlp" in value,
     )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is asked for; None leaves an axis as it is.
+
+    Attributes:
+        num_layers: how many stay; `depth_by`: which ones, one of DEPTH_BY.
+        drop_layers: which ones go, counted from 0.
+        parameters: of the result; the widths that are not given are chosen to meet it.
+        per_layer: by the layer's index in the model that is pruned.
+        multiple: of chosen widths.
+    """
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: Annotated[int | None, Option("Query heads; all KV heads stay.")] = None
+    num_layers: Annotated[int | None, Option("How many stay; see --depth-by.")] = None
+    drop_layers: Annotated[
+        tuple[int, ...],
+        Option("Which go, counted from 0, such as 15-30 or 3,5.", read=parse_layers),
+    ] = ()
+    parameters: Annotated[
+        int | None,
+        Option(
+            "Such as 4B: chooses the widths that are not given.", name="--params", read=parse_count
+        ),
+    ] = None
+    per_layer: Annotated[
+        Mapping[int, LayerTarget],
+        Option(
+            "JSON: layer -> its sizes; the result's layers differ.",
+            of=Path,
+            read=read_per_layer,
+        ),
+    ] = field(default_factory=dict)
+    multiple: Annotated[int, Option("Of widths that --params chooses.")] = 64
+    depth_by: Annotated[
+        str, Option("influence, loss, or span (neighbours) decides which layers go.")
+    ] = "influence"
+
+    def or_else(self, sizes: Mapping[str, Any]) -> Targets:
+        """These, and where none are asked for those of a recipe's `prune` part. Which layers go is
+        one choice: either is there or the recipe's are not looked at."""
+        found = {name: value for name, value in sizes.items() if value is not None}
+        if "drop_layers" in found:
+            found["drop_layers"] = parse_layers(found["drop_layers"])
+        own = {name for name in found if getattr(self, name) not in (None, ())}
+        if self.num_layers is not None or self.drop_layers:
+            own |= {"num_layers", "drop_layers"}
+        return replace(self, **{name: value for name, value in found.items() if name not in own})

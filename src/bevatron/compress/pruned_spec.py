@@ -1,57 +1,24 @@
 """From what a user asks for to the spec of the pruned model: which layers stay, how wide each is.
 
-No weights and no torch: counts are exact before anything is read.
+No weights and no torch: counts are exact before anything is read. Widths are as asked for, or
+chosen to meet a parameter count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bevatron.compress.importance_scores import Scores
-from bevatron.errors import BevatronError
-from bevatron.spec import MLP, Attention, ModelSpec
-
-DEPTH_BY = ("influence", "loss", "span")
-
-
-class PruneError(BevatronError):
-    """Sizes that the model cannot be pruned to."""
-
-
-@dataclass(frozen=True)
-class LayerTarget:
-    """Sizes of one layer; None leaves one as the other options have it."""
-
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    no_attention: bool = False
-    no_mlp: bool = False
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What is asked for; None leaves an axis as it is.
-
-    Attributes:
-        num_layers: how many stay; `depth_by`: which ones, one of DEPTH_BY.
-        drop_layers: which ones go, counted from 0.
-        parameters: of the result; the widths that are not given are chosen to meet it.
-        per_layer: by the layer's index in the model that is pruned.
-        multiple: of chosen widths.
-    """
-
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
-    drop_layers: tuple[int, ...] = ()
-    parameters: int | None = None
-    per_layer: Mapping[int, LayerTarget] = field(default_factory=dict)
-    multiple: int = 64
-    depth_by: str = "influence"
+from bevatron.compress.prune_targets import LayerTarget, PruneError, Targets
+from bevatron.compress.verb_options import TOLERANCE
+from bevatron.families.llama_nemotron import WIDTH_MULTIPLE
+from bevatron.families.registry import Family, FamilyError, by_name
+from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
+from bevatron.spec.count import parameter_count
 
 
 @dataclass(frozen=True)
@@ -61,6 +28,183 @@ class Shape:
     layers: tuple[int, ...]
     spec: ModelSpec
     notes: tuple[str, ...] = ()
+
+
+def shape(spec: ModelSpec, targets: Targets, scores: Scores | None, family: Family) -> Shape:
+    """The pruned model's spec.
+
+    Args:
+        scores: needed only where `targets` leaves open which layers go.
+        family: that the model belongs to; it may limit which widths can be exported.
+    Raises PruneError for sizes that are impossible, and if there is nothing to prune.
+    """
+    layers = kept_layers(spec, targets, scores)
+    check_sizes(spec, targets, layers)
+    if targets.parameters is None:
+        found = shaped(spec, targets, layers, targets.hidden_size, targets.intermediate_size)
+        notes: list[str] = []
+    else:
+        found, notes = meet(spec, targets, layers, family)
+    if len(set(found.layers)) > 1 or family.name == "llama_nemotron":
+        found, more = decilm_widths(found, [spec.layers[i] for i in layers])
+        notes += more
+    notes += uneven(found, spec, targets)
+    if found == spec:
+        raise PruneError(
+            "nothing to prune: the sizes asked for are those of the model; give smaller ones, "
+            "--num-layers, --drop-layers or --params"
+        )
+    return Shape(layers, found, tuple(notes))
+
+
+def shaped(
+    spec: ModelSpec,
+    targets: Targets,
+    layers: Sequence[int],
+    hidden: int | None,
+    width: int | Callable[[int], int] | None,
+) -> ModelSpec:
+    """The spec with these sizes. `width`: of MLPs, at most; or how it follows from the old one."""
+
+    def layer(i: int) -> LayerSpec:
+        old, own = spec.layers[i], targets.per_layer.get(i, LayerTarget())
+        attention, mlp = old.attention, old.mlp
+        if isinstance(attention, Attention):
+            most = own.num_attention_heads or targets.num_attention_heads
+            heads = min(attention.num_attention_heads, most or attention.num_attention_heads)
+            attention = replace(attention, num_attention_heads=heads)
+        if isinstance(mlp, MLP):
+            f = mlp.intermediate_size
+            if own.intermediate_size is not None:
+                f = own.intermediate_size
+            elif width is not None:
+                f = width(f) if callable(width) else min(f, width)
+            mlp = replace(mlp, intermediate_size=f)
+        return LayerSpec(None if own.no_attention else attention, None if own.no_mlp else mlp)
+
+    hidden = hidden or spec.hidden_size
+    return replace(spec, hidden_size=hidden, layers=tuple(layer(i) for i in layers))
+
+
+def meet(
+    spec: ModelSpec, targets: Targets, layers: Sequence[int], family: Family
+) -> tuple[ModelSpec, list[str]]:
+    """The spec with the parameter count asked for, by the widths that are still open.
+
+    For every hidden size (multiples of `multiple`) the MLP width (likewise) that comes nearest;
+    among those within TOLERANCE the one that keeps most nearly the same share of both; among
+    equals the nearest. MLPs of different widths keep the same share each.
+    """
+    wanted = targets.parameters
+    assert wanted is not None
+    multiple = targets.multiple
+    if family.name == "llama_nemotron":
+        multiple = math.lcm(multiple, WIDTH_MULTIPLE)
+    widest = max(mlp_widths(spec, layers), default=0)
+    open_width = targets.intermediate_size is None and widest > 0
+    hiddens = [targets.hidden_size or spec.hidden_size]
+    if targets.hidden_size is None:
+        hiddens = _steps(spec.hidden_size, targets.multiple)
+        if getattr(family, "heads_divide_hidden", False):
+            own = max((a.num_attention_heads for _, a in attentions(spec, layers)), default=1)
+            heads = targets.num_attention_heads or own
+            hiddens = [h for h in hiddens if h % heads == 0] or [spec.hidden_size]
+    elif not open_width:
+        raise PruneError(
+            "--params has nothing to choose: hidden and intermediate size are both given; leave "
+            "one of them out"
+        )
+    widths = _steps(widest, multiple) if open_width else [targets.intermediate_size or 0]
+
+    def made(hidden: int, width: int) -> ModelSpec:
+        def share(f: int) -> int:
+            return min(f, -(-f * width // (widest * multiple)) * multiple)
+
+        return shaped(spec, targets, layers, hidden, share if open_width else width or None)
+
+    candidates = []
+    for hidden in hiddens:
+        width, count = _nearest(widths, wanted, lambda f, h=hidden: parameter_count(made(h, f)))  # type: ignore[misc]
+        uneven = abs(math.log(hidden / spec.hidden_size) - math.log(width / widest or 1))
+        candidates.append((abs(count - wanted), uneven if open_width else 0.0, hidden, width))
+    near = [c for c in candidates if c[0] <= TOLERANCE * wanted]
+    if not near:
+        _, _, hidden, width = min(candidates)
+        count = parameter_count(made(hidden, width))
+        raise PruneError(
+            f"--params asks for {wanted:,} parameters, but widths in multiples of {multiple} come "
+            f"no nearer than {count:,} (hidden_size {hidden}, intermediate_size {width}); the "
+            f"model has {parameter_count(spec):,}: try another --multiple or fewer layers"
+        )
+    _, _, hidden, width = min(near, key=lambda c: (round(c[1], 9), c[0], -c[2]))
+    found = made(hidden, width)
+    count = parameter_count(found)
+    return found, [
+        f"{count:,} parameters, {100 * (count / wanted - 1):+.2f}% off the {wanted:,} asked for"
+    ]
+
+
+def _steps(size: int, multiple: int) -> list[int]:
+    """Multiples below a size, and the size itself."""
+    return [*range(multiple, size, multiple), size]
+
+
+def _nearest(widths: Sequence[int], wanted: int, count: Callable[[int], int]) -> tuple[int, int]:
+    """The width whose count, which grows with it, comes nearest; and that count."""
+    low, high = 0, len(widths) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(widths[middle]) <= wanted else (low, middle)
+    found = [(abs(count(widths[i]) - wanted), widths[i], count(widths[i])) for i in (low, high)]
+    return min(found)[1:]
+
+
+def decilm_widths(found: ModelSpec, old: Sequence[LayerSpec]) -> tuple[ModelSpec, list[str]]:
+    """Round MLP widths up so that DeciLMForCausalLM can say them, if all else can be said by it.
+    What a layer has no neurons of its own for is filled up with zeros, which compute nothing."""
+
+    def rounded(layer: LayerSpec) -> LayerSpec:
+        if not isinstance(layer.mlp, MLP):
+            return layer
+        up = -(-layer.mlp.intermediate_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        return replace(layer, mlp=replace(layer.mlp, intermediate_size=up))
+
+    layers = tuple(rounded(layer) for layer in found.layers)
+    fitted = replace(found, layers=layers)
+    try:
+        by_name("llama_nemotron").config(fitted, "float32")
+    except FamilyError:
+        return found, []  # the caller says that it cannot be exported, and why
+    same: dict[str, list[int]] = {}
+    for i, three in enumerate(zip(found.layers, layers, old, strict=True)):
+        before, after, own = (
+            x.mlp.intermediate_size if isinstance(x.mlp, MLP) else 0 for x in three
+        )
+        if before != after:
+            zeros = f", {after - own} of them zeros" if after > own else ""
+            what = f"intermediate_size {before} became {after}{zeros}"
+            same.setdefault(what, []).append(i)
+    changed = [f"layers {ranges(numbers)}: {what}" for what, numbers in same.items()]
+    if changed:
+        changed.append(
+            f"widths were rounded up to multiples of {WIDTH_MULTIPLE}: layers that differ are "
+            "exported as DeciLMForCausalLM, whose ffn_mult can say no others"
+        )
+    return fitted, changed
+
+
+def uneven(found: ModelSpec, old: ModelSpec, targets: Targets) -> list[str]:
+    """Widths that are slow on accelerators: said, and left as asked for."""
+    sizes = {("hidden_size", found.hidden_size)} if found.hidden_size != old.hidden_size else set()
+    own = {x.mlp for x in old.layers}
+    for layer in found.layers:
+        if isinstance(layer.mlp, MLP) and layer.mlp not in own:
+            sizes.add(("intermediate_size", layer.mlp.intermediate_size))
+    return [
+        f"{name} {value} is no multiple of {targets.multiple}; accelerators are faster with one"
+        for name, value in sorted(sizes)
+        if value % targets.multiple
+    ]
 
 
 def kept_layers(spec: ModelSpec, targets: Targets, scores: Scores | None) -> tuple[int, ...]:

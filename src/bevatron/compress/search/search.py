@@ -2,8 +2,8 @@
 are pruned and their loss measured; the best are distilled for a few steps, the best of these for
 more; the loss on held-out text decides.
 
-Every result goes into `search.json` before the next thing begins (see `state`), and what is
-computed lies in folders that appear as a whole, so a search that is killed at any moment goes on
+Every result goes into `search.json` before the next thing begins (see `search_results`), and what
+is computed lies in folders that appear as a whole, so a search that is killed at any moment goes on
 where it was. Distillations are ordinary runs: they save steps and continue from them.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,17 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.checkpoint.folder_lock import lock
-from bevatron.checkpoint.new_folder import make_parents, remove_empty
-from bevatron.checkpoint.run_folder import LOCK_PATIENCE_S
+from bevatron.checkpoint.new_folder import make_parents, remove_empty, replace_text
+from bevatron.checkpoint.run_folder import LOCK_PATIENCE_S, RunFolder, step_of
 from bevatron.compress.importance_command import importance
 from bevatron.compress.importance_scores import Scores
 from bevatron.compress.prune import prune
-from bevatron.compress.search import search_runs
 from bevatron.compress.search.search_page import write_page
-from bevatron.compress.search.search_request import Asked, Options
+from bevatron.compress.search.search_request import Asked
+from bevatron.compress.search.search_results import LONG, PRUNED, SHORT, SearchError, State
 from bevatron.compress.search.search_space import Candidate, depths
-from bevatron.compress.search.search_state import LONG, PRUNED, SHORT, SearchError, State
+from bevatron.compress.verb_options import Measuring, SearchOptions
 from bevatron.errors import BevatronError
+from bevatron.train.config_file import to_yaml
 
 SCORES, BEST = "scores.safetensors", "best"
 
@@ -46,7 +48,7 @@ class Search:
         self,
         ckpt: str,
         folder: Path,
-        options: Options,
+        options: SearchOptions,
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         self.asked = Asked(ckpt, options)
@@ -67,7 +69,7 @@ class Search:
                 "wait for it, stop it, or name another folder",
                 patience_s=LOCK_PATIENCE_S,
             ):
-                search_runs.clear(self.folder)
+                clear(self.folder)
                 model: dict[str, Any] = {"path": self.ckpt, "family": self.asked.family.name}
                 model["parameters"] = self.asked.parameters
                 model["validation"] = [str(path) for path in self.options.validation]
@@ -86,7 +88,7 @@ class Search:
         space = self.asked.space(scores)
         self.asked.check_layouts(space)
         if not state.candidates:
-            state.enter(space, self.options.goal.parameters, self.asked.parameters)
+            state.enter(space, self.options.params, self.asked.parameters)
         self.chosen: dict[str, Candidate] = {c.name: c for c in space.candidates}
         if list(self.chosen) != [c["name"] for c in state.candidates]:
             raise SearchError(
@@ -136,33 +138,26 @@ class Search:
 
     def _measure(self, path: Path) -> None:
         options, count = self.options, len(self.asked.spec.layers)
-        gone = sorted({count - n for n in depths(self.asked.spec, options.axes)} - {0})
-        layers = {"influence": "bi", "loss": "loss", "span": "spans"}[options.goal.depth_by]
+        gone = sorted({count - n for n in depths(self.asked.spec, options)} - {0})
+        layers = {"influence": "bi", "loss": "loss", "span": "spans"}[options.depth_by]
         self.say("importance, once for all candidates")
-        importance(
-            self.ckpt,
-            path,
-            options.data,
-            tp=options.tp,
-            pp=options.pp,
-            dp_shard=options.dp_shard,
-            nproc=options.nproc,
-            html=self.folder / "importance.html",
+        measuring = Measuring(
             samples=options.samples,
             seq_len=self.asked.seq_len,
-            aggregation="l2,mean",
             layers=layers if gone else "bi",
-            spans=gone if layers == "spans" else [],
-            loss_samples=128,
+            spans=tuple(gone) if layers == "spans" else (),
             dtype=options.dtype,
             seed=options.seed,
+        )
+        importance(
+            self.ckpt, path, options.data, measuring, options, html=self.folder / "importance.html"
         )
 
     def _stage(self, name: str, stage: dict[str, Any], scores: Scores) -> float:
         """Do what the stage asks of a candidate; its loss afterwards."""
         pruned, kind = self._place(name, PRUNED), stage["name"]
         run = self._place(name, kind)
-        if not (kind != PRUNED and search_runs.is_finished(run, stage["steps"])):
+        if not (kind != PRUNED and is_finished(run, stage["steps"])):
             if not pruned.is_dir():
                 prune(self.ckpt, pruned, self.chosen[name].targets, scores=scores)
             if kind != PRUNED:
@@ -174,9 +169,9 @@ class Search:
 
         run = self._place(name, kind).resolve()
         config = run.with_name(f"{kind}.yaml")
-        search_runs.write(
-            self.asked.config_of(self._place(name, PRUNED).resolve(), run, steps), config
-        )
+        made = self.asked.config_of(self._place(name, PRUNED).resolve(), run, steps)
+        config.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(config, to_yaml(made))
         processes = self.asked.layout.world_size
         try:
             train(config, [], nproc=processes if processes > 1 else None)
@@ -222,10 +217,10 @@ class Search:
                 for k, stage in enumerate(self.stages)
             )
             if not wanted and not (last == 0 and leads):
-                search_runs.remove(self._place(name, PRUNED))
+                remove(self._place(name, PRUNED))
             for k, stage in enumerate(self.stages[1:], 1):
                 if stage["name"] in losses and not (k == last and leads):
-                    search_runs.drop_weights(self._place(name, stage["name"]))
+                    drop_weights(self._place(name, stage["name"]))
             _remove_if_empty(self._place(name, PRUNED).parent)
 
     def _may_enter(self, name: str, number: int) -> bool:
@@ -280,3 +275,34 @@ def _stdout_on_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+# --- what is left of the distillations ------------------------------------------------------------
+
+
+def is_finished(run: Path, steps: int) -> bool:
+    """Whether the run's last step is saved."""
+    newest = RunFolder(run).newest()
+    return newest is not None and step_of(newest) >= steps
+
+
+def drop_weights(run: Path) -> None:
+    """Delete a run's steps. What it logged stays, for the page and for `bevatron report`."""
+    for folder in RunFolder(run).folders():
+        remove(folder)
+    (run / "latest").unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, which from the first moment on is no checkpoint any more."""
+    gone = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(gone, ignore_errors=True)  # left by a killed process
+    if folder.is_dir():
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def clear(folder: Path) -> None:
+    """What a process that was killed while deleting left behind."""
+    for gone in folder.rglob(".*.deleted"):
+        shutil.rmtree(gone, ignore_errors=True)

@@ -14,8 +14,15 @@ from bevatron.charts.chart import COLOURS, Chart, Curve, draw, ranks
 from bevatron.charts.html_page import document, table
 from bevatron.charts.thinning import Series, smooth
 from bevatron.checkpoint.new_folder import replace_text
-from bevatron.compress.search.search_state import LONG, PRUNED, SHORT, State, standing
-from bevatron.compress.search.search_table import SIZES, prune_command
+from bevatron.compress.search.search_results import (
+    LONG,
+    PRUNED,
+    SHORT,
+    SIZES,
+    State,
+    prune_command,
+    standing,
+)
 from bevatron.errors import BevatronError
 from bevatron.train.report.report_tables import count
 from bevatron.train.report.run_reading import read_run

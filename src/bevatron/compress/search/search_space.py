@@ -1,6 +1,6 @@
 """Which shapes an architecture search compares: every combination of sizes near a parameter count.
 
-No weights and no torch. Sizes and counts come from the code that prunes (`widths.shape`), so a
+No weights and no torch. Sizes and counts come from the code that prunes (`pruned_spec.shape`), so a
 candidate is exactly what `bevatron prune` would make of the same options.
 """
 
@@ -15,41 +15,16 @@ from typing import Any
 
 from bevatron.compress.importance_scores import Scores
 from bevatron.compress.prune_report import class_of, family_of
-from bevatron.compress.pruned_spec import DEPTH_BY, PruneError, Targets, attentions, mlp_widths
-from bevatron.compress.pruned_widths import TOLERANCE, shape
+from bevatron.compress.prune_targets import DEPTH_BY, PruneError, Targets
+from bevatron.compress.pruned_spec import attentions, mlp_widths, shape
+from bevatron.compress.verb_options import Axes, Goal
 from bevatron.families.llama_nemotron import WIDTH_MULTIPLE
 from bevatron.families.registry import Family
 from bevatron.spec.count import parameter_count
 from bevatron.spec.model import ModelSpec
 
-MAX_CANDIDATES = 18  # Minitron's spaces had 15 and 18 (arXiv 2407.14679, section 4.3)
 UNSAID = "of sizes that the class cannot say"
-EXPANSIONS = 4  # MLP widths per hidden size, as there
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Values to try; None: the default grid (`grid`)."""
-
-    num_layers: tuple[int, ...] | None = None
-    num_attention_heads: tuple[int, ...] | None = None
-    hidden_size: tuple[int, ...] | None = None
-    intermediate_size: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Attributes:
-    parameters: of a candidate, at most the share `within` more or fewer.
-    multiple: of the default grid's widths; `depth_by`: see `Targets`.
-    most: candidates that stay, the nearest to `parameters`.
-    """
-
-    parameters: int
-    within: float = TOLERANCE
-    multiple: int = 64
-    depth_by: str = "influence"
-    most: int = MAX_CANDIDATES
+EXPANSIONS = 4  # MLP widths per hidden size, as Minitron (arXiv 2407.14679) tried
 
 
 @dataclass(frozen=True)
@@ -95,7 +70,7 @@ def enumerate_space(
     gone: dict[str, int] = {}
     unsaid = ""
     whole = f"{100 * goal.within:g}%"
-    outside = f"not within {whole} of {goal.parameters:,} parameters"
+    outside = f"not within {whole} of {goal.params:,} parameters"
 
     def drop(rule: str) -> None:
         gone[rule] = gone.get(rule, 0) + 1
@@ -106,10 +81,10 @@ def enumerate_space(
         if made is None:
             drop("the model itself")
             continue
-        off = abs(made.parameters - goal.parameters)
-        if nearest is None or off < abs(nearest.parameters - goal.parameters):
+        off = abs(made.parameters - goal.params)
+        if nearest is None or off < abs(nearest.parameters - goal.params):
             nearest = made
-        if off > goal.within * goal.parameters:
+        if off > goal.within * goal.params:
             drop(outside)
         elif (made.layers, made.spec) in seen:
             drop("the same shape as another combination")
@@ -127,11 +102,12 @@ def enumerate_space(
         gone = {f"{k} ({unsaid})" if k == UNSAID else k: n for k, n in gone.items()}
     if not found:
         raise PruneError(_none(len(combinations), gone, nearest, outside, spec))
-    found.sort(key=lambda c: (abs(c.parameters - goal.parameters), c.name))
-    if len(found) > goal.most:
-        rule = f"beyond --max-candidates {goal.most}, which keeps the nearest to the target"
-        gone[rule] = len(found) - goal.most
-        found = found[: goal.most]
+    found.sort(key=lambda c: (abs(c.parameters - goal.params), c.name))
+    if len(found) > goal.max_candidates:
+        most = goal.max_candidates
+        rule = f"beyond --max-candidates {most}, which keeps the nearest to the target"
+        gone[rule] = len(found) - most
+        found = found[: goal.max_candidates]
     found.sort(key=lambda c: (-c.parameters, c.name))
     return Space(tuple(found), len(combinations), tuple(gone.items()))
 
@@ -246,9 +222,9 @@ def _check(spec: ModelSpec, axes: Axes, goal: Goal, scores: Scores | None) -> No
         raise PruneError(f"--depth-by is {goal.depth_by}, expected one of {', '.join(DEPTH_BY)}")
     if not 0 < goal.within < 1:
         raise PruneError(f"--within is {goal.within:.0%}, expected more than 0% and less than 100%")
-    if goal.parameters >= own:
+    if goal.params >= own:
         raise PruneError(
-            f"--params asks for {goal.parameters:,} parameters, the model has {own:,}; a search "
+            f"--params asks for {goal.params:,} parameters, the model has {own:,}; a search "
             "looks for smaller ones"
         )
     count, wanted = len(spec.layers), depths(spec, axes)
