@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from measured import measured
 
-from bevatron.bridge.export_shards import SHARD_SIZE, new_shards
+from bevatron.bridge.export_plan import SHARD_SIZE, new_shards
 from bevatron.families import for_spec
 from bevatron.families.published_models import preset
 

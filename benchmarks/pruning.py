@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from measured import measured
 
-from bevatron.bridge.export_shards import new_shards
+from bevatron.bridge.export_plan import new_shards
 from bevatron.compress.importance_scores import Scores, expected, spec_hash
 from bevatron.families import by_name
 from bevatron.families.published_models import preset

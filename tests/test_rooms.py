@@ -20,7 +20,6 @@ ABOVE_ALL = {"bevatron", "bevatron.__main__"}
 LEFT = {
     "bevatron.chat.answer_parts imports bevatron.generate.detokenize",
     "bevatron.train.config imports bevatron.train.model_override",
-    "bevatron.bridge.import_hf imports bevatron.bridge.import_foreign",
 }
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
-from bevatron.bridge.export_shards import parse_size
+from bevatron.bridge.export_plan import parse_size
 from bevatron.bridge.inspect import inspect
 from bevatron.errors import BevatronError
 from bevatron.evaluate.verify import verify

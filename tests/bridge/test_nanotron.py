@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from bevatron.bridge.conversion_preview import preview_export, preview_import
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.inspect import inspect
-from bevatron.bridge.nanotron_config import read_model_config
 from bevatron.bridge.open_weights import open_weights
 from bevatron.errors import BevatronError
 from bevatron.evaluate.verify import verify
+from bevatron.families.nanotron_config import read_model_config
 from bevatron.generate.engine import stop_tokens
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.bridge import hf_folders
@@ -229,7 +229,7 @@ def test_no_torch_and_no_model_in_either_direction(tmp_path):
 import sys
 from bevatron.bridge.convert import import_checkpoint, export_checkpoint
 from bevatron.bridge.inspect import inspect
-from bevatron.bridge.nanotron_config import read_model_config
+from bevatron.families.nanotron_config import read_model_config
 from bevatron.bridge.conversion_preview import preview_export, preview_import
 from bevatron.evaluate.verify import verify
 nt, native, out = {str(root)!r}, {str(tmp_path / "native")!r}, {str(tmp_path / "out")!r}
@@ -340,7 +340,7 @@ def test_what_nanotron_cannot_say_is_refused_by_name(tmp_path, maker, changes, n
 def test_layers_that_differ_are_refused_by_name(tmp_path):
     from dataclasses import replace
 
-    from bevatron.bridge.nanotron_config import model_config as write_config
+    from bevatron.families.nanotron_config import model_config as write_config
     from bevatron.families.registry import by_name
     from bevatron.spec.model import LayerSpec, Rope
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
-from bevatron.bridge.export_hf import export_checkpoint
+from bevatron.bridge.convert import export_checkpoint
 from bevatron.bridge.open_weights import open_weights
 from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.rank_boxes import local

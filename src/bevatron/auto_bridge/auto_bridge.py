@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bevatron.bridge.conversion_report import ConversionReport
-from bevatron.bridge.export_hf import export_checkpoint
-from bevatron.bridge.hf_config import as_dict, config_of, spec_at
+from bevatron.bridge.convert import export_checkpoint, import_checkpoint
+from bevatron.bridge.hf_config import as_dict, config_of, spec_at, understand
 from bevatron.bridge.hf_folder import INDEX, SINGLE
-from bevatron.bridge.import_hf import import_checkpoint, understand
 from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.checkpoint.dtypes import FLOATS, parse_dtype, stated_dtype
 from bevatron.errors import BevatronError

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from bevatron.auto_bridge.hf_tensors import origin_family
 from bevatron.auto_bridge.placed_module import DistributedModel
-from bevatron.bridge.export_hf import export_checkpoint
+from bevatron.bridge.convert import export_checkpoint
 from bevatron.bridge.hf_folder import INDEX
 from bevatron.bridge.open_weights import copy_tokenizer
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE

@@ -157,6 +157,11 @@ class Mover:
                 self._work.put((out, places, buffer))
             self._advance(len(data))
 
+    def copy(self, source: Path, target: Path) -> None:
+        """Copy a file byte for byte."""
+        self.write(target, 0, b"")
+        self.move((source, 0), source.stat().st_size, ((target, 0),))
+
     def write(self, path: Path, at: int, data: bytes | memoryview) -> None:
         """Write a header or the like, here and now."""
         buffers = [self._free.get() for _ in range(BUFFERS)]  # the second thread has nothing to do

@@ -13,16 +13,16 @@ from typing import Any
 
 from bevatron.bridge.conversion_plan import head_name
 from bevatron.bridge.conversion_report import shown_progress
+from bevatron.bridge.hf_config import read_spec
 from bevatron.bridge.hf_folder import HFFolder, open_hf, shown
-from bevatron.bridge.import_hf import read_spec
-from bevatron.bridge.nanotron import is_nanotron, open_nanotron
+from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import Native, open_native
 from bevatron.bridge.provenance import read_provenance
 from bevatron.bridge.tensor_hashes import Advance, Hashes, hashes_of_files, hashes_of_native
 from bevatron.checkpoint.locate import is_native, resolve
 from bevatron.checkpoint.storage import located
 from bevatron.errors import BevatronError
-from bevatron.families.registry import Family, by_name
+from bevatron.families.registry import Family
 from bevatron.spec.model import ModelSpec
 
 
@@ -138,10 +138,7 @@ def _open(path: str | Path, accept: Collection[str]) -> Side:
     if is_native(located(path)):
         return _NativeSide(str(path), open_native(path))
     if is_nanotron(Path(path)):
-        found = open_nanotron(path)
-        family = by_name(found.manifest.family)
-        made = Native.made(found.path, found.manifest, found.spec, family)
-        return _NativeSide(str(path), made)
+        return _NativeSide(str(path), open_nanotron(path).native())
     return _HFSide(str(path), open_hf(path), accept)
 
 

@@ -8,7 +8,7 @@ and every native parameter is filled, or there is no plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bevatron.bridge.hf_folder import SourceError, shown
@@ -68,6 +68,11 @@ class Task:
         return self.dtypes[source] if self.dtypes else self.dtype
 
 
+def written_bytes(tasks: Iterable[Task]) -> int:
+    """What the tasks' native tensors take after conversion."""
+    return sum(t.entry.native.numel * ITEMSIZE[t.to] for t in tasks)
+
+
 @dataclass(frozen=True)
 class ImportPlan:
     """What an import will do.
@@ -90,6 +95,22 @@ def row_elements(entry: Entry) -> int:
     dimension, or one element where the sources are 1-D."""
     shape = entry.sources[0].shape
     return shape[-1] if len(shape) > 1 else 1
+
+
+def box_of_run(start: int, count: int, shape: Shape) -> tuple[Shape, Shape]:
+    """Offset and shape of the box that a run of elements of a row-major tensor is: whole slices of
+    it, or whole slices of one of its slices, and so on."""
+    offset: list[int] = []
+    stride = math.prod(shape)
+    for i, size in enumerate(shape if count else ()):
+        stride //= size
+        index, start = divmod(start, stride)
+        if count >= stride:
+            rest = shape[i + 1 :]
+            sides = [1] * len(offset)
+            return (*offset, index, *[0] * len(rest)), (*sides, count // stride, *rest)
+        offset.append(index)
+    return (0,) * len(shape), shape if count else (0,) * len(shape)
 
 
 def carry(name: str, shape: Shape) -> Entry:

@@ -13,26 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.conversion_plan import Task, plan_import
-from bevatron.bridge.export_hf import folder_on_disk, plan_target
-from bevatron.bridge.export_shards import parse_size
-from bevatron.bridge.foreign_checkpoint import Foreign
+from bevatron.bridge.conversion_plan import Task, plan_import, written_bytes
+from bevatron.bridge.convert import folder_on_disk, open_foreign, plan_target
+from bevatron.bridge.export_plan import parse_size
+from bevatron.bridge.foreign_checkpoint import Foreign, plan_foreign
+from bevatron.bridge.hf_config import read_spec
 from bevatron.bridge.hf_folder import open_hf
-from bevatron.bridge.import_foreign import plan_foreign
 from bevatron.bridge.import_hf import (
     check_copies,
-    open_foreign,
-    read_spec,
-    written_bytes,
 )
-from bevatron.bridge.nanotron_writer import left_out, tokenizer_files
-from bevatron.bridge.open_native import Native, open_native
+from bevatron.bridge.nanotron_write import left_out, tokenizer_files
+from bevatron.bridge.open_native import open_native
 from bevatron.bridge.remote_code import MODULE, REPLACED, is_outdated
 from bevatron.checkpoint.dtypes import ITEMSIZE, parse_dtype
 from bevatron.checkpoint.new_folder import check_looked_at, check_space
 from bevatron.checkpoint.storage import located
 from bevatron.families.config_fields import check_accepted
-from bevatron.families.registry import by_name
 
 
 @dataclass(frozen=True)
@@ -215,8 +211,7 @@ def _foreign(source: Foreign, dst: Path, dtype: str | None, overwrite: bool) -> 
     notes = check_looked_at(dst, overwrite=overwrite, apart_from=source.path)
     plan = plan_foreign(source, dtype)
     check_space(dst, sum(t.nbytes for t in plan.wanted.values()))
-    family = by_name(source.manifest.family)
-    native = Native.made(source.path, source.manifest, source.spec, family)
+    native = source.native()
     lines = tuple(
         Line(
             native=name,

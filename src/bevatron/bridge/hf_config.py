@@ -1,17 +1,21 @@
-"""A config.json wherever it is: a folder, an object, a dict, the Hub. No weights are touched."""
+"""A config.json, wherever it is (a folder, an object, a dict, the Hub), and what it means.
+
+No weights are touched.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from bevatron.bridge.hf_folder import fetch_config, locate, read_config
-from bevatron.bridge.import_hf import understand
+from bevatron.bridge.hf_folder import HFFolder, SourceError, fetch_config, locate, read_config
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
+from bevatron.families.config_fields import spec_of
+from bevatron.families.registry import Family, for_config
 from bevatron.spec.model import ModelSpec
 
 
@@ -41,3 +45,28 @@ def spec_at(path: str | Path, config: Mapping[str, Any]) -> ModelSpec:
         return understand(config)[1]
     except BevatronError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def read_spec(
+    source: HFFolder, accept: Collection[str] = ()
+) -> tuple[Family, ModelSpec, dict[str, Any]]:
+    """The family and spec that the folder's config.json means, and the fields that were accepted;
+    errors name the folder."""
+    try:
+        return understand(source.config, accept)
+    except BevatronError as error:
+        raise type(error)(f"{source.path}: {error}") from error
+
+
+def understand(
+    config: Mapping[str, Any], accept: Collection[str] = ()
+) -> tuple[Family, ModelSpec, dict[str, Any]]:
+    """The family and spec that a config.json means, and which of the fields to `accept` it needed
+    for that. Raises BevatronError naming what it does not understand."""
+    if config.get("quantization_config"):
+        raise SourceError(
+            "config.json has a quantization_config; quantised checkpoints are not supported: use "
+            "the original one"
+        )
+    family = for_config(config)
+    return family, *spec_of(family, config, accept)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.conversion_plan import ImportPlan, Task, plan_import, row_elements
+from bevatron.bridge.conversion_plan import (
+    ImportPlan,
+    Task,
+    plan_import,
+    row_elements,
+    written_bytes,
+)
 from bevatron.bridge.conversion_report import (
     ConversionReport,
     accepted_notes,
     non_finite_notes,
     shown_progress,
 )
-from bevatron.bridge.foreign_checkpoint import Foreign
+from bevatron.bridge.hf_config import read_spec
 from bevatron.bridge.hf_folder import HFFolder, SourceError, open_hf
-from bevatron.bridge.nanotron import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import Native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import describe, fingerprint
 from bevatron.bridge.source_changes import unchanged
-from bevatron.bridge.tensor_hashes import hashes_of_native, prove
+from bevatron.bridge.tensor_hashes import read_back
 from bevatron.bridge.write_native import commit
 from bevatron.checkpoint.dtypes import (
     FLOATS,
@@ -31,53 +35,34 @@ from bevatron.checkpoint.dtypes import (
     Converter,
     NonFinite,
     main_dtype,
-    parse_dtype,
 )
 from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import Hasher, new_hasher, spell
-from bevatron.checkpoint.storage import located
-from bevatron.errors import BevatronError
-from bevatron.families.config_fields import check_accepted, spec_of
-from bevatron.families.registry import Family, for_config
-from bevatron.spec.model import ModelSpec
+from bevatron.families.config_fields import check_accepted
 
 
-def import_checkpoint(
+def import_folder(
     src: str | Path,
-    dst: str | Path,
+    dst: Path,
     *,
-    dtype: str | None = None,
-    revision: str | None = None,
-    overwrite: bool = False,
-    show_progress: bool = True,
-    source_format: str = "auto",
-    accept: Collection[str] = (),
+    dtype: str | None,
+    revision: str | None,
+    overwrite: bool,
+    show_progress: bool,
+    accept: Collection[str],
 ) -> ConversionReport:
-    """Convert an HF folder or Hub id, or a Nanotron checkpoint, into a native one at `dst`.
+    """Write a native checkpoint at `dst` from an HF folder or Hub id; see `import_checkpoint`.
 
     Args:
-        source_format: hf, nanotron, or auto, which looks at the folder.
-        dtype: bf16, fp16 or fp32 for all parameters; None keeps each as it is.
-        revision: of a Hub id.
-        overwrite: replace `dst`, which stays until the new one is complete.
-        accept: fields of config.json that are not understood and that the user says do nothing.
-    Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was.
+        dtype: in safetensors' spelling.
     """
     started = time.perf_counter()
-    dst = located(dst)
-    to = parse_dtype(dtype) if dtype else None
-    check_target(dst, overwrite=overwrite)
-    if foreign := open_foreign(src, source_format, revision, accept):
-        from bevatron.bridge.import_foreign import import_foreign  # it builds on this module
-
-        options = {"overwrite": overwrite, "show_progress": show_progress}
-        return import_foreign(foreign, dst, dtype=to, **options)
     source = open_hf(src, revision)
     check_target(dst, overwrite=overwrite, apart_from=source.path)
     check_accepted(source.config, accept)
     family, spec, accepted = read_spec(source, accept)
-    plan = plan_import(str(source.path), family, spec, source.tensors(), to)
+    plan = plan_import(str(source.path), family, spec, source.tensors(), dtype)
     check_space(dst, written_bytes(plan.tasks))
     with (
         new_folder(dst, overwrite=overwrite, apart_from=source.path) as folder,
@@ -91,10 +76,10 @@ def import_checkpoint(
         _copy_others(source, folder / "source")
         manifest = Manifest(family.name, 0, chunks)
         native = Native.made(folder, manifest, spec, family)
-        verified = read_back(native, hashes, to, show_progress)
+        verified = read_back(native, hashes, dtype, show_progress)
         record = replace(
             describe(source, family.name, plan, hashes),
-            dtype=to,
+            dtype=dtype,
             accepted=accepted,
             weights=fingerprint(manifest),
             non_finite=non_finite,
@@ -118,63 +103,6 @@ def import_checkpoint(
         non_finite=non_finite,
         notes=accepted_notes(accepted) + non_finite_notes(non_finite) + notes,
     )
-
-
-def open_foreign(
-    src: str | Path, source_format: str, revision: str | None, accept: Collection[str] = ()
-) -> Foreign | None:
-    """`src` as a checkpoint of another format, or None if it is a Hugging Face one."""
-    if source_format != "nanotron" and not (source_format == "auto" and is_nanotron(located(src))):
-        return None
-    if revision is not None:
-        raise SourceError(f"{src}: is read from disk, so --revision has no meaning; drop it")
-    if accept:
-        raise SourceError(
-            f"{src}: is a Nanotron checkpoint, and --accept-field is about config.json; drop it"
-        )
-    return open_nanotron(src)
-
-
-def read_back(
-    native: Native, hashes: dict[str, str], dtype: str | None, show_progress: bool = True
-) -> dict[str, Any]:
-    """Read all native files again and compare with the source, tensor by tensor; where the dtype
-    changed there is only the hash of what was written to compare with."""
-    total = sum(t.nbytes for _, _, t in native.entries())
-    with shown_progress("verifying", total, show_progress) as advance:
-        found, damage = hashes_of_native(native, advance)
-    same = {n: h for n, h in hashes.items() if n in found} if dtype is None else {}
-    return prove(found, same, damage, str(native.folder))
-
-
-def read_spec(
-    source: HFFolder, accept: Collection[str] = ()
-) -> tuple[Family, ModelSpec, dict[str, Any]]:
-    """The family and spec that the folder's config.json means, and the fields that were accepted;
-    errors name the folder."""
-    try:
-        return understand(source.config, accept)
-    except BevatronError as error:
-        raise type(error)(f"{source.path}: {error}") from error
-
-
-def understand(
-    config: Mapping[str, Any], accept: Collection[str] = ()
-) -> tuple[Family, ModelSpec, dict[str, Any]]:
-    """The family and spec that a config.json means, and which of the fields to `accept` it needed
-    for that. Raises BevatronError naming what it does not understand."""
-    if config.get("quantization_config"):
-        raise SourceError(
-            "config.json has a quantization_config; quantised checkpoints are not supported: use "
-            "the original one"
-        )
-    family = for_config(config)
-    return family, *spec_of(family, config, accept)
-
-
-def written_bytes(tasks: Iterable[Task]) -> int:
-    """What the tasks' native tensors take after conversion."""
-    return sum(t.entry.native.numel * ITEMSIZE[t.to] for t in tasks)
 
 
 def _move_tensors(
@@ -270,10 +198,4 @@ def _copy_others(source: HFFolder, folder: Path) -> None:
         (folder / name).mkdir()
     with Mover(lambda n: None) as mover:
         for name in source.others:
-            copy_file(mover, source.path / name, folder / name)
-
-
-def copy_file(mover: Mover, source: Path, target: Path) -> None:
-    """Copy a file byte for byte."""
-    mover.write(target, 0, b"")
-    mover.move((source, 0), source.stat().st_size, ((target, 0),))
+            mover.copy(source.path / name, folder / name)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.foreign_checkpoint import Foreign
+from bevatron.bridge.hf_config import understand
 from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
-from bevatron.bridge.import_hf import understand
-from bevatron.bridge.nanotron import is_nanotron, open_nanotron
+from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, dtype_named, main_dtype, stated_dtype
 from bevatron.checkpoint.locate import is_native, resolve

@@ -4,12 +4,14 @@ checkpoint of Nanotron.
 An HF folder is a native checkpoint whose chunks lie in HF's shards: the weight map's moved rows are
 chunks, so every reader of boxes (training, generating) reads HF folders as they are, each rank
 only the bytes that it owns.
+
+A model whose weights are not there is opened as far as plans need it: its sizes and its family.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,18 +19,31 @@ from pathlib import Path
 from types import MappingProxyType
 
 from bevatron.bridge.byte_mover import Mover
-from bevatron.bridge.conversion_plan import Task, plan_import, row_elements
-from bevatron.bridge.hf_folder import GENERATION_CONFIG, TOKENIZER_FILES, open_hf
-from bevatron.bridge.import_hf import check_copies, read_spec
-from bevatron.bridge.nanotron import TOKENIZER, is_nanotron, open_nanotron
+from bevatron.bridge.conversion_plan import Task, box_of_run, plan_import, row_elements
+from bevatron.bridge.hf_config import read_spec
+from bevatron.bridge.hf_folder import (
+    GENERATION_CONFIG,
+    INDEX,
+    OTHER_WEIGHTS,
+    TOKENIZER_FILES,
+    open_hf,
+    read_config,
+)
+from bevatron.bridge.import_hf import check_copies
+from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
+from bevatron.bridge.nanotron_write import TOKENIZER
 from bevatron.bridge.open_native import open_native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, describe
-from bevatron.checkpoint.dtypes import ITEMSIZE
+from bevatron.checkpoint.dtypes import ITEMSIZE, dtype_named, stated_dtype
 from bevatron.checkpoint.locate import is_native
 from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.storage import copy_tree, located
+from bevatron.families.published_models import PRESETS, family_of, preset
+from bevatron.families.registry import Family, for_config
 from bevatron.spec import ModelSpec
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -163,16 +178,9 @@ def _chunks(task: Task) -> TensorEntry:
     for rows in task.entry.rows:
         file, stored = task.tensors[rows.source][0]
         at = stored.begin + rows.source_start * width * ITEMSIZE[task.dtype]
-        offset, size = _box(rows.native_start * width, rows.count * width, shape)
+        offset, size = box_of_run(rows.native_start * width, rows.count * width, shape)
         chunks.append(Chunk(offset, size, file, at, ""))
     return TensorEntry(task.dtype, shape, tuple(chunks))
-
-
-def _box(start: int, count: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A run of whole slices along the first dimension, as offset and shape of a box."""
-    tail = shape[1:]
-    elements = math.prod(tail)
-    return (start // elements, *[0] * len(tail)), (count // elements, *tail)
 
 
 def copy_tokenizer(
@@ -192,3 +200,33 @@ def copy_tokenizer(
         (target / GENERATION_CONFIG).write_text(
             json.dumps(known, indent=2) + "\n", encoding="utf-8"
         )
+
+
+def open_on_paper(path: str | Path) -> Opened | None:
+    """A preset, or a folder that holds a config.json and no weights, as one whose tensors lie
+    nowhere; None for anything else. A path that exists is never taken for a preset."""
+    folder = Path(path)
+    if not os.path.lexists(folder):
+        name = str(path)
+        if name not in PRESETS:
+            return None
+        spec, family = preset(name), family_of(name)
+        return paper(folder, family, spec, json.dumps(family.config(spec, "bfloat16")), "BF16")
+    if not (folder / CONFIG).is_file() or is_native(folder):
+        return None
+    if any(f.name == INDEX or f.suffix in OTHER_WEIGHTS for f in folder.iterdir()):
+        return None
+    config = read_config(folder)
+    family = for_config(config)
+    dtype = dtype_named(stated_dtype(config) or "") or "F32"
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    return paper(folder, family, family.spec(config), text, dtype)
+
+
+def paper(folder: Path, family: Family, spec: ModelSpec, config: str, dtype: str) -> Opened:
+    """A model of this spec whose tensors lie nowhere. `config`: the text of its config.json."""
+    tensors = {f"model/{p.name}": TensorEntry(dtype, p.shape, ()) for p in spec.parameters()}
+    manifest = Manifest(family.name, 0, tensors)
+    return Opened(
+        folder, spec, manifest, None, None, native=False, provenance=None, made={CONFIG: config}
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bevatron.bridge.conversion_plan import pieces
+from bevatron.bridge.conversion_report import shown_progress
 from bevatron.bridge.hf_folder import shown
 from bevatron.bridge.open_native import Native
 from bevatron.checkpoint.manifest import TensorEntry
@@ -112,3 +113,15 @@ def prove(
             "them, then run again"
         )
     return {"tensors": len(expected), "equal": True, "by": "xxh3-128 of each, read back"}
+
+
+def read_back(
+    native: Native, hashes: dict[str, str], dtype: str | None, show_progress: bool = True
+) -> dict[str, Any]:
+    """Read all native files again and compare with the source, tensor by tensor; where the dtype
+    changed there is only the hash of what was written to compare with."""
+    total = sum(t.nbytes for _, _, t in native.entries())
+    with shown_progress("verifying", total, show_progress) as advance:
+        found, damage = hashes_of_native(native, advance)
+    same = {n: h for n, h in hashes.items() if n in found} if dtype is None else {}
+    return prove(found, same, damage, str(native.folder))

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bevatron.bridge.open_sizes import paper
-from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.bridge.open_weights import Opened, open_weights, paper
 from bevatron.compress.distill_kind import DistillKind
 from bevatron.compress.distill_states import States, states_of
 from bevatron.compress.logit_divergence import Divergence, Output, Top, distillation_sums

@@ -10,8 +10,7 @@ from typing import Any
 
 from bevatron.bridge.assemble import Index, assemble
 from bevatron.bridge.open_native import CONFIG
-from bevatron.bridge.open_sizes import open_on_paper
-from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.bridge.open_weights import Opened, open_on_paper, open_weights
 from bevatron.bridge.remote_code import readers
 from bevatron.bridge.source_changes import stamps
 from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE

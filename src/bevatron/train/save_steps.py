@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bevatron.bridge.export_hf import export_checkpoint
+from bevatron.bridge.convert import export_checkpoint
 from bevatron.bridge.open_weights import Opened, copy_tokenizer
 from bevatron.checkpoint import rank_tables
 from bevatron.checkpoint.host_copies import Snapshot

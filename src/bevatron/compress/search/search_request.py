@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bevatron.bridge.hf_config import understand
 from bevatron.bridge.hf_folder import fetch_config, read_config
-from bevatron.bridge.import_hf import understand
-from bevatron.bridge.nanotron import is_nanotron, open_nanotron
+from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import read_spec
 from bevatron.bridge.open_weights import open_weights
 from bevatron.checkpoint.locate import is_native, resolve

@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bevatron.bridge.conversion_plan import row_elements
+from bevatron.bridge.conversion_plan import box_of_run, row_elements
 from bevatron.bridge.foreign_checkpoint import Foreign
 from bevatron.bridge.hf_folder import TOKENIZER_FILES, SourceError, confined, shown
-from bevatron.bridge.nanotron_config import NAME as CONFIG
-from bevatron.bridge.nanotron_config import hf_config, read_model_config
-from bevatron.bridge.nanotron_format import (
+from bevatron.bridge.nanotron_write import (
     KEY,
+    LATEST,
+    METADATA,
     SHAPE,
     SLICES,
+    TOKENIZER,
     Cut,
     FormatError,
     Parameter,
@@ -34,12 +35,11 @@ from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE
 from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.safetensors_file import Stored, read_header
 from bevatron.checkpoint.strict_json import read_object
+from bevatron.families.nanotron_config import NAME as CONFIG
+from bevatron.families.nanotron_config import hf_config, read_model_config
 from bevatron.families.registry import FamilyError
 from bevatron.spec import Attention, ModelSpec, Shape
 
-LATEST = "latest.txt"
-METADATA = "checkpoint_metadata.json"
-TOKENIZER = "tokenizer"  # Bevatron's own: the tokenizer's files, which Nanotron has no place for
 _STEP = re.compile(r"[0-9]{1,12}")
 _FILE = re.compile(
     r"(model_\w+?)"
@@ -302,7 +302,7 @@ def _chunks(
             start, stop, local, shard = cuts[bisect_right(starts, at + done) - 1]
             some = min(count - done, stop - at - done)
             begin = shard.stored.begin + (local + at + done - start) * width * itemsize
-            offset, shape = _box(native, row + done, some)
+            offset, shape = box_of_run((row + done) * width, some * width, native)
             yield Chunk(offset, shape, shard.file, begin, "")
             done += some
 
@@ -329,17 +329,6 @@ def _interleaved_head_dim(spec: ModelSpec, parameter: Parameter) -> int | None:
     attention = spec.layers[0].attention
     assert isinstance(attention, Attention)
     return attention.head_dim if parameter.entry.transform == "fuse_qkv" else None
-
-
-def _box(native: Shape, row: int, count: int) -> tuple[Shape, Shape]:
-    """Rows of a native tensor as a box: whole vectors of its last dimension, or elements of a
-    vector. A run never crosses the first dimension of a gate_up."""
-    if len(native) == 1:
-        return (row,), (count,)
-    *lead, inner, width = native
-    if not lead:
-        return (row, 0), (count, width)
-    return (row // inner, row % inner, 0), (1, count, width)
 
 
 # ---------------------------------------------------------------------------------------------
