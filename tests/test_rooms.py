@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "bevatron"
-BELOW_ALL = {"bevatron.errors", "bevatron.progress", "bevatron.hf"}
+BELOW_ALL = {"bevatron.errors", "bevatron.progress", "bevatron.option", "bevatron.hf"}
 ABOVE_ALL = {"bevatron", "bevatron.__main__"}
 
 # Being mended.
