@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -281,8 +280,6 @@ class Provider:
         self.finalize()
         device = torch.device("cpu") if use_cpu_initialization else default_device()
         join_world(device)
-        # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         return [self._build(device)]
 
     def _build(self, device: torch.device) -> DistributedModel:

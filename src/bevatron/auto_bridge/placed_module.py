@@ -163,15 +163,12 @@ def whole_tensors(
         if is_first_copy(p) and local(p).numel()
     }
     everyone = on_all(lambda: mine)
-    device = torch.device(placed.mesh.device_type)
-    if device.type != "cpu":
-        device = torch.device(device.type, torch.accelerator.current_device_index())
     for parameter in placed.spec.parameters():
         name = parameter.name
         if only is not None and name not in only:
             continue
         to = dtype or model.dtypes[name]
-        whole = torch.empty(parameter.shape, dtype=to, device=device)
+        whole = torch.empty(parameter.shape, dtype=to, device=placed.device)
         for owner, boxes in enumerate(everyone):
             if name not in boxes:
                 continue
@@ -179,7 +176,7 @@ def whole_tensors(
             if owner == rank:
                 part = local(placed.parameters[name].detach()).to(to).contiguous()
             else:
-                part = torch.empty(shape, dtype=to, device=device)
+                part = torch.empty(shape, dtype=to, device=placed.device)
             if len(everyone) > 1:
                 dist.broadcast(part, owner)
             whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = part

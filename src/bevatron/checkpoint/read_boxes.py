@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BUFFER = 4 << 20
 HASH_BUFFER = 2 << 20  # read at a time; stays in the shared cache until hashed and written
+SAMPLED = 256  # numbers at either end of a tensor that tell models apart
 DIRECT = 64 << 10  # a contiguous piece of at least so many bytes is worth its own read
 
 
@@ -233,6 +234,17 @@ def read_box(
             f"{list(shape)} at {list(offset)}; the checkpoint is damaged"
         )
     return out
+
+
+def both_ends(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Of every tensor, by name, a short box at its beginning and one at its end: (name, offset,
+    shape). Enough to tell models apart, whatever the format; not safe against intent."""
+    for name, shape in sorted(shapes.items()):
+        size = (*[1] * (len(shape) - 1), min(shape[-1], SAMPLED))
+        yield name, (0,) * len(shape), size
+        yield name, tuple(n - s for n, s in zip(shape, size, strict=True)), size
 
 
 def _check_box(entry: TensorEntry, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:

@@ -6,7 +6,6 @@ get the same scores.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -85,8 +84,6 @@ def measure(
     Raises BevatronError, with one message on all ranks if it fails on one of them.
     """
     measuring = Measuring(**options)
-    # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = default_device()
     with world(device):
         ready: list[tuple[Opened, Plan, Sampler]] = []

@@ -107,8 +107,8 @@ def _work(
     import torch.distributed as dist
 
     from bevatron.compress.importance import measure
-    from bevatron.compress.verb_processes import one_rank
     from bevatron.parallel.on_all_ranks import on_all
+    from bevatron.train.run_processes import one_rank
 
     began = time.monotonic()
     with one_rank(worker):

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bevatron.checkpoint.manifest import Manifest
-from bevatron.checkpoint.read_boxes import new_hasher, read_box, spell
+from bevatron.checkpoint.read_boxes import both_ends, new_hasher, read_box, spell
 from bevatron.checkpoint.safetensors_file import read_header, write_header
 from bevatron.checkpoint.storage import open_file
 from bevatron.errors import BevatronError
@@ -35,7 +35,6 @@ Floats = NDArray[np.float32]
 FORMAT, VERSION = "bevatron-importance", "1"
 CHANNELS, INFLUENCE = "embedding.channels", "layers.block_influence"
 LOSS_WITHOUT, LOSS = "layers.loss_without", "loss"
-SAMPLED = 256  # numbers at either end of a tensor that `weights_hash` sees
 
 
 class ScoresError(BevatronError):
@@ -66,12 +65,10 @@ def weights_hash(folder: Path, manifest: Manifest) -> str:
     """`xxh3:...` of numbers at both ends of every tensor: a model that was trained on has another
     one, the same model in another format has not. Reads little; not safe against intent."""
     hasher = new_hasher()
-    for name, entry in sorted(manifest.weights().items()):
-        size = (*[1] * (len(entry.shape) - 1), min(entry.shape[-1], SAMPLED))
-        last = tuple(n - s for n, s in zip(entry.shape, size, strict=True))
-        for offset in ((0,) * len(size), last):
-            values = read_box(folder, entry, offset, size)
-            hasher.update(memoryview(name.encode() + values.tobytes()))
+    entries = manifest.weights()
+    for name, offset, size in both_ends({name: entry.shape for name, entry in entries.items()}):
+        values = read_box(folder, entries[name], offset, size)
+        hasher.update(memoryview(name.encode() + values.tobytes()))
     return spell(hasher)
 
 

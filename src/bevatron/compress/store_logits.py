@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -39,7 +38,6 @@ from bevatron.compress.stored_logits import (
     read_info,
     write_block,
 )
-from bevatron.compress.verb_processes import one_rank
 from bevatron.data.sample_order import Sampler
 from bevatron.data.tokenizer import TOKENIZER
 from bevatron.errors import BevatronError
@@ -52,6 +50,7 @@ from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.launch import layout_of
+from bevatron.train.run_processes import one_rank
 from bevatron.train.token_feed import make_samplers, open_stores
 
 TOP_K = 64
@@ -88,8 +87,6 @@ def logits(
         arguments = ["logits", teacher, str(config_path), *overrides, "--dtype", dtype]
         launch([*arguments, *["--json"] * as_json], count, saves=False)
         return
-    # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     began = time.monotonic()
     with one_rank(worker, config.train.device) as device:
         info = make(teacher, config, layout, dtype, device)

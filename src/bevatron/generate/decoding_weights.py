@@ -17,6 +17,7 @@ from bevatron.generate.matrix_product import Matrix, matrix
 from bevatron.nn.norm import NormFunction, norm_function
 from bevatron.progress import Advance, progress
 from bevatron.spec import ModelSpec
+from bevatron.spec.sublayer import cut_range
 
 
 @dataclass
@@ -49,8 +50,7 @@ class Share:
 
     def bounds(self, n: int) -> tuple[int, int]:
         """This rank's range of a dimension of size n, cut as training cuts it."""
-        step = -(-n // self.tp)
-        return min(n, step * self.tp_rank), min(n, step * (self.tp_rank + 1))
+        return cut_range(n, self.tp, self.tp_rank)
 
 
 class Reader:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bevatron.generate.engine_step import Output, Scores, Step
+from bevatron.spec.sublayer import cut_range
 
 LONG = timedelta(days=365)  # a server may be idle for as long as it likes
 FIRST = 1024  # bytes of the first message of a command; a longer one takes a second
@@ -29,8 +30,7 @@ class Ranks:
 
     def bounds(self, n: int) -> tuple[int, int]:
         """This rank's range of a dimension of size n."""
-        step = -(-n // self.tp)
-        return min(n, step * self.tp_rank), min(n, step * (self.tp_rank + 1))
+        return cut_range(n, self.tp, self.tp_rank)
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum of the tensor-parallel ranks' partial results."""

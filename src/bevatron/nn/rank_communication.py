@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bevatron.spec.sublayer import cut_range
+
 Run = tuple[int, int]  # consecutive positions [begin, end) of a sequence
 
 
@@ -80,8 +82,7 @@ class Comm:
 
     def bounds(self, n: int) -> tuple[int, int]:
         """This rank's range of a dimension of size `n`, cut as DTensor cuts it (ceil)."""
-        step = -(-n // self.size)
-        return min(n, step * self.rank), min(n, step * (self.rank + 1))
+        return cut_range(n, self.size, self.rank)
 
 
 LOCAL = Comm()

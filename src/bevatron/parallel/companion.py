@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from bevatron.bridge.open_weights import Opened
+from bevatron.checkpoint.read_boxes import both_ends
 from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.nn.output_heads import Vocabulary
 from bevatron.parallel.forward_pass import forward, hidden_states, joined, micro_batches
@@ -31,8 +32,6 @@ from bevatron.parallel.placed_weights import fill_random, stream
 from bevatron.parallel.placement import AtEnd, Batch, Placed, Stage, place, reshard, stage_of
 from bevatron.spec import ModelSpec
 from bevatron.spec.json import to_json
-
-SAMPLED = 256  # numbers at either end of a tensor that its fingerprint sees
 
 
 class Companion:
@@ -184,12 +183,9 @@ class Companion:
             hasher.update(f"random {self.seed}".encode())
             return hasher.hexdigest()
         read = box_reader(self.weights.folder, self.weights.manifest, "model/")
-        for name, shape in sorted(self.weights.shapes.items()):
-            size = (*[1] * (len(shape) - 1), min(shape[-1], SAMPLED))
-            last = tuple(n - s for n, s in zip(shape, size, strict=True))
-            for offset in ((0,) * len(shape), last):
-                values = read(name, offset, size).float().contiguous()
-                hasher.update(name.encode() + values.numpy().tobytes())
+        for name, offset, size in both_ends(self.weights.shapes):
+            values = read(name, offset, size).float().contiguous()
+            hasher.update(name.encode() + values.numpy().tobytes())
         return hasher.hexdigest()
 
     @property

@@ -15,9 +15,7 @@ def squared_norm(placed: Placed) -> Tensor:
     sum over all ranks is the whole.
 
     A box that n ranks of a mesh hold counts 1/n on each; a tied head's second copy not at all."""
-    first = next(iter(placed.parameters.values()), None)
-    device = local(first).device if first is not None else torch.device(placed.mesh.device_type)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=placed.device)
     for parameter in placed.parameters.values():
         grad = parameter.grad
         assert grad is not None

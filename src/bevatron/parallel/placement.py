@@ -10,6 +10,7 @@ such for the forward and the backward, and reduces and accumulates gradients in 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -173,6 +174,8 @@ def place(
             stored in the dtype of `precision` and take no gradients.
         seq_len, micro_batch: of a micro-batch, for the balance of the stages.
         added: parameters that taps use, and give their gradients themselves."""
+    # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
     grid = sharding_mesh(mesh, layout)  # where parameters lie
     frozen, dtype = at_end is None, COMPUTED[precision]

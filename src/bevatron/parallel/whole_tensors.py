@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bevatron.checkpoint.rank_boxes import local
+from bevatron.spec.sublayer import cut_range
 
 Shape = tuple[int, ...]
 
@@ -45,8 +46,8 @@ class _Hop:
     def piece(self, number: int, rank: int) -> Shape:
         """Shape of the part that a rank of the group holds before the hop."""
         shape, dim = list(self.shapes[number]), self.dims[number]
-        step = -(-shape[dim] // self.size)  # torch.chunk's cut, which FSDP and DTensor share
-        shape[dim] = max(0, min(shape[dim], step * (rank + 1)) - step * rank)
+        first, last = cut_range(shape[dim], self.size, rank)
+        shape[dim] = last - first
         return tuple(shape)
 
     def of(self, owner: int) -> list[int]:

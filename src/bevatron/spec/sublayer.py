@@ -87,6 +87,13 @@ class Sublayer(ABC):
 KINDS: dict[str, type[Sublayer]] = {}
 
 
+def cut_range(size: int, tp: int, rank: int) -> tuple[int, int]:
+    """The range of a dimension that is one rank's of `tp`, each `ceil(size / tp)` of it; the last
+    ones may have less or nothing. As torch.chunk, DTensor and FSDP cut."""
+    step = -(-size // tp)
+    return min(size, step * rank), min(size, step * (rank + 1))
+
+
 def uneven_cut(what: str, size: int, tp: int) -> str | None:
     """What is wrong with cutting a dimension over `tp` ranks with rounding up, if a rank would hold
     nothing of it."""

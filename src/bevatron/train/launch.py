@@ -18,7 +18,7 @@ from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.missing_inputs import check_present, stand_in
-from bevatron.train.run_processes import ONE_NODE, Nodes, launch, reporting, say_stopped
+from bevatron.train.run_processes import ONE_NODE, Nodes, launch, one_rank, say_stopped
 from bevatron.train.stop_signals import Stopping
 
 if TYPE_CHECKING:
@@ -264,27 +264,13 @@ def work(
 ) -> None:
     """One rank's whole run. A worker of a launcher leaves its last words and ends."""
     worker = "RANK" in os.environ
-    # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    from bevatron.parallel.on_all_ranks import on_all
-    from bevatron.parallel.process_groups import world
-    from bevatron.train.hardware import training_device, tune_allocator
-
     # Whoever hangs is named before its collectives give up.
     timeout_s = 2 * config.safety.hang_timeout_s + 600
-    # Reports twice: of what fails inside the group before an end of the group that might hang.
-    with Stopping() as stopping, reporting(worker, stopping):
-        device = training_device(config.train.device)
-        if device.type == "cpu":
-            tune_allocator()
-        with world(device, timeout_s), reporting(worker, stopping):
-            _run(config, layout, allow_changed, reset_at, device, stopping)
-            if worker:
-                # Leave together and without destructors: gloo's threads may outlive the
-                # interpreter's teardown and abort a process whose work is done and saved.
-                on_all(lambda: None)
-                sys.stdout.flush()
-                os._exit(0)
+    with (
+        Stopping() as stopping,
+        one_rank(worker, config.train.device, timeout_s, stopping) as device,
+    ):
+        _run(config, layout, allow_changed, reset_at, device, stopping)
     if stopping.asked is not None:
         raise SystemExit(128 + stopping.asked)
 

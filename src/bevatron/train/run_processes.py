@@ -20,10 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from bevatron.errors import failed, failure
 from bevatron.train.stop_signals import ASKED, PARENT, SIGNALS, Stopping
+
+if TYPE_CHECKING:
+    import torch
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: where a worker leaves its last words
 LAUNCHER = "BEVATRON_LAUNCHER"  # a folder of this launcher; absent under plain torchrun
@@ -201,6 +204,40 @@ def reporting(worker: bool, stopping: Stopping) -> Iterator[None]:
         if worker:
             _fail(error, stopping)
         raise
+
+
+@contextmanager
+def one_rank(
+    worker: bool,
+    device_kind: str | None = None,
+    timeout_s: float = 1800.0,
+    stopping: Stopping | None = None,
+) -> Iterator[torch.device]:
+    """One rank of a verb that runs alone, starts processes of its own, or is one of torchrun's: the
+    process group for the duration. Yields this rank's device, of the kind given, as `train.device`.
+    A `worker` of a launcher leaves its last words if it fails, and ends here if it does not.
+
+    Args:
+        timeout_s: of a collective.
+        stopping: what a run was asked by signals, if it listens to them."""
+    from bevatron.parallel.on_all_ranks import on_all
+    from bevatron.parallel.process_groups import world
+    from bevatron.train.hardware import training_device, tune_allocator
+
+    stopping = stopping or Stopping()
+    # Reports twice: of what fails inside the group before an end of the group that might hang.
+    with reporting(worker, stopping):
+        device = training_device(device_kind)
+        if device.type == "cpu":
+            tune_allocator()
+        with world(device, timeout_s), reporting(worker, stopping):
+            yield device
+            if worker:
+                # Leave together and without destructors: gloo's threads may outlive the
+                # interpreter's teardown and abort a process whose work is done and saved.
+                on_all(lambda: None)
+                sys.stdout.flush()
+                os._exit(0)
 
 
 def _fail(error: BaseException, stopping: Stopping) -> NoReturn:
