@@ -159,6 +159,8 @@ def needed(config: RunConfig) -> dict[str, int]:
 class StoredLogits:
     """A whole folder, opened for reading."""
 
+    key = "logits"
+
     def __init__(self, path: Path, info: Info) -> None:
         self.path, self.info = path, info
         self._blocks = {(block.kind, block.number): block for block in info.blocks()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from importlib import import_module
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 from pydantic.fields import FieldInfo
@@ -18,6 +18,10 @@ from pydantic.fields import FieldInfo
 from bevatron.errors import BevatronError
 from bevatron.spec import Head, ModelSpec
 from bevatron.spec.model import HeadKind
+
+if TYPE_CHECKING:
+    from bevatron.train.objectives import Objective
+    from bevatron.train.read_ahead import ReadAhead
 
 # Name -> where its `Kind` is. Modules of kinds import no torch, so that a configuration is checked
 # at once.
@@ -79,14 +83,16 @@ class Kind(Section):
         )
 
     @property
-    def feed(self) -> Any:
+    def feed(self) -> type[ReadAhead]:
         """The class of what it reads."""
-        return load(self.reads)
+        found: type[ReadAhead] = load(self.reads)
+        return found
 
-    def make(self, spec: ModelSpec, compiled: bool = False) -> Any:
-        """The objective (`train.objectives.Objective`) for a model with the head that it needs.
-        `compiled`: whether its loss is to be compiled, where it can be."""
-        return load(self.minimises).of(self, spec, compiled)
+    def make(self, spec: ModelSpec, compiled: bool = False) -> Objective:
+        """The objective for a model with the head that it needs. `compiled`: whether its loss is to
+        be compiled, where it can be."""
+        made: Objective = load(self.minimises).of(self, spec, compiled)
+        return made
 
 
 class PretrainKind(Kind):

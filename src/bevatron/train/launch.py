@@ -197,7 +197,7 @@ def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
         try:
             objective.stored.check(config)
         except BevatronError as error:
-            raise BevatronError(f"objective.logits: {error}") from None
+            raise BevatronError(f"objective.{objective.stored.key}: {error}") from None
     for name, companion in objective.companions.items():
         try:
             check(

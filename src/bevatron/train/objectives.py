@@ -36,7 +36,10 @@ NONE: Mapping[str, Companion] = MappingProxyType({})
 
 
 class Stored(Protocol):
-    """Arrays on disk that belong to the samples of a run."""
+    """Arrays on disk that belong to the samples of a run. `key`: of the objective's section, which
+    names their folder."""
+
+    key: str
 
     def check(self, config: RunConfig) -> None:
         """Raises BevatronError if they are not of this run's samples."""
@@ -94,7 +97,7 @@ class Objective(Protocol):
         the numbers of `count` and added up: that is the loss that is differentiated. The others
         are metrics' sums without a gradient.
     companions: frozen models that run before the trained one. On the last stage, the batch of
-        `compute` holds the last hidden states of each under its name.
+        `compute` holds what each was asked for under its name (see `parallel.companion`).
     stored: what is read along with the samples, on the ranks that have the last stage.
     taps: what is computed between the layers.
     """

@@ -177,7 +177,7 @@ class Run:
             if not self.is_main:
                 return {}
             found = {n: c.fingerprint() for n, c in companions.items()}
-            return found | ({"logits": stored.fingerprint()} if stored is not None else {})
+            return found | ({stored.key: stored.fingerprint()} if stored is not None else {})
 
         found = on_all(look)[0]
         before = self.start.state.get("companions", {}) if self.start.state is not None else {}
