@@ -34,6 +34,7 @@ class Case:
     compile: bool = False
     documents: bool = False
     optimizer: str = "adamw"
+    freeze: tuple[str, ...] = ()
 
 
 def make_trainer(case: Case, objective: Objective | None = None) -> Trainer:
@@ -45,6 +46,7 @@ def make_trainer(case: Case, objective: Objective | None = None) -> Trainer:
         precision=case.precision,
         recompute=case.recompute,
         compile=case.compile,
+        freeze=list(case.freeze),
     )
     trainer = Trainer(
         ALL[case.spec],

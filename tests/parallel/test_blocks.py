@@ -141,3 +141,12 @@ def test_recomputing_keeps_less(pool: Pool, compiled: bool) -> None:
     )
     assert full < 0.6 * selective
     assert selective < 0.8 * none
+
+
+def test_layers_that_are_frozen_in_part_or_whole_are_compiled_each(pool: Pool) -> None:
+    """Equal layers that differ in what is frozen are not the same code."""
+    freeze = ("embed.*", "layers.0.*", "layers.2.attention.*")
+    case = Case("homogeneous", freeze=freeze)
+    ((expected, _),) = pool.run(1, steps, case, "eager")
+    ((found, graphs),) = pool.run(1, steps, replace(case, compile=True), "aot_eager")
+    assert found == pytest.approx(expected, rel=1e-5) and graphs >= 4

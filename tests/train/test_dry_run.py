@@ -156,6 +156,7 @@ CASES = [
         Layout(pp=2, schedule="interleaved_zero_bubble", virtual_stages=2),
         precision="bf16",
     ),
+    Case("homogeneous", SHARDED, precision="bf16", freeze=("embed.*", "layers.[01].*", "*norm*")),
 ]
 
 
@@ -182,6 +183,7 @@ def test_the_numbers_are_those_of_real_processes(
             "micro_batch": case.micro_batch,
             "precision": case.precision,
             "recompute": "none",
+            "freeze": list(case.freeze),
         }
     )
     config = config.model_copy(update={"train": train, "optimizer": optimizer})

@@ -106,6 +106,7 @@ OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train.recompute": ("full", ()),
     "train.compile": ("true", ()),
     "train.device": ("cpu", ()),
+    "train.freeze": ("[embed.*]", ()),
     "train.seed": ("1", ()),
     "train.val_every": ("2", (VALIDATED,)),
     "train.val_batches": ("2", (VALIDATED,)),

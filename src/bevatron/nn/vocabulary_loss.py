@@ -13,7 +13,7 @@ the vocabulary. There are two ways to a gradient:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -113,24 +113,29 @@ def capped_logits(
 
 
 class _Gradients:
-    """Those of x [N, h] and weight [V, h], added up chunk by chunk."""
+    """Those of x [N, h] and weight [V, h], added up chunk by chunk; of what is frozen none.
+    `wanted`: of which of the two."""
 
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> None:
         self.x, self.weight = x, weight
-        self.dx = torch.empty_like(x)
+        self.dx = torch.empty_like(x) if wanted[0] else None
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.dweight = torch.zeros_like(weight, dtype=wide)
+        self.dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
 
     def add(self, dlogits: Tensor, piece: slice) -> None:
         """`dlogits` [n, V], of the product x[piece] @ weight.T, in x's dtype."""
-        torch.mm(dlogits, self.weight, out=self.dx[piece])
+        if self.dx is not None:
+            torch.mm(dlogits, self.weight, out=self.dx[piece])
+        if self.dweight is None:
+            return
         if self.dweight.dtype == self.x.dtype:
             self.dweight.addmm_(dlogits.T, self.x[piece])
         else:  # the product in x's dtype, the sum in fp32
             self.dweight += dlogits.T @ self.x[piece]
 
-    def both(self) -> tuple[Tensor, Tensor]:
-        return self.dx, self.dweight.to(self.weight.dtype)
+    def both(self) -> tuple[Tensor | None, Tensor | None]:
+        dweight = self.dweight
+        return self.dx, dweight.to(self.weight.dtype) if dweight is not None else None
 
 
 class _Sums(torch.autograd.Function):
@@ -139,7 +144,7 @@ class _Sums(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, tokens: int, entries: int, chunk: Chunk, keep: bool
     ) -> Tensor:
         total = torch.zeros(entries, dtype=torch.float32, device=x.device)
-        gradients = _Gradients(x, weight) if keep else None
+        gradients = _Gradients(x, weight, ctx.needs_input_grad) if keep else None
         for piece in _pieces(len(x), tokens):
             sums, dlogits = chunk(x[piece], weight, piece, keep)
             total += sums
@@ -153,7 +158,8 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dx, dweight = ctx.saved_tensors
-        return scaled(dx, grad[0]), scaled(dweight, grad[0]), *[None] * 4
+        both = (scaled(d, grad[0]) if d is not None else None for d in (dx, dweight))
+        return *both, *[None] * 4
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -184,7 +190,7 @@ class _LogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """No rank needs another one here: each has its columns of the probabilities."""
         x, weight, labels, normalisers = ctx.saved_tensors
-        gradients = _Gradients(x, weight)
+        gradients = _Gradients(x, weight, ctx.needs_input_grad)
         factor = -grad * (labels != IGNORE)  # of probabilities - what was chosen
         for piece in _pieces(len(x), ctx.tokens):
             logits, slope = capped_logits(x[piece], weight, ctx.cap, True)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -52,7 +53,9 @@ def prepare(decoder: Decoder, recompute: Recompute, compiled: bool) -> None:
     outside of what is recomputed."""
     layers: list[Any] = list(decoder.layers.values())
     if compiled:
-        distinct = len(set(decoder.spec.layers))
+        distinct = len(
+            {(decoder.spec.layers[int(i)], _frozen(m)) for i, m in decoder.layers.items()}
+        )
         _compile(layers, distinct, COMPILED_BUDGET if recompute == "selective" else 1.0)
     for layer in layers:
         if recompute == "full":
@@ -60,6 +63,11 @@ def prepare(decoder: Decoder, recompute: Recompute, compiled: bool) -> None:
         elif recompute == "selective" and not compiled:
             contexts = partial(create_selective_checkpoint_contexts, _policy)
             layer.run = partial(checkpoint, layer.run, use_reentrant=False, context_fn=contexts)
+
+
+def _frozen(layer: nn.Module) -> tuple[str, ...]:
+    """Which of a layer's parameters take no gradient, on which the compiled code depends."""
+    return tuple(name for name, p in layer.named_parameters() if not p.requires_grad)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -17,6 +17,8 @@ def squared_norm(placed: Placed) -> Tensor:
     A box that n ranks of a mesh hold counts 1/n on each; a tied head's second copy not at all."""
     total = torch.zeros((), dtype=torch.float64, device=placed.device)
     for parameter in placed.parameters.values():
+        if not parameter.requires_grad:
+            continue
         grad = parameter.grad
         assert grad is not None
         total += torch.linalg.vector_norm(local(grad), dtype=torch.float64) ** 2 / copies(parameter)

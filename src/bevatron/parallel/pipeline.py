@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from bevatron.errors import BevatronError
 from bevatron.parallel.forward_pass import forward, micro_batches
+from bevatron.parallel.layout import ZERO_BUBBLE
 from bevatron.parallel.placement import Batch, Placed
 
 SCHEDULES = {
@@ -65,8 +66,11 @@ class Runner:
         shares = placed.mine[number].decoder.comm.sequence_shares
         shape = (self.micro_batch, self.seq_len // shares, placed.spec.hidden_size)
 
-        def hidden() -> Tensor:
-            return torch.empty(shape, dtype=placed.dtype, device=self.device, requires_grad=True)
+        def hidden(after: int) -> Tensor:
+            """Between the stages `after` and the next. (A zero-bubble schedule has a backward for
+            inputs and one for weights, and gives a stage without the first none of the second.)"""
+            grad = placed.differentiable[after] or placed.layout.schedule in ZERO_BUBBLE
+            return torch.empty(shape, dtype=placed.dtype, device=self.device, requires_grad=grad)
 
         ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64, device=self.device)
         total = torch.zeros(self.entries, device=self.device, requires_grad=True)
@@ -75,8 +79,8 @@ class Runner:
             number,
             stages,
             self.device,
-            input_args=ids if number == 0 else hidden(),
-            output_args=total if number == stages - 1 else hidden(),
+            input_args=ids if number == 0 else hidden(number - 1),
+            output_args=total if number == stages - 1 else hidden(number),
             group=placed.mesh.get_group("pp"),
         )
 

@@ -1,17 +1,18 @@
 """Placing a decoder on a mesh, in one visible order.
 
-meta decoder for my stage -> tensor-parallel cut from the spec -> re-tie -> recompute, compile
--> fully_shard (FSDP2), always, also over one rank -> memory -> (the caller fills it)
--> (the caller builds the pipeline stage and the optimizer)
+meta decoder for my stage -> tensor-parallel cut from the spec -> re-tie -> frozen parameters held
+still -> recompute, compile -> fully_shard (FSDP2), always, also over one rank -> memory -> (the
+caller fills it) -> (the caller builds the pipeline stage and the optimizer)
 
 Parameters are fp32 shards: they are the masters. With precision bf16 or fp16, FSDP gathers them as
-such for the forward and the backward, and reduces and accumulates gradients in fp32.
+such for the forward and the backward, and reduces and accumulates gradients in fp32. Frozen ones
+have no masters: their shards are in the dtype that they are gathered in.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -94,6 +95,8 @@ class Placed:
         frozen: placed without anything to train: computed with, never updated.
         added: parameters that are trained along and are no part of the model: plain tensors, whole
             and equal on every rank.
+        differentiable: of every stage whether its output has a gradient, which it has not where
+            all parameters up to there are frozen.
     """
 
     spec: ModelSpec
@@ -108,6 +111,7 @@ class Placed:
     device: torch.device
     frozen: bool
     added: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    differentiable: tuple[bool, ...] = ()
 
     @property
     def stage(self) -> Stage:
@@ -142,7 +146,7 @@ class Placed:
     @property
     def trained(self) -> dict[str, Tensor]:
         """Every parameter that this rank updates, by name."""
-        return {**self.parameters, **self.added}
+        return {n: p for n, p in self.parameters.items() if p.requires_grad} | dict(self.added)
 
 
 def stage_of(stages: Sequence[range], layer: int) -> int:
@@ -166,6 +170,7 @@ def place(
     compile_layers: bool = False,
     make_tap: MakeTap | None = None,
     added: Mapping[str, nn.Parameter] = NOTHING,
+    freeze: Collection[str] = (),
 ) -> Placed:
     """Build this rank's stages with uninitialised parameters; see the module's docstring.
 
@@ -173,7 +178,8 @@ def place(
         at_end: None for a frozen model that gives its hidden states: its parameters are
             stored in the dtype of `precision` and take no gradients.
         seq_len, micro_batch: of a micro-batch, for the balance of the stages.
-        added: parameters that taps use, and give their gradients themselves."""
+        added: parameters that taps use, and give their gradients themselves.
+        freeze: names of parameters that take no gradients either."""
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
@@ -185,21 +191,21 @@ def place(
     if layout.cp > 1:
         comm.context = ContextParallel(mesh["cp"])
     known = {p.name: p for p in spec.parameters()}
+    held = set(known) if frozen else set(freeze)
+    differentiable = _differentiable(stages, known.keys() - held)
     if spec.tied:
         known["head.weight"] = _tied_head(spec)
+        held |= {"head.weight"} if "embed.weight" in held else set()
     mine: dict[int, Stage] = {}
     parameters: dict[str, Tensor] = {}
     for number in layout.stages_of_rank(mesh.get_local_rank("pp")):
         first, last = number == 0, number == len(stages) - 1
         with torch.device("meta"):
             decoder = Decoder(spec, layers=stages[number], embed=first, head=last, comm=comm)
-        if frozen and precision != "fp32":
-            decoder.to(dtype)
         if layout.tp > 1:
             tensor_parallel.distribute(decoder, known, spec, grid["tp"])
             decoder.tie()
-        if frozen:
-            decoder.requires_grad_(False)
+        _hold(decoder, held, dtype)
         prepare(decoder, recompute, compile_layers)
         stage = Stage(decoder, at_end, make_tap)
         shard(stage, layout, grid, "fp32" if frozen else precision)
@@ -213,8 +219,38 @@ def place(
             layout, mesh, parameters.get("embed.weight"), parameters.pop("head.weight", None)
         )
     return Placed(
-        spec, layout, mesh, grid, stages, mine, parameters, tied, dtype, device, frozen, added
+        spec,
+        layout,
+        mesh,
+        grid,
+        stages,
+        mine,
+        parameters,
+        tied,
+        dtype,
+        device,
+        frozen,
+        added,
+        differentiable,
     )
+
+
+def _hold(decoder: Decoder, frozen: Collection[str], dtype: torch.dtype) -> None:
+    """Take gradients and masters from frozen parameters."""
+    for name, parameter in decoder.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
+
+
+def _differentiable(stages: list[range], trained: Collection[str]) -> tuple[bool, ...]:
+    """See `Placed`. `trained`: names of the parameters that are not frozen."""
+    first = 0
+    if "embed.weight" not in trained:
+        layers = {int(name.split(".")[1]) for name in trained if name.startswith("layers.")}
+        has_one = (number for number, stage in enumerate(stages) if layers & set(stage))
+        first = next(has_one, len(stages) - 1)  # what comes behind the layers is on the last
+    return tuple(number >= first for number in range(len(stages)))
 
 
 def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> None:

@@ -27,7 +27,7 @@ def check_replicas(placed: Placed) -> None:
 
     Sends 16 bytes per parameter and dimension of the mesh, and reads every parameter once.
     Raises a BevatronError on all ranks that names parameters and ranks, if copies differ."""
-    parameters = placed.trained
+    parameters = {**placed.parameters, **placed.added}
     boxes = [_number(repr(box(p)).encode()) for p in parameters.values()]
     values = [_hash(local(p.detach())) for p in parameters.values()]
     device = placed.mesh.device_type

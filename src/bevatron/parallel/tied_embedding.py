@@ -47,6 +47,8 @@ class Tied:
             for p in (self.embedding, self.head)
             if p is not None and p.grad is not None
         ]
+        if not grads:  # frozen, or neither is here
+            return
         if self.group is not None:
             dist.reduce(grads[0], group_dst=0, group=self.group)
         elif len(grads) == 2:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from bevatron.checkpoint.rank_boxes import local
 from bevatron.nn.vocabulary_loss import CHUNK_LOGITS
 from bevatron.parallel import memory_footprint
 from bevatron.parallel.fake_world import paper_mesh, paper_world
@@ -24,9 +26,14 @@ from bevatron.parallel.placement import Placed
 from bevatron.parallel.process_groups import mesh
 from bevatron.parallel.stage_split import end_loads, in_flight, layer_cost, layer_load, stage_ranges
 from bevatron.spec import ModelSpec
-from bevatron.spec.count import flops_per_token, forward_flops_per_token, parameter_count
-from bevatron.spec.sublayer import FP32
+from bevatron.spec.count import forward_flops_per_token, parameter_count
 from bevatron.train.config import RunConfig
+from bevatron.train.freezing import (
+    describe,
+    first_trained_layer,
+    frozen_parameters,
+    training_flops,
+)
 from bevatron.train.objectives import Objective
 from bevatron.train.run_start import Start, find_start
 from bevatron.train.trainer import Trainer
@@ -101,6 +108,7 @@ class Plan:
     imbalance: float
     stages: list[StagePlan]
     optimizer: list[str]
+    frozen: str
     warnings: list[str]
     seconds: float
 
@@ -120,8 +128,9 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
     began = time.perf_counter()
     start = find_start(config)
     spec, train = start.spec, config.train
+    held = frozen_parameters(spec, train.freeze)
     micro_batches = train.global_batch // (layout.dp * train.micro_batch)
-    times = _times(config, spec, layout)
+    times = _times(config, spec, layout, held)
     frozen = [c.spec for c in objective.companions.values()]
     whole = sum(times) + sum(sum(_forward_times(other, config)) for other in frozen)
     ranges = stage_ranges(
@@ -155,26 +164,33 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
         micro_batches=micro_batches,
         tokens_per_step=tokens,
         steps=train.steps,
-        flops_per_step=tokens * flops_per_token(spec, seq_len, causal=True) + teachers,
+        flops_per_step=tokens * sum(training_flops(spec, seq_len, True, held)) + teachers,
         teacher_flops_per_step=teachers,
         schedule=layout.schedule,
         bubble=memory_footprint.bubble(layout, micro_batches),
         imbalance=max(flops) * len(flops),
         stages=stages,
-        optimizer=[str(group) for group in groups(spec, config.optimizer)],
+        optimizer=[str(group) for group in groups(spec, config.optimizer, held)],
+        frozen=describe(spec, held) if held else "",
         warnings=warnings,
         seconds=time.perf_counter() - began,
     )
 
 
-def _times(config: RunConfig, spec: ModelSpec, layout: Layout) -> list[float]:
+def _times(
+    config: RunConfig, spec: ModelSpec, layout: Layout, frozen: Collection[str]
+) -> list[float]:
     """FLOPs per token of each layer in a step, and the head's, last."""
     seq_len, tokens = config.data.seq_len, config.train.micro_batch * config.data.seq_len
     again = config.train.recompute
     times = [
         layer_load(spec, i, layout, seq_len, tokens, again).time for i in range(len(spec.layers))
     ]
-    return [*times, end_loads(spec, layout, tokens)[1].time]
+    times.append(end_loads(spec, layout, tokens)[1].time)
+    if not frozen:
+        return times
+    less, full = (training_flops(spec, seq_len, True, names) for names in (frozen, ()))
+    return [time * a / b if b else time for time, a, b in zip(times, less, full, strict=True)]
 
 
 def _forward_times(spec: ModelSpec, config: RunConfig) -> list[float]:
@@ -211,8 +227,11 @@ def _stage(
     """`whole`: the times of all that is computed for a token, by all ranks."""
     placed, layout, spec, train = trainer.placed, trainer.layout, trainer.spec, config.train
     parameters = dict(placed.parameters)
+    trained = {n: p for n, p in placed.trained.items() if n in parameters}
     if placed.tied is not None and placed.tied.head is not None:
         parameters["head.weight"] = placed.tied.head  # a copy of the embedding
+        if placed.tied.head.requires_grad:
+            trained["head.weight"] = placed.tied.head
     itemsize = 4 if train.precision == "fp32" else 2
     tokens = train.micro_batch * config.data.seq_len // layout.cp
     flights = [
@@ -220,7 +239,11 @@ def _stage(
         for n in in_flight(layout)
     ]
 
+    first = first_trained_layer(spec, trainer.frozen)
+
     def kept(i: int, recompute: str) -> float:
+        if i < first:
+            return 0.0
         return memory_footprint.layer_activations(spec, i, layout, itemsize, recompute)
 
     per_token = sum(
@@ -240,11 +263,9 @@ def _stage(
         stage=placed.mesh.get_local_rank("pp"),
         layers=layers,
         parameters=sum(p.numel() for p in parameters.values()),
-        parameters_per_rank=weights // FP32,
+        parameters_per_rank=sum(local(p.detach()).numel() for p in parameters.values()),
         weights=weights + frozen,
-        gradients=memory_footprint.gradient_bytes(
-            parameters, spec, layout, itemsize, micro_batches
-        ),
+        gradients=memory_footprint.gradient_bytes(trained, spec, layout, itemsize, micro_batches),
         optimizer=sum(s.numel() * s.element_size() for s in states.values()),
         gathered=itemsize * memory_footprint.gathered_elements(parameters, layout.regathers),
         in_flight=sum(flights[n] for n in placed.mine),
@@ -268,6 +289,7 @@ def to_text(plan: Plan) -> str:
         f"batch       {plan.tokens_per_step:,} tokens, {plan.micro_batches} micro-batches per rank",
         f"steps       {plan.steps:,}, {plan.steps * plan.tokens_per_step:,} tokens in all",
         *(f"optimizer   {group}" for group in plan.optimizer),
+        *([f"frozen      {plan.frozen}"] if plan.frozen else []),
         f"compute     {plan.flops_per_step / 1e15:,.1f} PFLOP per step, "
         f"{plan.flops_per_step / plan.ranks / 1e12:,.1f} TFLOP per rank (causal, no recompute)"
         + (f", {teacher:.1%} of it the teacher's" if teacher else ""),

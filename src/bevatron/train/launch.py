@@ -169,6 +169,9 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
         check_documents(start.spec, config.data.seq_len)
     _check_companions(config, layout, start)
     from bevatron.parallel.stage_split import stage_ranges
+    from bevatron.train.freezing import frozen_parameters
+
+    frozen_parameters(start.spec, config.train.freeze)
 
     stage_ranges(
         start.spec,

@@ -111,8 +111,8 @@ class Muon:
         pairs = zip(self.sources.items(), self.momentum, strict=True)
         return {f"momentum/{name}": (source, values) for (name, source), values in pairs}
 
-    def set_step(self, step: int) -> None:
-        self.count = step
+    def set_step(self, step: int, later: Mapping[str, int]) -> None:
+        self.count = step  # of the momentum's warmup, which is the run's, not a parameter's
 
 
 def momentum_at(step: int, config: MuonConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from bevatron.train.update_rules import Rule, rule
 
 FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with a kernel for all of AdamW's update
 
+NONE_LATER: Mapping[str, int] = MappingProxyType({})
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Checkpoint name (kind/parameter) -> the parameter that says which box it is, this rank's values.
@@ -31,8 +33,9 @@ class Algorithm(Protocol):
     def states(self) -> States:
         """What it remembers between updates, to be saved, or filled by a load."""
 
-    def set_step(self, step: int) -> None:
-        """How many updates it has seen."""
+    def set_step(self, step: int, later: Mapping[str, int]) -> None:
+        """How many updates it has seen; of the parameters in `later` so many, as they were frozen
+        before."""
 
 
 class Optimizer:
@@ -48,18 +51,19 @@ class Optimizer:
     def states(self) -> States:
         return {name: state for part in self.parts for name, state in part.states().items()}
 
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int, later: Mapping[str, int] = NONE_LATER) -> None:
         for part in self.parts:
-            part.set_step(step)
+            part.set_step(step, later)
 
 
 def make_optimizer(placed: Placed, config: OptimizerConfig, dtype: torch.dtype) -> Optimizer:
     """The optimizer of a placed model. `dtype`: that the run computes in."""
     spec = placed.spec
     rules = {p.name: rule(p.role, spec, config) for p in spec.parameters()}
-    matrices = {n: p for n, p in placed.parameters.items() if rules[n].algorithm == "muon"}
-    rest = {n: p for n, p in placed.trained.items() if n not in matrices}
     rules |= {name: rule("score", spec, config) for name in placed.added}
+    trained = placed.trained
+    matrices = {n: p for n, p in trained.items() if rules[n].algorithm == "muon"}
+    rest = {n: p for n, p in trained.items() if n not in matrices}
     parts: list[Algorithm] = [AdamW(rest, rules, betas=config.betas, eps=config.eps)]
     if matrices:
         parts.append(Muon(matrices, rules, spec, config.muon, dtype, placed.grid))
@@ -125,6 +129,6 @@ class AdamW:
             for kind in MOMENTS
         }
 
-    def set_step(self, step: int) -> None:
-        for shard in self.shards.values():
-            self._state(shard)["step"].fill_(float(step))
+    def set_step(self, step: int, later: Mapping[str, int]) -> None:
+        for name, shard in self.shards.items():
+            self._state(shard)["step"].fill_(float(later.get(name, step)))

@@ -16,6 +16,7 @@ from bevatron.data.tokenizer import TOKENIZER
 from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig, SourceConfig, flat
 from bevatron.train.config_objective import TOKENS, defaults
+from bevatron.train.freezing import frozen_parameters
 from bevatron.train.learning_rate import learning_rate
 from bevatron.train.run_start import Start
 
@@ -56,6 +57,7 @@ EFFECTS: Mapping[str, Effect] = {
     "data.document_mask": Effect("fixed", "tokens see other tokens from here on"),
     "data.allow_other_tokenizer": _NOTHING,
     "parallel": _ROUNDING,
+    "train.freeze": Effect("fixed", "other parameters are trained from here on"),
     "train.steps": Effect("free", "learning rate"),
     "train.global_batch": Effect("fixed", "gradients are of so many samples from here on"),
     "train.micro_batch": _ROUNDING,
@@ -135,6 +137,8 @@ def compare(start: Start, config: RunConfig, hash_of: Callable[[str], str]) -> l
                 "aside",
                 "a rewind goes back to such a step; all others have the same numbers",
             )
+        if key == "train.freeze" and not _freeze(start, config):
+            continue  # the same parameters in other words
         if key in rates:
             if not rate:
                 continue
@@ -231,9 +235,24 @@ def _more(start: Start, config: RunConfig, key: str, what: str) -> str:
     assert start.state is not None and start.config is not None
     if key == "train.global_batch":
         return f"{what}; the data goes on at sample {start.state['samples']:,}"
+    if key == "train.freeze":
+        return _freeze(start, config)
     if key == "train.precision" and start.config.train.precision == "bf16":
         return f"{what}, from the step's fp32 masters"
     return what
+
+
+def _freeze(start: Start, config: RunConfig) -> str:
+    """What becomes of the parameters that only one of the lists names."""
+    assert start.config is not None
+    before, after = (frozen_parameters(start.spec, c.train.freeze) for c in (start.config, config))
+    held, moved = len(after - before), len(before - after)
+    rounded = " as they are rounded to bf16," if config.train.precision == "bf16" else ""
+    said = [f"{held} more tensors are held still from here on,{rounded} and lose their moments"]
+    said = said if held else []
+    if moved:
+        said.append(f"{moved} are trained from here on, with moments as before their first update")
+    return "; ".join(said)
 
 
 def _origin(start: Start, config: RunConfig, key: str) -> list[Change]:

@@ -20,8 +20,9 @@ from bevatron.data.token_store import TokenStore
 from bevatron.parallel.layout import Layout
 from bevatron.progress import Advance, duration
 from bevatron.spec import ModelSpec
-from bevatron.spec.count import flops_per_token, forward_flops_per_token
+from bevatron.spec.count import forward_flops_per_token
 from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.freezing import frozen_parameters, training_flops
 from bevatron.train.hardware import memory_gib, peak_flops
 from bevatron.train.trackers import Trackers
 
@@ -49,8 +50,9 @@ class Meter:
         self.config, self.layout, self.device, self.folder = config, layout, device, folder
         seq_len = config.data.seq_len
         self.tokens_per_step = seq_len * config.train.global_batch
+        frozen = frozen_parameters(spec, config.train.freeze)
         self.flops = [
-            flops_per_token(spec, seq_len, causal)
+            sum(training_flops(spec, seq_len, causal, frozen))
             + sum(forward_flops_per_token(other, seq_len, causal) for other in beside)
             for causal in (False, True)
         ]

@@ -26,8 +26,9 @@ from bevatron.parallel.placement import NOTHING, place
 from bevatron.parallel.replayed_step import check_replay
 from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
+from bevatron.train.freezing import frozen_parameters
 from bevatron.train.objectives import Objective, Samples, Vector
-from bevatron.train.optimizer import make_optimizer
+from bevatron.train.optimizer import NONE_LATER, make_optimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Whether a step with this loss and gradient norm may update the weights: a function of these two,
@@ -61,6 +62,7 @@ class Trainer:
         self.precision, self.taps = train.precision, objective.taps
         if self.taps is not None:
             self.taps.place(device)
+        self.frozen = frozen_parameters(spec, train.freeze)
         self.placed = place(
             spec,
             layout,
@@ -74,6 +76,7 @@ class Trainer:
             compile_layers=train.compile,
             make_tap=self.taps.tap if self.taps is not None else None,
             added=self.taps.parameters if self.taps is not None else NOTHING,
+            freeze=self.frozen,
         )
         for companion in objective.companions.values():
             companion.place(
@@ -116,14 +119,27 @@ class Trainer:
         load_weights(self.placed, shapes, read)
 
     def load_optimizer(
-        self, shapes: Shapes, read: ReadBox, step: int, *, fresh: bool = False
+        self,
+        shapes: Shapes,
+        read: ReadBox,
+        step: int,
+        *,
+        fresh: bool = False,
+        later: Mapping[str, int] = NONE_LATER,
     ) -> None:
-        """Fill the optimizer's states (`fresh`: as before its first update), the parameters from
-        their fp32 masters wherever the checkpoint has these (its weights are rounded then), and
-        the parameters that are no part of the model, if it has them."""
-        into = {} if fresh else dict(self.optimizer.states())
-        for _, values in self.optimizer.states().values() if fresh else ():
-            values.zero_()
+        """Fill the optimizer's states after `step` updates (`fresh`: as before its first), the
+        parameters from their fp32 masters wherever the checkpoint has these (its weights are
+        rounded then), and the parameters that are no part of the model, if it has them.
+
+        Args:
+            later: how many updates parameters have had that were frozen before; 0: states as
+                before their first."""
+        into = {}
+        for name, (parameter, values) in self.optimizer.states().items():
+            if fresh or later.get(name.partition("/")[2]) == 0:
+                values.zero_()
+            else:
+                into[name] = parameter, values
         into |= {f"master/{n}": (p, p.detach()) for n, p in self.placed.added.items()}
         for name in [n for n in into if n.partition("/")[2] in self.placed.added]:
             if name not in shapes:  # of a run that had none
@@ -132,11 +148,12 @@ class Trainer:
             if f"master/{name}" in shapes:
                 into[f"master/{name}"] = parameter, local(parameter.detach())
         load(into, shapes, read, "loading the optimizer" if dist.get_rank() == 0 else None)
-        self.optimizer.set_step(step)
+        self.optimizer.set_step(step, later)
 
     def to_save(self) -> list[Saved]:
         """Weights in the run's dtype, the optimizer's states, and fp32 masters where the weights
-        are rounded. What is no part of the model is among the latter, from the first rank."""
+        are rounded and trained. What is no part of the model is among the latter, from the first
+        rank."""
         out, kept = [], set(self.placed.parameters)
         if dist.get_rank() == 0:
             kept |= set(self.placed.added)
@@ -145,7 +162,7 @@ class Trainer:
                 out.append(Saved(f"optimizer/master/{name}", whole, values, torch.float32))
         for name, p in self.placed.parameters.items():
             out.append(Saved(f"model/{name}", p, local(p.detach()), self.placed.dtype))
-            if self.placed.dtype != torch.float32:
+            if self.placed.dtype != torch.float32 and p.requires_grad:
                 values = local(p.detach())
                 out.append(Saved(f"optimizer/master/{name}", p, values, torch.float32))
         for name, (p, values) in self.optimizer.states().items():

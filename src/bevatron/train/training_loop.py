@@ -26,6 +26,7 @@ from bevatron.train import restart
 from bevatron.train.bad_steps import Guard, event
 from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
+from bevatron.train.freezing import frozen_parameters
 from bevatron.train.hang_watch import Watch
 from bevatron.train.learning_rate import learning_rate
 from bevatron.train.objectives import Objective
@@ -70,6 +71,7 @@ class Run:
         self.is_main = dist.get_rank() == 0
         self.step = self.tokens = 0
         self.reset_at, self.optimizer_since = reset_at, 0
+        self.trained_since: dict[str, int] = {}  # of parameters that were frozen up to that step
         # A branch is there to change something; what it does is said all the same.
         self.allowed, self.changes = allowed or start.branched, list[Change]()
         on_all(self._compare)
@@ -154,6 +156,10 @@ class Run:
         state = {"samples": batches.position(step), "batches": batches.state()}
         state |= {"made_with": self.made_with, "guard": self.guard.state()}
         state["optimizer_since"] = self.optimizer_since
+        if self.config.train.freeze:
+            state["freeze"] = self.config.train.freeze
+        if self.trained_since:
+            state["trained_since"] = self.trained_since
         if self.companions:
             state["companions"] = self.companions
         taps = self.trainer.taps
@@ -230,7 +236,9 @@ class Run:
         tensors = weights.manifest.tensors
         shapes = {n[len(prefix) :]: t.shape for n, t in tensors.items() if n.startswith(prefix)}
         read = box_reader(weights.folder, weights.manifest, prefix)
-        rounded = {n for n, t in weights.manifest.weights().items() if t.dtype != "F32"}
+        before = frozen_parameters(self.start.spec, state.get("freeze", []))
+        weights_of = weights.manifest.weights().items()
+        rounded = {n for n, t in weights_of if t.dtype != "F32" and n not in before}
         if missing := sorted(n for n in rounded if f"master/{n}" not in shapes):
             raise CheckpointError(
                 f"{weights.folder}: has no optimizer/master/{missing[0]}, but its model/ is "
@@ -242,8 +250,15 @@ class Run:
         fresh = self.reset_at is not None and self.step <= self.reset_at
         self.optimizer_since = self.step if fresh else int(state.get("optimizer_since", 0))
         updates = self.guard.updates(self.step, self.optimizer_since)
+        began = dict(state.get("trained_since", {})) | dict.fromkeys(before, self.step)
+        self.trained_since = {n: s for n, s in began.items() if n not in self.trainer.frozen}
+        later = {
+            name: self.guard.updates(self.step, max(since, self.optimizer_since))
+            for name, since in self.trained_since.items()
+        }
         lacking = sorted(n for n in self.trainer.optimizer.states() if n not in shapes)
-        lacking = [n for n in lacking if n.partition("/")[2] in self.trainer.placed.parameters]
+        needed = self.trainer.placed.parameters.keys() - before
+        lacking = [n for n in lacking if n.partition("/")[2] in needed]
 
         def load() -> None:
             if lacking and not fresh:
@@ -252,7 +267,7 @@ class Run:
                     "another optimizer; --reset-optimizer goes on without its state (weights, fp32 "
                     "masters, learning rate and data go on)"
                 )
-            self.trainer.load_optimizer(shapes, read, updates, fresh=fresh)
+            self.trainer.load_optimizer(shapes, read, updates, fresh=fresh, later=later)
 
         on_all(load)
 

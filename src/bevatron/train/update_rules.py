@@ -4,6 +4,7 @@ learning rate. Its role decides, for the whole model and before anything is plac
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,10 +59,12 @@ def rule(role: Role, spec: ModelSpec, config: OptimizerConfig) -> Rule:
     )
 
 
-def groups(spec: ModelSpec, config: OptimizerConfig) -> list[Group]:
-    """All of the model's parameters by how they are updated, to be shown before a run."""
+def groups(spec: ModelSpec, config: OptimizerConfig, frozen: Collection[str] = ()) -> list[Group]:
+    """The model's parameters by how they are updated, to be shown before a run."""
     found: dict[Rule, tuple[dict[Role, None], int]] = {}
     for parameter in spec.parameters():
+        if parameter.name in frozen:
+            continue
         key = rule(parameter.role, spec, config)
         roles, count = found.get(key, ({}, 0))
         found[key] = ({**roles, parameter.role: None}, count + parameter.numel)

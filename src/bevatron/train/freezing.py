@@ -1,0 +1,91 @@
+"""Parameters that a run holds still: which, and what they save.
+
+A frozen parameter takes part in the forward and passes gradients on to what lies before it. It has
+no gradient of its own, no moments and no fp32 master: it is held, and saved, in the run's dtype.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+
+from bevatron.errors import BevatronError
+from bevatron.spec import ModelSpec
+from bevatron.spec.count import layer_flops
+from bevatron.train.update_rules import MATRICES
+
+KEY = "train.freeze"
+NEAR = 3  # names that an error lists
+
+
+def frozen_parameters(spec: ModelSpec, patterns: Sequence[str]) -> frozenset[str]:
+    """The parameters that any of the patterns names; `*` stands for anything, dots included.
+
+    Raises BevatronError for a pattern that names nothing, and if nothing is left to train."""
+    names = [p.name for p in spec.parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise BevatronError(f"{KEY}: {pattern} is no parameter; {_instead(spec, pattern)}")
+        found |= set(matched)
+    if found == set(names):
+        raise BevatronError(f"{KEY}: {', '.join(patterns)} leaves no parameter to train; name less")
+    return frozenset(found)
+
+
+def _instead(spec: ModelSpec, pattern: str) -> str:
+    """What the pattern may have meant."""
+    if spec.tied and fnmatchcase("head.weight", pattern):
+        return "the head is tied to embed.weight, so name that"
+    names = [p.name for p in spec.parameters()]
+    near = difflib.get_close_matches(pattern, names, NEAR, 0.5) or names[:NEAR]
+    return f"near it are {', '.join(near)} (manifest.json of a checkpoint has all; * is anything)"
+
+
+def describe(spec: ModelSpec, frozen: Collection[str]) -> str:
+    """`12 of 20 parameters' tensors, 1,234 of 5,678 elements (21.7%)`."""
+    sizes = {p.name: p.numel for p in spec.parameters()}
+    held, whole = sum(sizes[name] for name in frozen), sum(sizes.values())
+    return (
+        f"{len(frozen)} of {len(sizes)} tensors, {held:,} of {whole:,} parameters "
+        f"({held / whole:.1%})"
+    )
+
+
+def first_trained_layer(spec: ModelSpec, frozen: Collection[str]) -> int:
+    """The first layer that has a backward, counted from 0; len(layers) if it is what comes after
+    them. Layers before it keep no activations."""
+    if "embed.weight" not in frozen:
+        return 0
+    for index in range(len(spec.layers)):
+        if any(p.name not in frozen for p in spec.layer_parameters(index)):
+            return index
+    return len(spec.layers)
+
+
+def training_flops(
+    spec: ModelSpec, seq_len: int, causal: bool, frozen: Collection[str]
+) -> list[int]:
+    """FLOPs per token of one training step: of every layer, and the head's, last.
+
+    The backward of a frozen matrix skips its own gradient, and all that lies before the first
+    trained parameter has no backward. With nothing frozen they sum to `flops_per_token`."""
+    out, reached = [], "embed.weight" not in frozen
+    for index in range(len(spec.layers)):
+        parameters, total = list(spec.layer_parameters(index)), 0
+        products = {p.name: 2 * p.numel for p in parameters if p.role in MATRICES}
+        scores = layer_flops(spec, index, seq_len, causal) - sum(products.values())
+        for parameter in parameters:
+            trained = parameter.name not in frozen
+            total += products.get(parameter.name, 0) * (1 + reached + trained)
+            reached = reached or trained
+            if parameter.role == "qkv":
+                total += scores * (1 + 2 * reached)
+        out.append(total)
+    norm = {p.name for p in spec.parameters() if p.name.startswith("final_norm.")}
+    reached = reached or bool(norm - set(frozen))
+    head = "embed.weight" if spec.tied else "head.weight"
+    times = 1 + reached + (head not in frozen)
+    return [*out, 2 * spec.head_rows * spec.hidden_size * times]
