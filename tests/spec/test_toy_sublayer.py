@@ -4,10 +4,11 @@ library."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from bevatron.bridge.inspect import inspect
 from bevatron.checkpoint.manifest import Manifest
 from bevatron.checkpoint.save_and_load import Saved, merge, write_rank
+from bevatron.compress.importance_scores import Scores, expected
+from bevatron.compress.kept_indices import cut, keep
+from bevatron.compress.pruned_spec import Shape
 from bevatron.errors import BevatronError
 from bevatron.families import FamilyError, by_name
 from bevatron.generate.decoding_sublayers import DECODINGS, Place
@@ -41,11 +45,15 @@ from bevatron.spec.sublayer import KINDS, Sublayer, uneven_cut
 class LowRank(Sublayer, kind="low_rank", places=("attention", "mlp")):
     """down(tanh(up(x))) in `rank` dimensions."""
 
+    unit = "ranks"
+    unit_field = "rank"
+
     rank: int
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
-        yield ParameterSpec(f"{prefix}.up.weight", (self.rank, hidden_size), "up")
-        yield ParameterSpec(f"{prefix}.down.weight", (hidden_size, self.rank), "down")
+        up, down = (self.rank, hidden_size), (hidden_size, self.rank)
+        yield ParameterSpec(f"{prefix}.up.weight", up, "up", ("units", "hidden"))
+        yield ParameterSpec(f"{prefix}.down.weight", down, "down", ("hidden", "units"))
 
     def cut(self, name: str, tp: int) -> int | None:
         return 0 if name == "up.weight" else 1
@@ -64,6 +72,8 @@ class LowRank(Sublayer, kind="low_rank", places=("attention", "mlp")):
 
 
 class LowRankModule(nn.Module):
+    tap: Any = None
+
     def __init__(self, spec: LowRank, model: ModelSpec, comm: Comm) -> None:
         super().__init__()
         self.comm = comm
@@ -72,6 +82,8 @@ class LowRankModule(nn.Module):
 
     def forward(self, x: Tensor, rotations: Rotations, mask: Any = None) -> Tensor:
         y = self.up.product(self.comm.enter(x), self.comm.view).tanh()
+        if self.tap is not None:
+            self.tap(y)
         return self.down.reduced(y, self.comm)
 
 
@@ -184,3 +196,22 @@ def test_a_kind_has_one_class_and_its_places() -> None:
         type("Other", (LowRank,), {}, kind="mlp", places=("mlp",))
     with pytest.raises(SpecError, match="'mlp' is no attention"):
         LayerSpec(MLP(8), None)
+
+
+def test_pruning_leaves_out_its_units_and_its_hidden_channels() -> None:
+    """Which rows and columns of it stay follows from what its parameters say of their axes."""
+    narrow = replace(
+        SPEC, hidden_size=16, layers=(LayerSpec(Attention(2, 2, 8), LowRank(4)), *SPEC.layers[1:])
+    )
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.random(s, dtype=np.float32) for n, s in expected(SPEC).items()}
+    assert tensors["layers.0.mlp.ranks"].shape == (6,)
+    kept = keep(SPEC, Shape((0, 1, 2), narrow), Scores(tensors))
+    best = np.sort(np.argsort(-tensors["layers.0.mlp.ranks"])[:4])
+    assert kept.units[0]["mlp"].tolist() == best.tolist()
+    cuts = {p.name: cut(SPEC, kept, "none", p).index for p in narrow.parameters()}
+    up, down = cuts["layers.0.mlp.up.weight"], cuts["layers.0.mlp.down.weight"]
+    assert [i.tolist() for i in up if i is not None] == [best.tolist(), kept.hidden.tolist()]
+    assert [i.tolist() for i in down if i is not None] == [kept.hidden.tolist(), best.tolist()]
+    whole, hidden = cuts["layers.1.attention.up.weight"]  # as wide as it was
+    assert whole is None and hidden is not None and len(hidden) == 16

@@ -117,7 +117,7 @@ def carry(name: str, shape: Shape) -> Entry:
     """A tensor that is no parameter, taken along as it is."""
     numel = math.prod(shape)
     count = numel // (shape[-1] if len(shape) > 1 else 1) if numel else 0
-    native = ParameterSpec(name, shape, "norm")
+    native = ParameterSpec(name, shape, "norm", tuple("other" for _ in shape))
     return Entry(native, "carry", (Source(name, shape),), (Rows(0, 0, 0, count),))
 
 

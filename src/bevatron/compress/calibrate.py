@@ -29,12 +29,9 @@ from bevatron.compress.importance_scores import (
     INFLUENCE,
     Floats,
     expected,
-    heads_name,
-    neurons_name,
+    units_name,
 )
 from bevatron.errors import BevatronError
-from bevatron.nn.attention import Attention
-from bevatron.nn.mlp import MLP
 from bevatron.nn.norm import Norm
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.placement import Placed
@@ -124,19 +121,18 @@ class Calibration:
     @contextmanager
     def tapped(self) -> Iterator[None]:
         """Look at the activations of all of this rank's layers and norms meanwhile."""
-        taps: list[Attention | MLP] = []
+        taps: list[Any] = []
         hooks = []
         for stage in self.placed.mine.values():
             for name, module in stage.decoder.named_modules():
-                if isinstance(module, Attention):
-                    module.tap = partial(self._heads, _layer(name), module.spec.head_dim)
-                    taps.append(module)
-                elif isinstance(module, MLP):
-                    module.tap = partial(self._neurons, _layer(name))
-                    taps.append(module)
-                elif isinstance(module, Norm):
+                if isinstance(module, Norm):
                     hooks.append(module.register_forward_hook(partial(self._norm, name)))
             for i, layer in stage.decoder.layers.items():
+                for place, sublayer in layer.spec.present:  # type: ignore[union-attr]
+                    if sublayer.units:
+                        taps.append(getattr(layer, place))
+                        name = units_name(int(i), place, sublayer)
+                        taps[-1].tap = partial(self._units, name, sublayer.unit_width)
                 hooks.append(layer.register_forward_hook(partial(self._block, int(i))))
         try:
             yield
@@ -146,12 +142,11 @@ class Calibration:
             for hook in hooks:
                 hook.remove()
 
-    def _heads(self, layer: int, head_dim: int, y: Tensor) -> None:
-        norms = y.float().unflatten(-1, (-1, head_dim)).norm(dim=-1)  # [B, T, H]
-        self._add(heads_name(layer), self.aggregation.parts(norms))
-
-    def _neurons(self, layer: int, y: Tensor) -> None:
-        self._add(neurons_name(layer), self.aggregation.parts(y))
+    def _units(self, name: str, width: int, y: Tensor) -> None:
+        """y [B, T, units * width]: of units of several entries, such as heads, the norms."""
+        if width > 1:
+            y = y.float().unflatten(-1, (-1, width)).norm(dim=-1)  # [B, T, units]
+        self._add(name, self.aggregation.parts(y))
 
     def _norm(self, name: str, module: nn.Module, args: Any, out: Tensor) -> None:
         self._norms[name] = self.aggregation.parts(out)
@@ -219,8 +214,3 @@ class Calibration:
                 similarity[i] = total
             pieces[INFLUENCE] = 0, similarity
         return pieces
-
-
-def _layer(name: str) -> int:
-    """Of `layers.3.attention`."""
-    return int(name.split(".")[1])

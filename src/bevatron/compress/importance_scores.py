@@ -27,7 +27,7 @@ from bevatron.checkpoint.read_boxes import both_ends, new_hasher, read_box, spel
 from bevatron.checkpoint.safetensors_file import read_header, write_header
 from bevatron.checkpoint.storage import open_file
 from bevatron.errors import BevatronError
-from bevatron.spec import MLP, Attention, ModelSpec
+from bevatron.spec import ModelSpec, Sublayer
 from bevatron.spec.json import to_json
 
 Floats = NDArray[np.float32]
@@ -41,12 +41,9 @@ class ScoresError(BevatronError):
     """A file that holds no importance scores, or not those of this model."""
 
 
-def heads_name(layer: int) -> str:
-    return f"layers.{layer}.attention.heads"
-
-
-def neurons_name(layer: int) -> str:
-    return f"layers.{layer}.mlp.neurons"
+def units_name(layer: int, place: str, sublayer: Sublayer) -> str:
+    """Of the scores of a sublayer's units, such as `layers.3.attention.heads`."""
+    return f"layers.{layer}.{place}.{sublayer.unit}"
 
 
 def span_name(layers: int) -> str:
@@ -77,10 +74,9 @@ def expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     that are one matrix have none."""
     shapes: dict[str, tuple[int, ...]] = {CHANNELS: (spec.hidden_size,)}
     for i, layer in enumerate(spec.layers):
-        if isinstance(layer.attention, Attention):
-            shapes[heads_name(i)] = (layer.attention.num_attention_heads,)
-        if isinstance(layer.mlp, MLP):
-            shapes[neurons_name(i)] = (layer.mlp.intermediate_size,)
+        for place, sublayer in layer.present:
+            if sublayer.units:
+                shapes[units_name(i, place, sublayer)] = (sublayer.units,)
     return {**shapes, INFLUENCE: (len(spec.layers),)}
 
 
@@ -105,10 +101,10 @@ class Scores:
         return self.tensors[INFLUENCE]
 
     def heads(self, layer: int) -> Floats:
-        return self.tensors[heads_name(layer)]
+        return self.tensors[f"layers.{layer}.attention.heads"]
 
     def neurons(self, layer: int) -> Floats:
-        return self.tensors[neurons_name(layer)]
+        return self.tensors[f"layers.{layer}.mlp.neurons"]
 
     def loss_without(self, layers: int = 1) -> Floats | None:
         """The loss without so many consecutive layers, by the first of them; None if it was not

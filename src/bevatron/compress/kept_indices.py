@@ -8,16 +8,17 @@ rotation are left alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bevatron.bridge.assemble import PAD, Bits, Change, Cut, Index
-from bevatron.compress.importance_scores import Scores
+from bevatron.compress.importance_scores import Scores, units_name
 from bevatron.compress.prune_targets import PruneError
 from bevatron.compress.pruned_spec import Shape
-from bevatron.spec import MLP, Attention, ModelSpec, ParameterSpec
+from bevatron.spec import Attention, ModelSpec, ParameterSpec, Sublayer
 
 MERGES = ("none", "residual", "sum")
 Pairs = tuple[tuple[int, int], ...]
@@ -29,15 +30,15 @@ class Kept:
 
     Attributes:
         hidden: channels of the residual stream.
-        layers: by the new layer's number the old one's; `heads`, `neurons`: likewise, None where
-            there are none. Neurons may end with PADs. Heads are those of queries, group by group.
+        layers: by the new layer's number the old one's.
+        units: likewise, of each of its sublayers that has some, group by group: query heads of an
+            `attention`, neurons of an `mlp`. They may end with PADs.
         pairs: per new layer (kept head, dropped head of the same group) for merging.
     """
 
     hidden: Index
     layers: tuple[int, ...]
-    heads: tuple[Index | None, ...]
-    neurons: tuple[Index | None, ...]
+    units: tuple[Mapping[str, Index], ...]
     pairs: tuple[Pairs, ...]
 
 
@@ -67,31 +68,28 @@ def keep(spec: ModelSpec, shape: Shape, scores: Scores | None, *, ranked: bool =
 
     channels = scores.channels if scores else None
     hidden = top(channels, spec.hidden_size, shape.spec.hidden_size)
-    heads: list[Index | None] = []
-    neurons: list[Index | None] = []
+    units: list[dict[str, Index]] = []
     pairs: list[Pairs] = []
     for i, layer in zip(shape.layers, shape.spec.layers, strict=True):
-        old = spec.layers[i]
-        kept: Index | None = None
+        kept: dict[str, Index] = {}
         merged: Pairs = ()
-        if isinstance(layer.attention, Attention) and isinstance(old.attention, Attention):
-            values = scores.heads(i) if scores else None
-            per_group, stay = old.attention.queries_per_group, layer.attention.queries_per_group
+        before = dict(spec.layers[i].present)
+        for place, new in layer.present:
+            old = before.get(place)
+            if old is None or not old.units or not new.units:
+                continue
+            values = scores.tensors[units_name(i, place, old)] if scores else None
+            per_group, stay = (s.units // s.unit_groups for s in (old, new))
             parts = []
-            for first in range(0, old.attention.num_attention_heads, per_group):
+            for first in range(0, old.units, per_group):
                 own = values[first : first + per_group] if values is not None else None
                 parts.append(top(own, per_group, stay) + first)
-                if own is not None:
+                if own is not None and old.unit == "heads":
                     merged += _pairs(own, stay, first)
-            kept = np.concatenate(parts)
-        heads.append(kept)
+            kept[place] = np.concatenate(parts)
+        units.append(kept)
         pairs.append(merged)
-        width = None
-        if isinstance(layer.mlp, MLP) and isinstance(old.mlp, MLP):
-            values = scores.neurons(i) if scores else None
-            width = top(values, old.mlp.intermediate_size, layer.mlp.intermediate_size)
-        neurons.append(width)
-    return Kept(hidden, shape.layers, tuple(heads), tuple(neurons), tuple(pairs))
+    return Kept(hidden, shape.layers, tuple(units), tuple(pairs))
 
 
 def _pairs(values: NDArray[np.float32], stay: int, first: int) -> Pairs:
@@ -115,57 +113,44 @@ def cut(spec: ModelSpec, kept: Kept, merge_heads: str, parameter: ParameterSpec)
 
     Args:
         merge_heads: what becomes of dropped heads, one of MERGES; see `_merge`."""
-    parts = parameter.name.split(".")
-    h = _unless_all(kept.hidden, spec.hidden_size)
-    if parts[0] != "layers":
-        return Cut(parameter.name, _outer(parameter, h))
-    new = int(parts[1])
-    old = kept.layers[new]
-    layer, part, kind = spec.layers[old], ".".join(parts[2:-1]), parts[-1]
-    source = source_of(kept.layers, parameter.name)
-    f = q = rows = None
-    if (neurons := kept.neurons[new]) is not None and isinstance(layer.mlp, MLP):
-        f = _unless_all(neurons, layer.mlp.intermediate_size)
-    if (heads := kept.heads[new]) is not None and isinstance(layer.attention, Attention):
-        heads_ = _unless_all(heads, layer.attention.num_attention_heads)
-        if heads_ is not None:
-            q = _spread(heads_, layer.attention.head_dim)
-            rows = qkv_rows(layer.attention, heads_)
-    index: dict[str, tuple[Index | None, ...]] = {
-        "attention.qkv": (rows, h),
-        "attention.o": (h, q),
-        "attention.linear": (h, h),
-        "attention_norm": (h,),
-        "mlp_norm": (h,),
-        "mlp.gate_up": (None, f, h),
-        "mlp.up": (f, h),
-        "mlp.down": (h, f),
-        "mlp.linear": (h, h),
-    }
-    found = index[part]
+    first, *others = parameter.name.split(".")
+    hidden = _unless_all(kept.hidden, spec.hidden_size)
+    index: list[Index | None] = [hidden if a == "hidden" else None for a in parameter.axes]
+    if first != "layers":
+        return Cut(parameter.name, tuple(index))
+    new, place, name = int(others[0]), others[1], ".".join(others[2:])
+    source, layer = source_of(kept.layers, parameter.name), spec.layers[kept.layers[new]]
+    old = dict(layer.present).get(place)  # None for a norm
+    if old is None or (units := kept.units[new].get(place)) is None:
+        return Cut(source, tuple(index))
+    if _unless_all(units, old.units) is not None:
+        [before] = [p for p in old.parameters("", spec.hidden_size) if p.name == f".{name}"]
+        for dim, axis in enumerate(parameter.axes):
+            if axis == "units":
+                index[dim] = unit_rows(old, before, dim, units)
     change = None
-    if isinstance(layer.attention, Attention) and part in ("attention.qkv", "attention.o"):
-        change = _merge(merge_heads, f"{part[10:]}.{kind}", layer.attention, kept.pairs[new])
-    is_matrix = kind == "weight" and not part.endswith("norm")
-    return Cut(source, found if is_matrix or part.endswith("norm") else found[:-1], change)
-
-
-def _outer(parameter: ParameterSpec, h: Index | None) -> tuple[Index | None, ...]:
-    """Of parameters outside of layers: embedding and heads [rows, hidden], the final norm [hidden],
-    the bias of a head [rows]."""
-    if parameter.role == "bias":
-        return (None,)
-    return (h,) if parameter.role == "norm" else (None, h)
+    if isinstance(old, Attention):
+        change = _merge(merge_heads, name, old, kept.pairs[new])
+    return Cut(source, tuple(index), change)
 
 
 def _unless_all(index: Index, size: int) -> Index | None:
     return None if len(index) == size and np.array_equal(index, np.arange(size)) else index
 
 
-def _spread(heads: Index, head_dim: int) -> Index:
-    """Rows (or columns) of these heads."""
-    spread: Index = (heads[:, None] * head_dim + np.arange(head_dim)).reshape(-1)
-    return spread
+def unit_rows(sublayer: Sublayer, parameter: ParameterSpec, dim: int, units: Index) -> Index:
+    """Entries of a dimension of an old parameter that belong to these units (as many in each group,
+    group by group). Where other matrices lie behind the units of each group, as keys and values do,
+    these stay."""
+    width, (groups, rows) = sublayer.unit_width, parameter.fused or (1, ())
+    if groups * sum(rows) != parameter.shape[dim]:  # no others lie in this dimension
+        groups, rows = 1, (parameter.shape[dim],)
+    start = np.arange(groups)[:, None] * sum(rows)
+    local = units.reshape(groups, -1)
+    first = np.where(local == PAD, PAD, start + local % (rows[0] // width) * width)[..., None]
+    own = np.where(first == PAD, PAD, first + np.arange(width)).reshape(groups, -1)
+    behind = start + np.arange(rows[0], sum(rows))
+    return np.concatenate([own, behind], axis=1).reshape(-1)
 
 
 def query_rows(attention: Attention, head: int) -> slice:
@@ -173,16 +158,6 @@ def query_rows(attention: Attention, head: int) -> slice:
     q, d = attention.queries_per_group, attention.head_dim
     start = (head // q * (q + 2) + head % q) * d
     return slice(start, start + d)
-
-
-def qkv_rows(attention: Attention, heads: Index) -> Index:
-    """Rows of the fused matrix for these query heads (as many in each group, group by group) and
-    all keys and values."""
-    groups, q = attention.num_key_value_heads, attention.queries_per_group
-    local = heads.reshape(groups, -1) % q
-    both = np.broadcast_to([q, q + 1], (groups, 2))
-    slots = np.concatenate([local, both], axis=1) + np.arange(groups)[:, None] * (q + 2)
-    return _spread(slots.reshape(-1), attention.head_dim)
 
 
 def _merge(mode: str, part: str, attention: Attention, pairs: Pairs) -> Change | None:

@@ -225,7 +225,7 @@ def _record(plan: _Plan, kept: Kept, scores: Scores | None) -> str:
             "scores": dict(scores.metadata) if scores else None,
             "layers": list(kept.layers),
             "hidden": listed(kept.hidden),
-            "heads": [listed(i) for i in kept.heads],
-            "neurons": [listed(i) for i in kept.neurons],
+            "heads": [listed(units.get("attention")) for units in kept.units],
+            "neurons": [listed(units.get("mlp")) for units in kept.units],
         }
     )

@@ -306,4 +306,5 @@ def reshard(placed: Placed, keep: FSDPModule | None = None) -> None:
 
 
 def _tied_head(spec: ModelSpec) -> ParameterSpec:
-    return ParameterSpec("head.weight", (spec.vocab_size, spec.hidden_size), "head")
+    shape = (spec.vocab_size, spec.hidden_size)
+    return ParameterSpec("head.weight", shape, "head", ("other", "hidden"))

@@ -36,7 +36,7 @@ def fill(tensor: Tensor, parameter: ParameterSpec, spec: ModelSpec, seed: int) -
 def fill_normal(tensor: Tensor, name: str, std: float, seed: int) -> None:
     """Write this rank's part of normal random numbers that depend on the seed and the name alone,
     in place; a tensor of rows and columns."""
-    parameter = ParameterSpec(name, tuple(tensor.shape), "linear")
+    parameter = ParameterSpec(name, tuple(tensor.shape), "linear", ("other", "other"))
     _normal(local(tensor.detach()), parameter, std, seed, *box(tensor))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bevatron.spec.parameter import ParameterSpec, SpecError
 from bevatron.spec.rope import Rope
@@ -21,6 +22,9 @@ class Attention(Sublayer, kind="attention", places=("attention",)):
 
     `qk_norm`: query and key heads pass through an RMS norm without weights, after the rotation.
     """
+
+    unit: ClassVar[str] = "heads"
+    unit_field: ClassVar[str] = "num_attention_heads"
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -48,19 +52,28 @@ class Attention(Sublayer, kind="attention", places=("attention",)):
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     @property
+    def unit_groups(self) -> int:
+        return self.num_key_value_heads
+
+    @property
+    def unit_width(self) -> int:
+        return self.head_dim
+
+    @property
     def rotated(self) -> int:
         return self.head_dim
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
         d = self.head_dim
         fused = (self.num_key_value_heads, (self.queries_per_group * d, d, d))
-        yield ParameterSpec(f"{prefix}.qkv.weight", (self.qkv_rows, hidden_size), "qkv", fused)
+        shape = (self.qkv_rows, hidden_size)
+        yield ParameterSpec(f"{prefix}.qkv.weight", shape, "qkv", ("units", "hidden"), fused)
         if self.qkv_bias:
-            yield ParameterSpec(f"{prefix}.qkv.bias", (self.qkv_rows,), "bias", fused)
+            yield ParameterSpec(f"{prefix}.qkv.bias", (self.qkv_rows,), "bias", ("units",), fused)
         width = self.num_attention_heads * d
-        yield ParameterSpec(f"{prefix}.o.weight", (hidden_size, width), "o")
+        yield ParameterSpec(f"{prefix}.o.weight", (hidden_size, width), "o", ("hidden", "units"))
         if self.o_bias:
-            yield ParameterSpec(f"{prefix}.o.bias", (hidden_size,), "bias")
+            yield ParameterSpec(f"{prefix}.o.bias", (hidden_size,), "bias", ("hidden",))
 
     def misfit(self, place: str, hidden_size: int, rope: Rope) -> str | None:
         rotary = rope.rotary_dim(self.head_dim)

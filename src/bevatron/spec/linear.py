@@ -14,7 +14,8 @@ class Linear(Sublayer, kind="linear", places=("attention", "mlp")):
     """A sublayer replaced by one square matrix without bias (Llama-Nemotron)."""
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
-        yield ParameterSpec(f"{prefix}.linear.weight", (hidden_size, hidden_size), "linear")
+        shape = (hidden_size, hidden_size)
+        yield ParameterSpec(f"{prefix}.linear.weight", shape, "linear", ("hidden", "hidden"))
 
     def cut(self, name: str, tp: int) -> int | None:
         return 1

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from bevatron.spec.parameter import ParameterSpec, Role, SpecError
+from bevatron.spec.parameter import Axis, ParameterSpec, Role, SpecError
 from bevatron.spec.sublayer import Sublayer, uneven_cut
 
 
 @dataclass(frozen=True)
 class MLP(Sublayer, kind="mlp", places=("mlp",)):
     """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`."""
+
+    unit: ClassVar[str] = "neurons"
+    unit_field: ClassVar[str] = "intermediate_size"
 
     intermediate_size: int
     activation: Literal["silu", "relu2"] = "silu"
@@ -35,12 +38,13 @@ class MLP(Sublayer, kind="mlp", places=("mlp",)):
         name, lead = ("gate_up", (2, f)) if self.gated else ("up", (f,))
         role: Role = "gate_up" if self.gated else "up"
         fused = (1, (f, f)) if self.gated else None
-        yield ParameterSpec(f"{prefix}.{name}.weight", (*lead, h), role, fused)
+        axes: tuple[Axis, ...] = ("other", "units") if self.gated else ("units",)
+        yield ParameterSpec(f"{prefix}.{name}.weight", (*lead, h), role, (*axes, "hidden"), fused)
         if self.bias:
-            yield ParameterSpec(f"{prefix}.{name}.bias", lead, "bias", fused)
-        yield ParameterSpec(f"{prefix}.down.weight", (h, f), "down")
+            yield ParameterSpec(f"{prefix}.{name}.bias", lead, "bias", axes, fused)
+        yield ParameterSpec(f"{prefix}.down.weight", (h, f), "down", ("hidden", "units"))
         if self.bias:
-            yield ParameterSpec(f"{prefix}.down.bias", (h,), "bias")
+            yield ParameterSpec(f"{prefix}.down.bias", (h,), "bias", ("hidden",))
 
     def cut(self, name: str, tp: int) -> int | None:
         known = {"gate_up.weight": 1, "gate_up.bias": 1, "up.weight": 0, "up.bias": 0}

@@ -65,9 +65,9 @@ class Norm:
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[ParameterSpec]:
         if self.weight:
-            yield ParameterSpec(f"{prefix}.weight", (hidden_size,), "norm")
+            yield ParameterSpec(f"{prefix}.weight", (hidden_size,), "norm", ("hidden",))
         if self.kind == "layernorm1p":
-            yield ParameterSpec(f"{prefix}.bias", (hidden_size,), "norm")
+            yield ParameterSpec(f"{prefix}.bias", (hidden_size,), "norm", ("hidden",))
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ class Head:
     def parameters(self, hidden_size: int) -> Iterator[ParameterSpec]:
         """Of a head other than causal_lm."""
         if self.scores:
-            yield ParameterSpec("head.weight", (self.scores, hidden_size), "score")
+            shape = (self.scores, hidden_size)
+            yield ParameterSpec("head.weight", shape, "score", ("other", "hidden"))
             if self.bias:
-                yield ParameterSpec("head.bias", (self.scores,), "bias")
+                yield ParameterSpec("head.bias", (self.scores,), "bias", ("other",))
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,15 @@ class ModelSpec:
 
     def parameters(self) -> Iterator[ParameterSpec]:
         """Every parameter of the model, each once: a tied head is the embedding and not listed."""
-        yield ParameterSpec("embed.weight", (self.vocab_size, self.hidden_size), "embedding")
+        vocabulary = (self.vocab_size, self.hidden_size)
+        yield ParameterSpec("embed.weight", vocabulary, "embedding", ("other", "hidden"))
         for i in range(len(self.layers)):
             yield from self.layer_parameters(i)
         yield from self.norm.parameters("final_norm", self.hidden_size)
         if self.head.kind != "causal_lm":
             yield from self.head.parameters(self.hidden_size)
         elif not self.tied:
-            yield ParameterSpec("head.weight", (self.vocab_size, self.hidden_size), "head")
+            yield ParameterSpec("head.weight", vocabulary, "head", ("other", "hidden"))
 
     def each(self, cls: type[S]) -> Iterator[tuple[int, S]]:
         """The sublayers of one class, with the layers that they are in."""

@@ -25,11 +25,15 @@ class Sublayer(ABC):
         kind: its name in spec.json and in the tables of modules.
         places: which parts of a layer it may be, `attention` and `mlp`.
         added: fields that came later; a spec.json without them means their defaults.
+        unit: what it is made of many of, such as `heads`: pruning may leave some out. Its module
+            shows what they gave to a `tap`. unit_field: the field that says how many.
     """
 
     kind: ClassVar[str]
     places: ClassVar[tuple[str, ...]]
     added: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[str] = ""
+    unit_field: ClassVar[str] = ""
 
     def __init_subclass__(cls, *, kind: str, places: tuple[str, ...]) -> None:
         super().__init_subclass__()
@@ -77,6 +81,21 @@ class Sublayer(ABC):
     def cache_bytes(self, itemsize: int, tp: int) -> int:
         """Bytes per position of a sequence that generation keeps on one of `tp` ranks."""
         return 0
+
+    @property
+    def units(self) -> int:
+        """How many units it has, 0 if it is not made of units."""
+        return getattr(self, self.unit_field) if self.unit_field else 0
+
+    @property
+    def unit_groups(self) -> int:
+        """Groups of neighbouring units, each of which must keep as many."""
+        return 1
+
+    @property
+    def unit_width(self) -> int:
+        """Entries of each unit."""
+        return 1
 
     @property
     def rotated(self) -> int | None:
