@@ -18,7 +18,6 @@ ABOVE_ALL = {"bevatron", "bevatron.__main__"}
 
 # Being mended.
 LEFT = {
-    "bevatron.chat.answer_parts imports bevatron.generate.detokenize",
     "bevatron.train.config imports bevatron.train.model_override",
 }
 

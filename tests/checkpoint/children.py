@@ -22,9 +22,8 @@ import torch.distributed as dist
 
 from bevatron.checkpoint import new_folder
 from bevatron.checkpoint.manifest import read_manifest
-from bevatron.checkpoint.run_folder import RunFolder
+from bevatron.checkpoint.run_folder import RunFolder, check_whole
 from bevatron.checkpoint.save_and_load import Saved, box_reader, verify_share
-from bevatron.checkpoint.step_state import check_whole
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.train.config import RunConfig
 from bevatron.train.run_start import Start

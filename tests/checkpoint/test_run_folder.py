@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from bevatron.checkpoint import run_folder
-from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import Manifest, read_manifest
-from bevatron.checkpoint.run_folder import RunFolder, hash_file
+from bevatron.checkpoint.run_folder import RunFolder, hash_file, resolve
 from bevatron.errors import BevatronError, CheckpointError
 
 

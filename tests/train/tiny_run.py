@@ -10,9 +10,8 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bevatron.checkpoint.manifest import read_manifest
-from bevatron.checkpoint.run_folder import RunFolder
+from bevatron.checkpoint.run_folder import RunFolder, check_whole
 from bevatron.checkpoint.save_and_load import verify_share
-from bevatron.checkpoint.step_state import check_whole
 from bevatron.data.tokenize import tokenize
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.spec.json import to_json

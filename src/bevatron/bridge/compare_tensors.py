@@ -19,7 +19,7 @@ from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import Native, open_native
 from bevatron.bridge.provenance import read_provenance
 from bevatron.bridge.tensor_hashes import Advance, Hashes, hashes_of_files, hashes_of_native
-from bevatron.checkpoint.locate import is_native, resolve
+from bevatron.checkpoint.run_folder import is_native, resolve
 from bevatron.checkpoint.storage import located
 from bevatron.errors import BevatronError
 from bevatron.families.registry import Family

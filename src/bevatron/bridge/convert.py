@@ -27,8 +27,8 @@ from bevatron.bridge.tensor_hashes import read_back
 from bevatron.checkpoint.dtypes import (
     parse_dtype,
 )
-from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
+from bevatron.checkpoint.run_folder import resolve
 from bevatron.checkpoint.storage import is_url, located
 from bevatron.errors import BevatronError
 

@@ -14,7 +14,7 @@ from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, 
 from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, dtype_named, main_dtype, stated_dtype
-from bevatron.checkpoint.locate import is_native, resolve
+from bevatron.checkpoint.run_folder import is_native, resolve
 from bevatron.checkpoint.storage import located
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError

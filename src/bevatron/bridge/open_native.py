@@ -11,8 +11,8 @@ from bevatron.bridge.conversion_plan import carry, head_name
 from bevatron.bridge.hf_folder import shown
 from bevatron.bridge.provenance import Provenance, read_provenance
 from bevatron.checkpoint.dtypes import FLOATS
-from bevatron.checkpoint.locate import resolve
 from bevatron.checkpoint.manifest import FILE_NAME, Manifest, TensorEntry, read_manifest
+from bevatron.checkpoint.run_folder import resolve
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError, CheckpointError
 from bevatron.families.config_fields import spec_of

@@ -36,8 +36,8 @@ from bevatron.bridge.open_native import open_native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, describe
 from bevatron.checkpoint.dtypes import ITEMSIZE, dtype_named, stated_dtype
-from bevatron.checkpoint.locate import is_native
 from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.run_folder import is_native
 from bevatron.checkpoint.storage import copy_tree, located
 from bevatron.families.published_models import PRESETS, family_of, preset
 from bevatron.families.registry import Family, for_config

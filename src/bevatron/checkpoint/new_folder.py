@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 from bevatron.checkpoint.folder_lock import lock
 from bevatron.checkpoint.storage import check_free, is_remote, threads_are_free, uploaded
@@ -155,18 +156,33 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file, on the disk and as a whole, or leave the old one. Raises OSError."""
+@contextmanager
+def new_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write into, which appears as `path` when the block ends without an error. Until
+    then, and after an error, an old one stays.
+
+    Args:
+        durable: it is on the disk then, whatever happens to the machine.
+    Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
+        with partial.open("wb") as file:
+            yield file
+        if durable:
+            sync(partial)
         partial.replace(path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
+
+
+def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file as a whole, or leave the old one; see `new_file`. Raises OSError."""
+    with new_file(path, durable=durable) as file:
+        file.write(text.encode())
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 
 from bevatron.checkpoint.dtypes import ITEMSIZE
 from bevatron.checkpoint.manifest import FORMAT_VERSION, TensorEntry, chunk_json, manifest_json
+from bevatron.checkpoint.new_folder import replace_text
 from bevatron.errors import CheckpointError
 
 FOLDER = "ranks"
@@ -68,9 +69,11 @@ def leave_table(folder: Path, rank: int, entries: Mapping[str, TensorEntry]) -> 
         if not entry.nbytes:
             lines.append(f"{about}\t0\t")
     sizes = {file: (folder / file).stat().st_size for file in sorted(files)}
-    temporary = folder / FOLDER / f".rank-{rank:05d}.partial"
-    temporary.write_text("\n".join([json.dumps(sizes), *lines]), encoding="utf-8")
-    temporary.replace(folder / FOLDER / f"rank-{rank:05d}.txt")
+    replace_text(
+        folder / FOLDER / f"rank-{rank:05d}.txt",
+        "\n".join([json.dumps(sizes), *lines]),
+        durable=False,
+    )
 
 
 def wait_for_tables(folder: Path, ranks: int, stop: threading.Event) -> bool:

@@ -1,4 +1,5 @@
-"""A training run's folder: step folders, the `latest` pointer, what was logged.
+"""A training run's folder: step folders, the `latest` pointer, what was logged; which step a path
+means, and whether it can be continued from.
 
 A step folder is written into a hidden sibling, its manifest last, synced, renamed; only then does
 `latest` move, itself by a rename. A crash at any moment leaves the previous step whole. Steps that
@@ -8,6 +9,7 @@ that is not was damaged from outside. Nothing here looks at a clock or at the ti
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.checkpoint.folder_lock import lock
-from bevatron.checkpoint.manifest import FILE_NAME, Manifest
+from bevatron.checkpoint.manifest import FILE_NAME, Manifest, NewerFormatError
 from bevatron.checkpoint.new_folder import make_parents, put, remove_empty, replace_text, sync
-from bevatron.checkpoint.rank_tables import Merged
+from bevatron.checkpoint.rank_tables import Merged, check_sizes, sizes_of
 from bevatron.checkpoint.read_boxes import new_hasher, spell
+from bevatron.checkpoint.storage import located
+from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import CheckpointError
 
 LATEST = "latest"
@@ -34,6 +38,9 @@ _NAME = re.compile(rf"({STEP}|{WEIGHTS})-(\d{{8,}})")
 _LEFT = re.compile(rf"\.({STEP}|{WEIGHTS})-\d{{8,}}\.(.*)(partial|deleted)")
 _OLD = re.compile(rf"\.(({STEP}|{WEIGHTS})-\d{{8,}})\.old")
 LOCK_PATIENCE_S = 3.0  # a run that is restarted at once may find its predecessor still dying
+# What a file system says of a damaged file; anything else (no permission, a server that is away)
+# says nothing about the step.
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 class RunFolder:
@@ -156,10 +163,7 @@ class RunFolder:
         complete = [p for p in self.folders(kind) if (p / FILE_NAME).is_file()]
         for folder in complete[: max(0, len(complete) - max(1, keep))]:
             if not keep_every or step_of(folder) % keep_every:
-                gone = folder.with_name(f".{folder.name}.deleted")
-                shutil.rmtree(gone, ignore_errors=True)
-                folder.rename(gone)  # from here on it is no checkpoint
-                shutil.rmtree(gone)
+                delete_folder(folder)
 
     def set_aside(self, folder: Path) -> Path:
         """Take a damaged step out of the way, under a name that says so; nothing is deleted."""
@@ -204,9 +208,24 @@ class RunFolder:
         return [found for _, found in kept if found["step"] == step]
 
 
+def is_step(name: str) -> bool:
+    """Whether a folder of this name is a full step."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match[1] == STEP
+
+
 def step_of(folder: Path) -> int:
     """The number in a step folder's name."""
     return int(folder.name.rpartition("-")[2])
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, which from the first moment on is no checkpoint any more."""
+    gone = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(gone, ignore_errors=True)  # left by a killed process
+    if folder.is_dir():
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def hash_file(path: Path) -> str:
@@ -233,3 +252,108 @@ def read_train_state(folder: Path) -> dict[str, Any] | None:
     """train_state.json of a step folder; None for a checkpoint without one (an import)."""
     path = folder / "train_state.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Which folder a path means: a native checkpoint, or a run and so its latest step
+# ---------------------------------------------------------------------------------------------
+
+
+def is_native(path: Path) -> bool:
+    """Whether `path` is a native checkpoint or a run folder. A Hugging Face folder may hold files
+    of any name, a manifest.json too; but config.json is never at the top of a native one."""
+    if (path / "config.json").exists():
+        return False
+    return any((path / name).is_file() for name in (FILE_NAME, LATEST)) or bool(
+        RunFolder(path).step_folders()
+    )
+
+
+def resolve(path: str | Path) -> Path:
+    """The native checkpoint that `path` means: itself, or the step that a run's `latest` names.
+
+    Raises CheckpointError if there is none."""
+    path = located(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist; expected a native checkpoint or a run")
+    if (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: is a Hugging Face folder, expected a native checkpoint; make one with "
+            f"`bevatron import {path} DST`"
+        )
+    if (path / FILE_NAME).is_file():
+        return path
+    latest = path / LATEST
+    if latest.is_file():
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if not is_step(name):
+            raise CheckpointError(
+                f"{latest}: holds {name[:100]!r}, expected the name of a step folder such as "
+                "step-00000500"
+            )
+        if not (path / name / FILE_NAME).is_file():
+            raise CheckpointError(
+                f"{latest}: names {name}, which is missing or incomplete; complete steps here: "
+                f"{', '.join(p.name for p in RunFolder(path).step_folders()) or 'none'}"
+            )
+        return path / name
+    if newest := RunFolder(path).newest():
+        return newest
+    raise CheckpointError(
+        f"{path}: holds neither {FILE_NAME} nor {LATEST}; it is no complete native checkpoint and "
+        "no run with a saved step"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Whether a full step can be continued from: everything but its tensors' hashes, which all ranks
+# check together (`verify_share`)
+# ---------------------------------------------------------------------------------------------
+
+
+def check_whole(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The train state of a full step, after checking that every file is there, in its size, and
+    that the small ones hold what was written.
+
+    Raises CheckpointError naming what is not as it was."""
+    if manifest.step != step_of(folder):
+        raise CheckpointError(f"{folder}: its manifest says step {manifest.step}; it is damaged")
+    for name, wanted in manifest.extra.get("files", {}).items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing")
+        if (found := hash_file(folder / name)) != wanted:
+            raise CheckpointError(f"{folder / name}: has hash {found}, expected {wanted}")
+    check_sizes(folder, sizes_of(manifest.tensors))
+    if not any(name.startswith("optimizer/") for name in manifest.tensors):
+        raise CheckpointError(f"{folder}: holds no optimizer state")
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder / 'config.yaml'}: is missing")
+    return read_state(folder, manifest.step)
+
+
+def read_state(folder: Path, step: int) -> dict[str, Any]:
+    """train_state.json with what continuing needs. Raises CheckpointError if it has it not."""
+    state = read_object(folder / "train_state.json")
+    for key in ("step", "tokens", "samples"):
+        if type(state.get(key)) is not int or state[key] < 0:
+            raise CheckpointError(
+                f"{folder / 'train_state.json'}: {key} is {state.get(key)!r}, expected a number"
+            )
+    if state["step"] != step:
+        raise CheckpointError(
+            f"{folder / 'train_state.json'}: step is {state['step']}, expected {step}"
+        )
+    return state
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error says that a step's files are not what was written, rather than that they
+    could not be read just now or by this version."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, NewerFormatError):
+            return False
+        if isinstance(seen, OSError):
+            return seen.errno in _LOST
+        seen = seen.__cause__
+    return True

@@ -2,6 +2,8 @@
 
 A tensor's placement says which box of the global tensor a rank holds; saving writes that box as one
 chunk (of equal copies, the first), loading reads whatever chunks meet it. Nobody gathers a tensor.
+
+A snapshot copies what is to be written to host memory, so that training goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,42 @@ class Saved:
     placed: Tensor
     values: Tensor
     dtype: torch.dtype
+
+
+class Snapshot:
+    """One set of host buffers, used again by every save: memory is bounded at one copy of what
+    this rank writes. With an accelerator they are page-locked, which its copies need for speed."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: Sequence[Saved]) -> list[Saved]:
+        """The tensors with their present values, which stay as they are until the next call.
+
+        What several of them share (weights, and the masters that they are rounded from) is copied
+        once; the rounding is left to the writer."""
+        seen: dict[tuple[int, int], Tensor] = {}
+        out, device = [], None
+        for saved in tensors:
+            values = saved.values.detach()
+            key = (values.data_ptr(), values.numel())
+            if key not in seen:
+                seen[key] = self._buffer(saved.name, values)
+                seen[key].copy_(values, non_blocking=True)
+            if values.device.type != "cpu":
+                device = values.device
+            out.append(replace(saved, values=seen[key]))
+        if device is not None:
+            torch.accelerator.synchronize(device)
+        return out
+
+    def _buffer(self, name: str, values: Tensor) -> Tensor:
+        held = self.buffers.get(name)
+        if held is None or held.shape != values.shape or held.dtype != values.dtype:
+            pinned = values.device.type != "cpu"
+            held = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+            self.buffers[name] = held
+        return held
 
 
 Boxes = dict[str, TensorEntry]

@@ -15,7 +15,7 @@ No torch: whoever prunes reads these and nothing else of the calibration.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bevatron.checkpoint.manifest import Manifest
+from bevatron.checkpoint.new_folder import new_file
 from bevatron.checkpoint.read_boxes import both_ends, new_hasher, read_box, spell
 from bevatron.checkpoint.safetensors_file import read_header, write_header
 from bevatron.checkpoint.storage import open_file
@@ -154,17 +155,13 @@ class Scores:
             raise ScoresError(f"{path}: is a folder; name a file, such as {path / 'scores'}")
         tensors = {name: np.ascontiguousarray(t, dtype="<f4") for name, t in self.tensors.items()}
         own = {"format": FORMAT, "version": VERSION, "hash": _hash(tensors)}
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            with partial.open("wb") as file:
+            with new_file(path) as file:
                 table = [(n, "F32", t.shape) for n, t in tensors.items()]
                 file.write(write_header(table, {**self.metadata, **own}))
                 for tensor in tensors.values():
                     file.write(tensor.tobytes())
-            partial.replace(path)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             raise ScoresError(f"{path}: cannot be written ({error.strerror})") from error
 
     @classmethod

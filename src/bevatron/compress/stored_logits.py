@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from bevatron.checkpoint.new_folder import sync
+from bevatron.checkpoint.new_folder import new_file
 from bevatron.checkpoint.safetensors_file import write_header
 from bevatron.checkpoint.strict_json import parse_object
 from bevatron.data.sample_order import Sampler
@@ -266,15 +266,12 @@ def write_block(folder: Path, info: Info, block: Block, made: Arrays) -> None:
         "tokens": [hash_tokens(row) for row in made["tokens"]],
         "data": [hash_rows(*rows) for rows in zip(*out.values(), strict=True)],
     }
-    partial = folder / f".{block.name}.partial"
-    with partial.open("wb") as file:
+    with new_file(folder / block.name) as file:
         file.write(info.header(samples))
         for numbers in hashes.values():
             file.write(np.array(numbers, dtype="<u8").tobytes())
         for array in out.values():
             file.write(array.data)
-    sync(partial)
-    partial.replace(folder / block.name)
 
 
 def check_file(file: Path, info: Info, block: Block) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from bevatron.checkpoint.locate import is_native, resolve
 from bevatron.checkpoint.read_boxes import new_hasher, spell
+from bevatron.checkpoint.run_folder import is_native, resolve
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 

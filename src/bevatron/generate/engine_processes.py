@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.checkpoint.new_folder import replace_text
 from bevatron.errors import BevatronError, failed, failure
 from bevatron.generate.decoding_model import Model
 from bevatron.generate.decoding_weights import ModelWeights, Share, read_weights
@@ -313,9 +314,7 @@ def work(plan: Plan, rank: int, port: int) -> None:
         found = failure(error)
         words = Path(plan.last_words) / f"rank-{rank}.txt"
         with suppress(OSError):
-            partial = words.with_suffix(".partial")
-            partial.write_text(str(found), encoding="utf-8")
-            partial.replace(words)
+            replace_text(words, str(found), durable=False)
         os._exit(found.exit_status)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bevatron.bridge.open_weights import Opened
-from bevatron.checkpoint.locate import STEP
+from bevatron.checkpoint.run_folder import is_step, step_of
 from bevatron.errors import BevatronError
 from bevatron.generate.request import Sampling
 
@@ -68,6 +68,6 @@ def model_name(ckpt: str) -> str:
     if not path.exists() and ckpt.count("/") == 1 and not ckpt.startswith(("/", ".", "~")):
         return ckpt
     path = path.resolve()
-    if STEP.fullmatch(path.name) and path.parent.name:
-        return f"{path.parent.name}-step-{int(path.name.removeprefix('step-'))}"
+    if is_step(path.name) and path.parent.name:
+        return f"{path.parent.name}-step-{step_of(path)}"
     return path.name or "model"

@@ -243,7 +243,7 @@ def _reset_step(config: RunConfig, start: Start | None) -> int:
     """The step at which the optimizer is reset: where the run goes on. A worker of another launcher
     that starts it again (`start` is None) finds in the step whether that has been done."""
     if start is None:
-        from bevatron.checkpoint.step_state import read_state
+        from bevatron.checkpoint.run_folder import read_state
         from bevatron.train.run_start import find_start
 
         found = find_start(config)

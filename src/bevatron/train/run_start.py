@@ -15,9 +15,15 @@ import torch.distributed as dist
 
 from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.checkpoint.manifest import FILE_NAME, NewerFormatError, read_manifest
-from bevatron.checkpoint.run_folder import LATEST, RunFolder, step_of
+from bevatron.checkpoint.run_folder import (
+    LATEST,
+    RunFolder,
+    check_whole,
+    is_damage,
+    read_state,
+    step_of,
+)
 from bevatron.checkpoint.save_and_load import verify_share
-from bevatron.checkpoint.step_state import check_whole, is_damage, read_state
 from bevatron.data.tokenizer import open_tokenizer
 from bevatron.errors import BevatronError, CheckpointError, failure
 from bevatron.families import for_spec

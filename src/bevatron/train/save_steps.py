@@ -26,9 +26,14 @@ import torch.distributed as dist
 from bevatron.bridge.convert import export_checkpoint
 from bevatron.bridge.open_weights import Opened, copy_tokenizer
 from bevatron.checkpoint import rank_tables
-from bevatron.checkpoint.host_copies import Snapshot
 from bevatron.checkpoint.run_folder import STEP, WEIGHTS, RunFolder
-from bevatron.checkpoint.save_and_load import Saved, own_share, without_chunks, write_share
+from bevatron.checkpoint.save_and_load import (
+    Saved,
+    Snapshot,
+    own_share,
+    without_chunks,
+    write_share,
+)
 from bevatron.data.tokenizer import OpenTokenizer, open_tokenizer
 from bevatron.errors import BevatronError, failed, failure
 from bevatron.families.config_fields import TOKEN_IDS

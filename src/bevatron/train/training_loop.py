@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from bevatron.bridge.open_weights import Opened, open_weights
-from bevatron.checkpoint.run_folder import STARTS, RunFolder
+from bevatron.checkpoint.run_folder import STARTS, RunFolder, read_state
 from bevatron.checkpoint.save_and_load import box_reader
-from bevatron.checkpoint.step_state import read_state
 from bevatron.errors import BevatronError, CheckpointError
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.on_all_ranks import on_all

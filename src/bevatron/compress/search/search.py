@@ -21,7 +21,7 @@ from typing import Any
 
 from bevatron.checkpoint.folder_lock import lock
 from bevatron.checkpoint.new_folder import make_parents, remove_empty, replace_text
-from bevatron.checkpoint.run_folder import LOCK_PATIENCE_S, RunFolder, step_of
+from bevatron.checkpoint.run_folder import LOCK_PATIENCE_S, RunFolder, delete_folder, step_of
 from bevatron.compress.importance_command import importance
 from bevatron.compress.importance_scores import Scores
 from bevatron.compress.prune import prune
@@ -217,7 +217,7 @@ class Search:
                 for k, stage in enumerate(self.stages)
             )
             if not wanted and not (last == 0 and leads):
-                remove(self._place(name, PRUNED))
+                delete_folder(self._place(name, PRUNED))
             for k, stage in enumerate(self.stages[1:], 1):
                 if stage["name"] in losses and not (k == last and leads):
                     drop_weights(self._place(name, stage["name"]))
@@ -289,17 +289,8 @@ def is_finished(run: Path, steps: int) -> bool:
 def drop_weights(run: Path) -> None:
     """Delete a run's steps. What it logged stays, for the page and for `bevatron report`."""
     for folder in RunFolder(run).folders():
-        remove(folder)
+        delete_folder(folder)
     (run / "latest").unlink(missing_ok=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder, which from the first moment on is no checkpoint any more."""
-    gone = folder.with_name(f".{folder.name}.deleted")
-    shutil.rmtree(gone, ignore_errors=True)  # left by a killed process
-    if folder.is_dir():
-        folder.rename(gone)
-        shutil.rmtree(gone)
 
 
 def clear(folder: Path) -> None:
