@@ -242,6 +242,7 @@ def _compiled(source: str) -> Any:
 
 def _give_away() -> None:
     """Privileges, as far as this system lets go of them."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # who started this may have ignored it
     os.chdir("/")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
