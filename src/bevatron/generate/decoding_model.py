@@ -98,6 +98,11 @@ class Model:
             self.ranks.send(x)
         return self.ranks.to_first(self._output(x, step), step, self.spec.vocab_size, self.device)
 
+    def release(self) -> None:
+        """Give the cache's memory back, and forget what it held."""
+        self.sizes = (0, 0)
+        self.cache.resize(0, 0)
+
     def _resize(self, step: Step) -> None:
         self.sizes, fits = (0, 0), True
         try:

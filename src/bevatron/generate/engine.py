@@ -53,15 +53,22 @@ class Engine:
     """
 
     def __init__(
-        self, opened: Opened, group: Group, *, max_batch: int, max_tokens: int | None, queue: int
+        self,
+        opened: Opened,
+        group: Group,
+        *,
+        max_batch: int,
+        max_tokens: int | None,
+        queue: int,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.opened, self.spec, self.group = opened, opened.spec, group
-        self._tokenizer = load_tokenizer(opened) if tokenizer_file(opened) else None
+        vocabulary = vocabulary or vocabulary_of(opened)
+        self._tokenizer = vocabulary.tokenizer
         self.context = self.spec.max_position_embeddings
         self.stop_tokens, self.sampling = stop_tokens(opened), recommended(opened)
         self.max_tokens = max_tokens or _default_tokens(group.model, self.context)
         self._queue = queue
-        vocabulary = Vocabulary(self._tokenizer)
         self._scheduler = Scheduler(vocabulary, self.spec.vocab_size, max_batch, self.max_tokens)
         self._changed = threading.Condition()
         self._incoming: list[tuple[Stream, bool]] = []
@@ -290,7 +297,7 @@ def _default_tokens(model: Model, context: int) -> int:
     one."""
     free = free_bytes(model.device)
     if model.device.type == "cpu":
-        free //= model.ranks.tp * model.ranks.pp  # which share the machine's memory
+        free //= model.ranks.processes  # which share the machine's memory
     position = max(1, model.cache.bytes_per_position)
     usual, most = int(SHARE * free / position), int(MOST * free / position)
     return max(min(context, CAPACITY), min(max(context, usual), most))
@@ -326,6 +333,11 @@ def tokenizer_file(opened: Opened) -> Path | None:
     """The source's tokenizer.json, if it has one."""
     path = opened.source / "tokenizer.json" if opened.source else None
     return path if path is not None and path.is_file() else None
+
+
+def vocabulary_of(opened: Opened) -> Vocabulary:
+    """Of the source's tokenizer, or of none if it has none."""
+    return Vocabulary(load_tokenizer(opened) if tokenizer_file(opened) else None)
 
 
 def load_tokenizer(opened: Opened) -> Any:

@@ -108,12 +108,14 @@ class Group:
 
     Attributes:
         alone: whether no other process waits in the middle of a step, so that one may fail.
+        error: what ended it, if it failed.
     """
 
     alone = True
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.error: BaseException | None = None
 
     def run(self, step: Step) -> Output:
         """Compute a step on all ranks."""
@@ -122,7 +124,8 @@ class Group:
         return output
 
     def why(self, error: BaseException) -> str | None:
-        """The cause of an error, if it is that another process failed."""
+        """The cause of the error that ends it, if it is that another process failed."""
+        self.error = error
         return None
 
     def close(self) -> None:
@@ -169,6 +172,9 @@ class LeadingGroup(Group):
         return super().run(step)
 
     def close(self) -> None:
+        if self.error is not None:  # the others may be anywhere in a step
+            self.model.ranks.abandon()
+            return
         with suppress(RuntimeError):
             self.model.ranks.command(b"")
 
@@ -214,6 +220,7 @@ class WorkerGroup(LeadingGroup):
         store.set("go", "1")
 
     def why(self, error: BaseException) -> str | None:
+        self.error = error
         until = time.monotonic() + GRACE_S
         while self.failed is None and time.monotonic() < until:
             self.failed = self._ended()

@@ -23,9 +23,10 @@ class Ranks:
     Attributes:
         tp, tp_rank: tensor-parallel ranks and which one this is; pp, stage: of the pipeline.
             Rank = stage * tp + tp_rank, of those that share the model.
+        processes: all that there are, those of other replicas included.
     """
 
-    tp = pp = 1
+    tp = pp = processes = 1
     tp_rank = stage = 0
 
     def bounds(self, n: int) -> tuple[int, int]:
@@ -86,7 +87,7 @@ class ProcessRanks(Ranks):
         commands: dist.ProcessGroup,
     ) -> None:
         self.tp, self.pp, self.members = tp, pp, members
-        self.rank = members.index(dist.get_rank())
+        self.processes, self.rank = dist.get_world_size(), members.index(dist.get_rank())
         self.stage, self.tp_rank = divmod(self.rank, tp)
         self.tp_group, self.group, self.commands = tp_group, group, commands
 
@@ -169,11 +170,11 @@ class ProcessRanks(Ranks):
         return data[8 : 8 + size]
 
     def abandon(self) -> None:
-        groups = (self.tp_group, self.group, self.commands)
-        del self.tp_group, self.group, self.commands
-        for group in groups:
-            with suppress(RuntimeError, ValueError):
-                dist.destroy_process_group(group)
+        for name in ("tp_group", "group", "commands"):
+            group = self.__dict__.pop(name, None)
+            if group is not None:
+                with suppress(RuntimeError, ValueError):  # two names of one, or a broken one
+                    dist.destroy_process_group(group)
 
 
 def share_world(tp: int, pp: int, replicas: int = 1) -> Ranks | None:
@@ -184,7 +185,9 @@ def share_world(tp: int, pp: int, replicas: int = 1) -> Ranks | None:
         members = range(replica * tp * pp, (replica + 1) * tp * pp)
         here = dist.get_rank() in members
         if tp * pp == 1:
-            mine = Ranks() if here else mine
+            if here:
+                mine = Ranks()
+                mine.processes = dist.get_world_size()
             continue
         everyone = dist.new_group(list(members))
         stages = [everyone] * pp
