@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from bevatron.checkpoint.manifest import FILE_NAME, Manifest
@@ -22,7 +21,6 @@ from bevatron.train.trainer import Trainer
 from tests.processes import Pool
 from tests.train_steps import Case, make_trainer, samples
 
-CPU = torch.device("cpu")
 Found = tuple[list[Generation], list[Loglikelihood]]
 PROMPTS = [[7, 3, 50], [1], list(range(5, 40)), [90, 2, 2, 8], [60, 61]]
 # One at a time: then what else is asked does not change a bit.
@@ -70,8 +68,6 @@ def rollouts(case: Case, engines: list[At], folder: Path) -> tuple[list[float], 
     live = [
         LiveEngine(
             trainer.placed,
-            trainer.dtype,
-            CPU,
             tp=at.tp,
             pp=at.pp,
             replicas=at.replicas,
@@ -139,9 +135,7 @@ def failing(case: Case) -> list[str]:
     trainer, heard, rank = make_trainer(case), [], dist.get_rank()
 
     def engine(at: At) -> LiveEngine:
-        return LiveEngine(
-            trainer.placed, trainer.dtype, CPU, tp=at.tp, pp=at.pp, replicas=at.replicas
-        )
+        return LiveEngine(trainer.placed, tp=at.tp, pp=at.pp, replicas=at.replicas)
 
     def act(one: Engine, replica: int) -> list[Generation]:
         stream = one.submit(REQUESTS[0])

@@ -3,7 +3,7 @@
 What reinforcement learning with verifiable rewards stands on. All ranks of the run make one, at a
 layout of its own, and call every method together:
 
-    rollouts = LiveEngine(trainer.placed, trainer.dtype, device, tp=2, origin=origin)
+    rollouts = LiveEngine(trainer.placed, tp=2, origin=origin)
     for number in range(steps):
         rollouts.refresh()                     # the weights as the last step left them
         answers = rollouts.complete(requests)  # the same list on every rank, in their order
@@ -14,11 +14,10 @@ The run's processes, in the order of their ranks, form teams of tp * pp, each wi
 the replicas. A rank that is left over has no part in answering. Weights move in memory from the
 boxes that the trainer's ranks hold (whatever its layout) to those that the engine's need, see
 `BoxExchange`: no files, and no rank holds more of the model than its team's layout says. A rank
-takes them into the same memory every time. They stay there beside the trained ones, in the run's
-dtype; the KV cache is given back when answering ends.
-
-`dtype` is that in which a step's weights are saved (`Trainer.dtype`), so that answers are those of
-the checkpoint that the run would save now, opened by `Engine.open` at the same layout.
+takes them into the same memory every time. They stay there beside the trained ones; the KV cache is
+given back when answering ends. They have the run's dtype, in which a step's weights are saved: the
+answers are those of the checkpoint that the run would save now, opened by `Engine.open` at the same
+layout.
 
 A request with `logprobs=0` reports the log-probability of each token of its answer, under the
 model and before temperature; what another rank's batch holds changes it by rounding alone, as any
@@ -85,9 +84,7 @@ class LiveEngine:
         replicas: teams that answer; replica: this rank's, or None if it is left over.
 
     Args:
-        placed: the model that is trained.
-        dtype: that the engine computes in; the run's.
-        device: of this rank.
+        placed: the model, trained or frozen.
         tp, pp: ranks that share the model, in each team.
         replicas: as many as the ranks are enough for, if absent.
         origin: where the run's model came from: its tokenizer, stop tokens and sampling. Without
@@ -99,8 +96,6 @@ class LiveEngine:
     def __init__(
         self,
         placed: Placed,
-        dtype: torch.dtype,
-        device: torch.device,
         *,
         tp: int = 1,
         pp: int = 1,
@@ -109,7 +104,8 @@ class LiveEngine:
         max_batch: int = 32,
         max_tokens: int | None = None,
     ) -> None:
-        spec, rank, ranks = placed.spec, dist.get_rank(), dist.get_world_size()
+        spec, dtype, device = placed.spec, placed.dtype, placed.device
+        rank, ranks = dist.get_rank(), dist.get_world_size()
         for name, value in (("tp", tp), ("pp", pp), ("max_batch", max_batch)):
             if value < 1:
                 raise BevatronError(f"the engine's {name} is {value}, expected at least 1")
