@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.pipelining.schedules import (
 
 from bevatron.parallel.layout import SCHEDULES, Layout, LayoutError, check
 from bevatron.parallel.pipeline import SCHEDULES as CLASSES
+from bevatron.spec import Head
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
 
 
@@ -43,6 +45,10 @@ def test_what_a_layout_refuses_names_the_valid_sizes() -> None:
     check(zero_bubble, HOMOGENEOUS, **sizes, recompute="full")
     with pytest.raises(LayoutError, match=r"layers\.2\.attention has 6 query heads"):
         check(Layout(tp=4), HETEROGENEOUS, **sizes)
+    scorer = replace(HOMOGENEOUS, head=Head("sequence_classification", labels=("score",)))
+    with pytest.raises(LayoutError, match="needs a model with a causal_lm head"):
+        check(Layout(cp=2), scorer, **sizes)
+    check(Layout(cp=2), scorer, **sizes, trained=False)  # as a reward model beside another one
 
 
 @given(st.sampled_from(list(SCHEDULES)), st.integers(2, 6), st.integers(1, 4), st.integers(1, 30))

@@ -42,6 +42,7 @@ from bevatron.data.sample_order import Sampler
 from bevatron.data.tokenizer import TOKENIZER
 from bevatron.errors import BevatronError
 from bevatron.parallel.companion import Companion
+from bevatron.parallel.forward_pass import MicroBatch, forward
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.process_groups import mesh
@@ -54,6 +55,7 @@ from bevatron.train.run_processes import one_rank
 from bevatron.train.token_feed import make_samplers, open_stores
 
 TOP_K = 64
+Tokens = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def logits(
@@ -103,7 +105,7 @@ def make(teacher: str, config: RunConfig, layout: Layout, dtype: str, device: to
     ready: list[tuple[Opened, Info, dict[str, Sampler]]] = []
     on_all(lambda: ready.append(prepared(teacher, config, layout, dtype)))
     opened, info, samplers = ready[0]
-    companion = Companion(opened.spec, opened, at_end=top_tokens(info.temperature, info.top_k))
+    companion = Companion(opened.spec, opened)
     grid = mesh(layout, device)
     companion.place(
         layout,
@@ -122,7 +124,7 @@ def make(teacher: str, config: RunConfig, layout: Layout, dtype: str, device: to
         assert begun is not None
         info = begun
         missing = on_all(lambda: _missing(folder, info) if main else [])[0]
-        maker = Maker(companion, info, folder, samplers, config.data.document_mask, device)
+        maker = Maker(companion, info, folder, samplers, config.data.document_mask)
         total = sum(block.end - block.begin for block in missing)
         with progress("storing logits", total, "samples", show=main) as shown:
             maker.run(missing, shown)
@@ -234,20 +236,20 @@ class Maker:
         folder: Path,
         samplers: dict[str, Sampler],
         documents: bool,
-        device: torch.device,
     ) -> None:
-        self.teacher, self.info, self.folder, self.samplers = teacher, info, folder, samplers
-        self.documents, self.device = documents, device
-        self.dp, self.dp_rank = teacher.placed.layout.dp, teacher.placed.dp_rank
+        self.info, self.folder, self.samplers, self.documents = info, folder, samplers, documents
+        self.placed, self.micro_batch = teacher.placed, teacher.micro_batch
+        self.at_end = top_tokens(info.temperature, info.top_k)
 
     def run(self, blocks: Sequence[Block], advance: Advance) -> None:
         """Make these files, one on every data-parallel rank at a time. Collective."""
-        for begin in range(0, len(blocks), self.dp):
-            together = blocks[begin : begin + self.dp]
+        placed, dp = self.placed, self.placed.layout.dp
+        for begin in range(0, len(blocks), dp):
+            together = blocks[begin : begin + dp]
             # All ranks make as many forwards, for they share parameters.
             length = max(block.end - block.begin for block in together)
-            mine = together[min(self.dp_rank, len(together) - 1)]
-            keep = self.teacher.placed.reports and self.dp_rank < len(together)
+            mine = together[min(placed.dp_rank, len(together) - 1)]
+            keep = placed.reports and placed.dp_rank < len(together)
             self._write(mine, self._rows(mine, length, advance), keep)
             advance(sum(block.end - block.begin for block in together))
 
@@ -259,22 +261,26 @@ class Maker:
 
         Args:
             length: samples to take, at least the file's own; more of them are thrown away."""
-        parts: list[Arrays] = []
-        micro, count = self.teacher.micro_batch, block.end - block.begin
-        for begin in range(0, length, micro):
-            at = np.arange(begin, begin + micro, dtype=np.int64) + block.begin
-            parts.append(self._micro_batch(block.kind, np.minimum(at, block.end - 1)))
+        tokens: list[Tokens] = []
+        ends: list[Arrays] = []
+        for found in forward(self.placed, self._micro_batches(block, length, tokens), self.at_end):
+            if found.end is not None:
+                ends.append({name: rows.cpu().numpy() for name, rows in found.end.items()})
             advance(0)
-        return {n: np.concatenate([part[n] for part in parts])[:count] for n in parts[0]}
+        made = {n: np.concatenate([end[n] for end in ends]) for n in (ends[0] if ends else ())}
+        made["tokens"] = np.concatenate(tokens)
+        return {name: rows[: block.end - block.begin] for name, rows in made.items()}
 
-    def _micro_batch(self, kind: str, positions: np.ndarray[Any, np.dtype[np.int64]]) -> Arrays:
-        sampler = self.samplers[kind]
-        tokens = sampler.samples(positions)
-        batch = {}
-        if self.documents:
-            documents = torch.from_numpy(sampler.documents(positions)[:, :-1])
-            batch["documents"] = documents.to(self.device)
-        ids = torch.from_numpy(tokens[:, :-1]).to(self.device)
-        top = self.teacher.run(ids, batch, "top")
-        made = {name.removeprefix("top."): rows.cpu().numpy() for name, rows in top.items()}
-        return {"tokens": tokens, **made}
+    def _micro_batches(
+        self, block: Block, length: int, tokens: list[Tokens]
+    ) -> Iterator[MicroBatch]:
+        """Those of a file; adds their `tokens` [B, T + 1]."""
+        sampler, device = self.samplers[block.kind], self.placed.device
+        for begin in range(block.begin, block.begin + length, self.micro_batch):
+            at = np.minimum(np.arange(begin, begin + self.micro_batch), block.end - 1)
+            tokens.append(sampler.samples(at))
+            batch = {}
+            if self.documents:
+                documents = torch.from_numpy(sampler.documents(at)[:, :-1])
+                batch["documents"] = documents.to(device)
+            yield torch.from_numpy(tokens[-1][:, :-1]).to(device), batch

@@ -110,15 +110,17 @@ def check(
     micro: int,
     recompute: str = "none",
     compiled: bool = False,
+    trained: bool = True,
 ) -> None:
     """Raise LayoutError if `spec` cannot run at `layout`; the message names the valid sizes.
 
     Args:
-        recompute, compiled: as in the configuration's section `train`."""
+        recompute, compiled: as in the configuration's section `train`.
+        trained: whether it has a loss; else it is a model that runs beside another one."""
     for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
         if getattr(layout, name) < 1:
             raise LayoutError(f"parallel.{name} is {getattr(layout, name)}, expected at least 1")
-    if layout.cp > 1 and spec.head.kind != "causal_lm":
+    if trained and layout.cp > 1 and spec.head.kind != "causal_lm":
         raise LayoutError(
             f"parallel.cp={layout.cp} needs a model with a causal_lm head, whose loss is a sum "
             f"over tokens; this one has the head {spec.head.kind}; use cp: 1"

@@ -209,6 +209,7 @@ def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
                 seq_len=config.data.seq_len,
                 global_batch=config.train.global_batch,
                 micro=config.train.micro_batch,
+                trained=False,
             )
             if config.data.document_mask:
                 check_documents(companion.spec, config.data.seq_len)
