@@ -4,7 +4,8 @@ is the same at every layout.
 
 It is a small preference loss: every sample is liked or not, and the model is to find it likelier,
 or less likely, than a reference does. So a sequence's loss is a curve over the sum of its tokens'
-log-probabilities, which ranks share over the vocabulary and over the tokens.
+log-probabilities, which ranks share over the vocabulary and over the tokens. Part of the model is
+frozen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bevatron.checkpoint.manifest import read_manifest
 from bevatron.errors import BevatronError
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
@@ -121,6 +123,7 @@ class Liked:
 
 OURS = ("objective={name: liked, reference: spec.json}", "data.validation=[{path: tokens}]")
 OURS += ("train.val_every=3", "train.val_batches=2", "optimizer.lr=3.0e-3")
+OURS += ("train.freeze=[embed.*, layers.0.mlp.*]",)
 
 
 def run(folder: Path, *overrides: str) -> None:
@@ -164,6 +167,9 @@ def test_it_is_the_same_at_every_layout_and_after_a_restart(
     for steps in (3, 6):
         more = (f"parallel={layout}", f"run.dir={name}", f"train.steps={steps}")
         pool.run(ranks, run, folder, *more)
+    saved = read_manifest(folder / name / "step-00000006").tensors
+    assert "optimizer/exp_avg/head.weight" in saved
+    assert not [n for n in saved if n.startswith("optimizer/") and "embed" in n]
     for got, wanted in zip(lines(folder / name), alone, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
