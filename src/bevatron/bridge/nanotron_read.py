@@ -326,8 +326,7 @@ def _segments(parameter: Parameter, head_dim: int | None) -> Iterator[tuple[int,
 
 def _interleaved_head_dim(spec: ModelSpec, parameter: Parameter) -> int | None:
     """The head_dim of a parameter that holds queries and keys; None for others."""
-    attention = spec.layers[0].attention
-    assert isinstance(attention, Attention)
+    attention = next(a for _, a in spec.each(Attention))
     return attention.head_dim if parameter.entry.transform == "fuse_qkv" else None
 
 

@@ -17,7 +17,7 @@ from bevatron.compress.prune_targets import LayerTarget, PruneError, Targets
 from bevatron.compress.verb_options import TOLERANCE
 from bevatron.families.llama_nemotron import WIDTH_MULTIPLE
 from bevatron.families.registry import Family, FamilyError, by_name
-from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
+from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec, Sublayer
 from bevatron.spec.count import parameter_count
 
 
@@ -65,22 +65,22 @@ def shaped(
     width: int | Callable[[int], int] | None,
 ) -> ModelSpec:
     """The spec with these sizes. `width`: of MLPs, at most; or how it follows from the old one."""
+    most = {"num_attention_heads": targets.num_attention_heads, "intermediate_size": width}
 
     def layer(i: int) -> LayerSpec:
         old, own = spec.layers[i], targets.per_layer.get(i, LayerTarget())
-        attention, mlp = old.attention, old.mlp
-        if isinstance(attention, Attention):
-            most = own.num_attention_heads or targets.num_attention_heads
-            heads = min(attention.num_attention_heads, most or attention.num_attention_heads)
-            attention = replace(attention, num_attention_heads=heads)
-        if isinstance(mlp, MLP):
-            f = mlp.intermediate_size
-            if own.intermediate_size is not None:
-                f = own.intermediate_size
-            elif width is not None:
-                f = width(f) if callable(width) else min(f, width)
-            mlp = replace(mlp, intermediate_size=f)
-        return LayerSpec(None if own.no_attention else attention, None if own.no_mlp else mlp)
+        stays = {"attention": not own.no_attention, "mlp": not own.no_mlp}
+        return LayerSpec(**{p: sized(s, own) for p, s in old.present if stays[p]})
+
+    def sized(sublayer: Sublayer, own: LayerTarget) -> Sublayer:
+        if (name := sublayer.unit_field) not in most:
+            return sublayer
+        if (exactly := getattr(own, name)) is not None:
+            return sublayer.with_units(exactly)
+        units, limit = sublayer.units, most[name]
+        if limit is None:
+            return sublayer
+        return sublayer.with_units(limit(units) if callable(limit) else min(units, limit))
 
     hidden = hidden or spec.hidden_size
     return replace(spec, hidden_size=hidden, layers=tuple(layer(i) for i in layers))
@@ -164,10 +164,10 @@ def decilm_widths(found: ModelSpec, old: Sequence[LayerSpec]) -> tuple[ModelSpec
     What a layer has no neurons of its own for is filled up with zeros, which compute nothing."""
 
     def rounded(layer: LayerSpec) -> LayerSpec:
-        if not isinstance(layer.mlp, MLP):
+        if layer.mlp is None or not _width(layer):
             return layer
-        up = -(-layer.mlp.intermediate_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        return replace(layer, mlp=replace(layer.mlp, intermediate_size=up))
+        up = -(-_width(layer) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        return replace(layer, mlp=layer.mlp.with_units(up))
 
     layers = tuple(rounded(layer) for layer in found.layers)
     fitted = replace(found, layers=layers)
@@ -177,9 +177,7 @@ def decilm_widths(found: ModelSpec, old: Sequence[LayerSpec]) -> tuple[ModelSpec
         return found, []  # the caller says that it cannot be exported, and why
     same: dict[str, list[int]] = {}
     for i, three in enumerate(zip(found.layers, layers, old, strict=True)):
-        before, after, own = (
-            x.mlp.intermediate_size if isinstance(x.mlp, MLP) else 0 for x in three
-        )
+        before, after, own = map(_width, three)
         if before != after:
             zeros = f", {after - own} of them zeros" if after > own else ""
             what = f"intermediate_size {before} became {after}{zeros}"
@@ -198,8 +196,8 @@ def uneven(found: ModelSpec, old: ModelSpec, targets: Targets) -> list[str]:
     sizes = {("hidden_size", found.hidden_size)} if found.hidden_size != old.hidden_size else set()
     own = {x.mlp for x in old.layers}
     for layer in found.layers:
-        if isinstance(layer.mlp, MLP) and layer.mlp not in own:
-            sizes.add(("intermediate_size", layer.mlp.intermediate_size))
+        if _width(layer) and layer.mlp not in own:
+            sizes.add(("intermediate_size", _width(layer)))
     return [
         f"{name} {value} is no multiple of {targets.multiple}; accelerators are faster with one"
         for name, value in sorted(sizes)
@@ -282,16 +280,11 @@ def check_sizes(spec: ModelSpec, targets: Targets, layers: Sequence[int]) -> Non
         if i not in layers:
             what = "is dropped" if 0 <= i < len(spec.layers) else "does not exist"
             raise PruneError(f"{where}: {what}; the layers that stay are {ranges(layers)}")
-        layer = spec.layers[i]
-        if target.intermediate_size is not None:
-            own = layer.mlp.intermediate_size if isinstance(layer.mlp, MLP) else 0
-            _fits(f"{where}: intermediate_size", target.intermediate_size, own)
-        if target.num_attention_heads is not None:
-            attention_ = layer.attention
-            heads = attention_.num_attention_heads if isinstance(attention_, Attention) else 0
-            _fits(f"{where}: num_attention_heads", target.num_attention_heads, heads)
-            assert isinstance(attention_, Attention)
-            _groups(i, attention_, target.num_attention_heads)
+        own = {s.unit_field: s for _, s in spec.layers[i].present}
+        for name in ("intermediate_size", "num_attention_heads"):
+            if (wanted := getattr(target, name)) is not None:
+                _fits(f"{where}: {name}", wanted, own[name].units if name in own else 0)
+                _groups(i, own[name], wanted)
 
 
 def _fits(what: str, wanted: int | None, own: int) -> None:
@@ -300,30 +293,34 @@ def _fits(what: str, wanted: int | None, own: int) -> None:
         raise PruneError(f"{what} is {wanted}, expected {limit}")
 
 
-def _groups(i: int, attention: Attention, heads: int | None) -> None:
+def _groups(i: int, sublayer: Sublayer, heads: int | None) -> None:
     """KV heads all stay, so each needs the same number of query heads."""
-    groups = attention.num_key_value_heads
-    if heads is not None and heads < attention.num_attention_heads and heads % groups:
+    groups = sublayer.unit_groups
+    if heads is not None and heads < sublayer.units and heads % groups:
         raise PruneError(
             f"num_attention_heads {heads} cannot be shared out among the {groups} key/value heads "
-            f"of layer {i}, which all stay; use {_near(heads, groups, attention)}"
+            f"of layer {i}, which all stay; use {_near(heads, groups, sublayer.units)}"
         )
 
 
-def _near(value: int, step: int, attention: Attention) -> str:
+def _near(value: int, step: int, most: int) -> str:
     low, high = value // step * step, -(-value // step) * step
-    options = [n for n in (low, high) if 1 <= n <= attention.num_attention_heads]
+    options = [n for n in (low, high) if 1 <= n <= most]
     return " or ".join(map(str, options))
 
 
 def attentions(spec: ModelSpec, layers: Sequence[int]) -> list[tuple[int, Attention]]:
-    found = ((i, spec.layers[i].attention) for i in layers)
-    return [(i, a) for i, a in found if isinstance(a, Attention)]
+    return [(i, a) for i, a in spec.each(Attention) if i in layers]
 
 
 def mlp_widths(spec: ModelSpec, layers: Sequence[int]) -> list[int]:
-    mlps = (spec.layers[i].mlp for i in layers)
-    return [m.intermediate_size for m in mlps if isinstance(m, MLP)]
+    return [m.intermediate_size for i, m in spec.each(MLP) if i in layers]
+
+
+def _width(layer: LayerSpec) -> int:
+    """Of its MLP, 0 if it has none."""
+    mlp = layer.mlp
+    return mlp.units if mlp is not None and mlp.unit_field == "intermediate_size" else 0
 
 
 def ranges(layers: Sequence[int]) -> str:

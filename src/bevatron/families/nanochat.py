@@ -43,8 +43,7 @@ class NanoChat(Uniform):
 
     def config(self, spec: ModelSpec, dtype: str, base: Config | None = None) -> dict[str, Any]:
         config = super().config(replace(spec, logit_softcap=None), dtype, base)
-        attention = spec.layers[0].attention
-        assert isinstance(attention, Attention)
+        attention = next(a for _, a in spec.each(Attention))
         if attention.head_dim == spec.hidden_size // attention.num_attention_heads:
             config.pop("head_dim", None)
         if base is None or _softcap(config) != spec.logit_softcap:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Self
 
 from bevatron.spec.parameter import ParameterSpec, SpecError
 from bevatron.spec.rope import Rope
@@ -86,6 +87,10 @@ class Sublayer(ABC):
     def units(self) -> int:
         """How many units it has, 0 if it is not made of units."""
         return getattr(self, self.unit_field) if self.unit_field else 0
+
+    def with_units(self, count: int) -> Self:
+        """The same with another number of units."""
+        return replace(self, **{self.unit_field: count})  # type: ignore[type-var]
 
     @property
     def unit_groups(self) -> int:
