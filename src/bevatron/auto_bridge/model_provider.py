@@ -344,22 +344,21 @@ def _read(spec: ModelSpec, name: str) -> Any:
     for table, part in ((MODEL, spec), (NORM, spec.norm), (ROPE, spec.rope), (INIT, spec.init)):
         if name in table:
             return getattr(part, table[name])
-    layer = _every_layer(spec, name)
-    sublayer = layer.attention if name in ATTENTION else layer.mlp
+    attention, mlp = _every_layer(spec, name)
+    sublayer = attention if name in ATTENTION else mlp
     return getattr(sublayer, {**ATTENTION, **MLPS}[name])
 
 
-def _every_layer(spec: ModelSpec, name: str) -> LayerSpec:
-    """The layer that all are like, with an attention and an MLP."""
-    layer = spec.layers[0]
-    if len(set(spec.layers)) > 1 or not (
-        isinstance(layer.attention, Attention) and isinstance(layer.mlp, MLP)
-    ):
+def _every_layer(spec: ModelSpec, name: str) -> tuple[Attention, MLP]:
+    """The attention and the MLP of all layers, which are alike."""
+    attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
+    alike = len(set(spec.layers)) == 1
+    if not (alike and isinstance(attention, Attention) and isinstance(mlp, MLP)):
         raise BevatronError(
             f"provider.{name}: the layers of this model are not all alike; look at "
             "provider.spec.layers, and set provider.spec to another ModelSpec to change them"
         )
-    return layer
+    return attention, mlp
 
 
 def resized(spec: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
@@ -371,10 +370,8 @@ def resized(spec: ModelSpec, edits: Mapping[str, Any]) -> ModelSpec:
 
     layers: Iterable[LayerSpec] = spec.layers
     if changed := [name for name in OF_LAYERS if name in edits]:
-        layer = _every_layer(spec, changed[0])
-        assert isinstance(layer.attention, Attention) and isinstance(layer.mlp, MLP)
-        attention = replace(layer.attention, **among(ATTENTION))
-        mlp = replace(layer.mlp, **among(MLPS))
+        attention, mlp = _every_layer(spec, changed[0])
+        attention, mlp = replace(attention, **among(ATTENTION)), replace(mlp, **among(MLPS))
         layers = [LayerSpec(attention, mlp)] * edits.get("num_layers", len(spec.layers))
     return replace(
         spec,

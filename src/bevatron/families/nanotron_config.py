@@ -161,8 +161,7 @@ def hf_config(raw: Config, spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """
     llama = by_name("llama")
     base = {"model_type": "nanotron", **{name: raw.get(name) for name in TOKEN_IDS}}
-    first = spec.layers[0].attention
-    assert isinstance(first, Attention)
+    first = next(a for _, a in spec.each(Attention))
     if not first.qkv_bias:
         return llama.config(spec, dtype, base)
     # Biases on q, k and v alone are what Qwen2ForCausalLM has, always.
