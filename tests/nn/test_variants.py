@@ -49,7 +49,6 @@ def test_a_forward_computes_the_variants_that_it_chooses(choice: str) -> None:
     decoder = filled(HOMOGENEOUS, variants=dict.fromkeys((1, 2), LIBRARY))
     own = decoder.logits(IDS)
     chosen, layer = CHOICES[choice]
-    decoder.choices = {2: chosen}
     layers = list(HOMOGENEOUS.layers)
     layers[2] = layer
     alone = Decoder(replace(HOMOGENEOUS, layers=tuple(layers))).requires_grad_(False)
@@ -60,9 +59,9 @@ def test_a_forward_computes_the_variants_that_it_chooses(choice: str) -> None:
             which = chosen.attention if ".attention" in name else chosen.mlp
             source = name if which == "own" else f"layers.2.variants.{which}.{name[9:]}"
         parameter.copy_(known[source])
-    assert torch.equal(decoder.logits(IDS), alone.logits(IDS))
-    assert torch.equal(decoder.logits(IDS), own) == (chosen == Choice())
-    decoder.choices = {}
+    found = decoder.logits(IDS, choices={2: chosen})
+    assert torch.equal(found, alone.logits(IDS))
+    assert torch.equal(found, own) == (chosen == Choice())
     assert torch.equal(decoder.logits(IDS), own)
 
 

@@ -35,7 +35,7 @@ from bevatron.data.sample_order import Sampler
 from bevatron.data.token_store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
-from bevatron.nn.decoder import LEFT_OUT
+from bevatron.nn.decoder import LEFT_OUT, NO_CHOICES, Choices
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE
@@ -245,17 +245,15 @@ class Pass:
         return {name: np.array(losses, dtype=np.float32) for name, losses in found.items()}
 
     def _loss_without(self, layers: Collection[int], advance: Advance) -> float:
-        decoders = [stage.decoder for stage in self.placed.mine.values()]
-        for decoder in decoders:
-            decoder.choices = dict.fromkeys(layers, LEFT_OUT)
-        try:
-            return self._forwards(self.plan.loss_samples, advance)
-        finally:
-            for decoder in decoders:
-                decoder.choices = {}
+        choices = dict.fromkeys(layers, LEFT_OUT)
+        return self._forwards(self.plan.loss_samples, advance, choices=choices)
 
     def _forwards(
-        self, samples: int, advance: Advance, calibration: Calibration | None = None
+        self,
+        samples: int,
+        advance: Advance,
+        calibration: Calibration | None = None,
+        choices: Choices = NO_CHOICES,
     ) -> float:
         """Pass the first `samples` of them through; their loss in nats per token, on all ranks.
 
@@ -277,7 +275,9 @@ class Pass:
                 yield tokens[:, :-1], {"labels": labels}
 
         total = torch.zeros(1, dtype=torch.float64, device=device)
-        for begin, found in zip(begins, forward(placed, micro_batches()), strict=True):
+        for begin, found in zip(
+            begins, forward(placed, micro_batches(), choices=choices), strict=True
+        ):
             if calibration is not None:
                 calibration.end_batch()
             if placed.reports and placed.spec.head.kind == "causal_lm":

@@ -52,6 +52,8 @@ class Choice:
 
 
 LEFT_OUT = Choice(None, None)
+Choices = Mapping[int, Choice]  # by the layer's number
+NO_CHOICES: Choices = MappingProxyType({})
 Variants = Mapping[int, Mapping[str, LayerSpec]]  # a layer's number -> name -> what it may be
 NO_VARIANTS: Variants = MappingProxyType({})
 
@@ -149,14 +151,8 @@ class Decoder(nn.Module):
     `torch.device("meta")` and fill it from a checkpoint or with `bevatron.parallel.random_weights`.
 
     Args:
-        variants: what else some layers may be.
-
-    Attributes:
-        choices: what a forward computes in these layers instead of what the spec says, to see what
-            a variant or the layer itself is worth. A layer that is LEFT_OUT is passed by.
+        variants: what else some layers may be; see `forward`.
     """
-
-    choices: Mapping[int, Choice] = MappingProxyType({})
 
     def __init__(
         self,
@@ -198,6 +194,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         tap: Tap | None = None,
+        choices: Choices = NO_CHOICES,
     ) -> Tensor:
         """Token ids [B, T] (or the previous stage's hidden states) -> hidden states after the
         final norm; the scores [B, T, labels] of a head that is not causal_lm; `compute` of them and
@@ -207,6 +204,8 @@ class Decoder(nn.Module):
             documents: [B, T] numbers of the documents that a sequence is packed of: a token sees
                 its own one alone.
             positions: [B or 1, T]; those in the document, or else in the sequence, if absent.
+            choices: what is computed in these layers instead of what the spec says, to see what a
+                variant or the layer itself is worth. One that is LEFT_OUT is passed by.
 
         T is this rank's part of the sequence under context parallel, and all of that also where x
         holds the share of a sequence-parallel rank."""
@@ -228,7 +227,7 @@ class Decoder(nn.Module):
                 positions = positions - mask.starts
         rotations = self.rotations(positions, x.dtype, whole)
         for i, layer in self.layers.items():
-            choice = self.choices.get(int(i))
+            choice = choices.get(int(i))
             if choice != LEFT_OUT:
                 x = layer(x, rotations, mask, *([] if choice is None else [choice]))
                 if tap is not None:
@@ -240,6 +239,11 @@ class Decoder(nn.Module):
             scores: Tensor = self.head(x)
             return scores if compute is None else compute(scores, self.head.weight)
         return x if compute is None or self.head is None else self.head(x, compute)
+
+    def variants(self) -> list[Layer]:
+        """All variants of all layers."""
+        layers: list[Layer] = list(self.layers.values())  # type: ignore[arg-type]
+        return [variant for layer in layers for variant in layer.variants.values()]  # type: ignore[misc]
 
     def sequence_length(self, x: Tensor) -> int:
         """Length of the whole sequence, of which hidden states x may hold this rank's share."""

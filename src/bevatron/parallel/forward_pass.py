@@ -18,6 +18,7 @@ a reward model              `sequence_scores` -> [B, labels]; per token `token_s
 distilling from a teacher   `hidden_states` -> [B, T, h], for the student's loss takes them through
                             the teacher's head in chunks (all logits would be larger)
 stored logits               `top_tokens` of compress/ -> [B, T, k] thrice
+what a block is worth       the loss; `choices` leave layers out or put variants in their place
 Puzzle's blockwise losses   the layers' hidden states, and nothing at the end: stages beyond the
                             last layer that is asked for do not run
 """
@@ -32,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from bevatron.nn.decoder import NO_CHOICES, Choices
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import log_probabilities
@@ -61,6 +63,7 @@ def forward(
     *,
     layers: Collection[int] = (),
     ends: bool = True,
+    choices: Choices = NO_CHOICES,
     keep: FSDPModule | None = None,
 ) -> Iterator[Found]:
     """Pass micro-batches down the stages one behind the other, without gradients. Collective: all
@@ -70,7 +73,7 @@ def forward(
     What FSDP gathered meanwhile is dropped at the end, also when an exception ends it.
 
     Args:
-        at_end, layers, ends: what is asked for, as `pass_down` takes them.
+        at_end, layers, ends, choices: what is asked for, as `pass_down` takes them.
         keep: a module whose parameters stay gathered.
     """
     if placed.tied is not None and not placed.frozen:
@@ -78,7 +81,9 @@ def forward(
     try:
         for ids, batch in parts:
             with torch.no_grad():
-                found = pass_down(placed, ids, batch, at_end, layers=layers, ends=ends)
+                found = pass_down(
+                    placed, ids, batch, at_end, layers=layers, ends=ends, choices=choices
+                )
             yield found
     finally:
         reshard(placed, keep)
@@ -92,6 +97,7 @@ def pass_down(
     *,
     layers: Collection[int] = (),
     ends: bool = True,
+    choices: Choices = NO_CHOICES,
 ) -> Found:
     """One micro-batch through all stages; over a pipeline it carries no gradients.
 
@@ -100,6 +106,7 @@ def pass_down(
             hidden states for a frozen one.
         layers: after which layers hidden states are wanted; EMBEDDING is before the first.
         ends: whether anything is wanted at the end. If not, no stage runs beyond those layers'.
+        choices: of layers that another variant stands in for, or that are left out.
     """
     layout, group = placed.layout, placed.mesh.get_group("pp")
     ranks = dist.get_process_group_ranks(group)
@@ -122,7 +129,7 @@ def pass_down(
             shape = (ids.shape[0], length, placed.spec.hidden_size)
             out = torch.empty(shape, dtype=placed.dtype, device=ids.device)
             dist.recv(out, ranks[layout.rank_of_stage(number - 1)], group=group)
-        out = stage(out, at_end=at_end, tap=catch if layers else None, **batch)
+        out = stage(out, at_end=at_end, tap=catch if layers else None, choices=choices, **batch)
         if number + 1 < count and number + 1 not in placed.mine:
             dist.send(out.contiguous(), ranks[layout.rank_of_stage(number + 1)], group=group)
     return Found(out if placed.is_last and ends else None, caught)

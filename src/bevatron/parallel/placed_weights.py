@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,8 +19,9 @@ from bevatron.checkpoint.save_and_load import (
     verify_share,
     write_rank,
 )
+from bevatron.nn.decoder import Variants
 from bevatron.parallel.on_all_ranks import on_all
-from bevatron.parallel.placement import Placed
+from bevatron.parallel.placement import Placed, variant_parameters
 from bevatron.parallel.random_weights import fill
 
 
@@ -55,6 +56,30 @@ def stream(
         on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
     read = box_reader(weights.folder, weights.manifest, "model/")
     on_all(lambda: load_weights(placed, weights.shapes, read, leave))
+
+
+def stream_variants(
+    placed: Placed, variants: Variants, source: Callable[[str], tuple[Opened, str]]
+) -> None:
+    """Fill the variants that a model was placed with. Collective; as `stream`.
+
+    Args:
+        source: name of a variant's parameter, such as `layers.3.variants.narrow.mlp.up.weight` ->
+            the checkpoint that it comes from, and what it is called there.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = {name: source(name) for name in variant_parameters(placed.spec, variants)}
+    checkpoints = {opened.folder: opened for opened, _ in parts.values() if opened.native}
+
+    def fill_mine() -> None:
+        for opened in checkpoints.values():
+            verify_share(opened.folder, opened.manifest, rank, ranks)
+        for name, parameter in placed.variants.items():
+            opened, own = parts[name]
+            read = box_reader(opened.folder, opened.manifest, "model/")
+            load({own: (parameter, local(parameter.detach()))}, opened.shapes, read)
+
+    on_all(fill_mine)
 
 
 def write_boxes(folder: Path, saved: Sequence[Saved], origin: Opened | None) -> Boxes:

@@ -13,16 +13,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
-from bevatron.nn.decoder import EMBEDDING, Decoder, Tap
+from bevatron.nn.decoder import (
+    EMBEDDING,
+    NO_CHOICES,
+    NO_VARIANTS,
+    Choices,
+    Decoder,
+    Tap,
+    Variants,
+)
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.parallel import tensor_parallel
@@ -40,6 +53,7 @@ AtEnd = Callable[[Comm, ModelSpec, Batch], Compute | None]
 # From the same to what every stage does between its layers.
 MakeTap = Callable[[Comm, ModelSpec, Batch], Tap]
 NOTHING: Mapping[str, nn.Parameter] = MappingProxyType({})
+VARIANTS = ".variants."  # in the name of a parameter that belongs to one
 
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 COMPUTED = {name: dtype for dtype, name in PRECISION.items()}
@@ -68,6 +82,7 @@ class Stage(nn.Module):
         *,
         at_end: AtEnd | None = None,
         tap: Tap | None = None,
+        choices: Choices = NO_CHOICES,
         **batch: Tensor,
     ) -> Tensor:
         decoder, at_end, compute = self.decoder, at_end or self.at_end, None
@@ -75,7 +90,9 @@ class Stage(nn.Module):
             compute = at_end(decoder.comm, decoder.spec, batch)
         if tap is None and self.make_tap is not None:
             tap = self.make_tap(decoder.comm, decoder.spec, batch)
-        out: Tensor = decoder(x, compute, positions=positions, documents=documents, tap=tap)
+        out: Tensor = decoder(
+            x, compute, positions=positions, documents=documents, tap=tap, choices=choices
+        )
         return out
 
 
@@ -97,6 +114,8 @@ class Placed:
             and equal on every rank.
         differentiable: of every stage whether its output has a gradient, which it has not where
             all parameters up to there are frozen.
+        variants: this rank's parameters of layers' variants, as DTensors, by the names that
+            `variant_parameters` gives; they are neither trained nor saved.
     """
 
     spec: ModelSpec
@@ -112,6 +131,7 @@ class Placed:
     frozen: bool
     added: Mapping[str, nn.Parameter] = field(default_factory=dict)
     differentiable: tuple[bool, ...] = ()
+    variants: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -171,6 +191,7 @@ def place(
     make_tap: MakeTap | None = None,
     added: Mapping[str, nn.Parameter] = NOTHING,
     freeze: Collection[str] = (),
+    variants: Variants = NO_VARIANTS,
 ) -> Placed:
     """Build this rank's stages with uninitialised parameters; see the module's docstring.
 
@@ -179,7 +200,9 @@ def place(
             stored in the dtype of `precision` and take no gradients.
         seq_len, micro_batch: of a micro-batch, for the balance of the stages.
         added: parameters that taps use, and give their gradients themselves.
-        freeze: names of parameters that take no gradients either."""
+        freeze: names of parameters that take no gradients either.
+        variants: what else some layers may be in a forward that chooses; they take no gradients.
+    """
     # FSDP2 warns that the embedding's output is a view: nothing here adds to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     stages = stage_ranges(spec, layout, seq_len, micro_batch=micro_batch, recompute=recompute)
@@ -190,20 +213,26 @@ def place(
         comm = tensor_parallel.TensorParallel(grid["tp"], layout.sequence_parallel)
     if layout.cp > 1:
         comm.context = ContextParallel(mesh["cp"])
-    known = {p.name: p for p in spec.parameters()}
+    known = {p.name: (p, spec) for p in spec.parameters()}
     held = set(known) if frozen else set(freeze)
     differentiable = _differentiable(stages, known.keys() - held)
+    others = variant_parameters(spec, variants)
+    known |= others
+    held |= set(others)
     if spec.tied:
-        known["head.weight"] = _tied_head(spec)
+        known["head.weight"] = _tied_head(spec), spec
         held |= {"head.weight"} if "embed.weight" in held else set()
     mine: dict[int, Stage] = {}
     parameters: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     for number in layout.stages_of_rank(mesh.get_local_rank("pp")):
         first, last = number == 0, number == len(stages) - 1
         with torch.device("meta"):
-            decoder = Decoder(spec, layers=stages[number], embed=first, head=last, comm=comm)
+            decoder = Decoder(
+                spec, layers=stages[number], embed=first, head=last, comm=comm, variants=variants
+            )
         if layout.tp > 1:
-            tensor_parallel.distribute(decoder, known, spec, grid["tp"])
+            tensor_parallel.distribute(decoder, known, grid["tp"])
             decoder.tie()
         _hold(decoder, held, dtype)
         prepare(decoder, recompute, compile_layers)
@@ -212,7 +241,8 @@ def place(
         stage.to_empty(device=device)
         decoder.tie()
         mine[number] = stage
-        parameters |= dict(decoder.named_parameters())
+        for name, parameter in decoder.named_parameters():
+            (own if VARIANTS in name else parameters)[name] = parameter
     tied = None
     if spec.tied and layout.pp > 1:
         tied = tie(
@@ -232,6 +262,7 @@ def place(
         frozen,
         added,
         differentiable,
+        own,
     )
 
 
@@ -251,6 +282,21 @@ def _differentiable(stages: list[range], trained: Collection[str]) -> tuple[bool
         has_one = (number for number, stage in enumerate(stages) if layers & set(stage))
         first = next(has_one, len(stages) - 1)  # what comes behind the layers is on the last
     return tuple(number >= first for number in range(len(stages)))
+
+
+def variant_parameters(
+    spec: ModelSpec, variants: Variants
+) -> dict[str, tuple[ParameterSpec, ModelSpec]]:
+    """The parameters of layers' variants, `layers.3.variants.narrow.mlp.up.weight`: each as what it
+    is, `layers.3.mlp.up.weight`, of the model with that variant in the layer's place."""
+    found = {}
+    for i, layers in variants.items():
+        for name, layer in layers.items():
+            model = replace(spec, layers=(*spec.layers[:i], layer, *spec.layers[i + 1 :]))
+            for p in model.layer_parameters(i):
+                rest = p.name.removeprefix(f"layers.{i}.")
+                found[f"layers.{i}{VARIANTS}{name}.{rest}"] = p, model
+    return found
 
 
 def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> None:
@@ -275,7 +321,7 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
         return cut.get(id(parameter), Shard(0))
 
     decoder = stage.decoder
-    own: list[nn.Module | None] = list(decoder.layers.values())
+    own: list[nn.Module | None] = [*decoder.variants(), *decoder.layers.values()]
     if not decoder.spec.tied:
         own += [decoder.embed, decoder.head]
     for module in [*own, stage]:
@@ -289,6 +335,9 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
                 shard_placement_fn=dimension,
                 reshard_after_forward=drop,
             )
+    for variant in decoder.variants():  # gathered only where a forward chooses it
+        for method in ("attend", "feed"):
+            register_fsdp_forward_method(variant, method)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             # Sums, not means: the loss is divided by the global count. (gloo has only plain sums.)

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -69,11 +71,12 @@ def placement(parameter: ParameterSpec, spec: ModelSpec, tp: int) -> Placement:
 
 
 def distribute(
-    module: nn.Module, names: dict[str, ParameterSpec], spec: ModelSpec, mesh: DeviceMesh
+    module: nn.Module, names: Mapping[str, tuple[ParameterSpec, ModelSpec]], mesh: DeviceMesh
 ) -> None:
-    """Replace every parameter of `module` by a DTensor over `mesh`. `names`: what each one is."""
+    """Replace every parameter of `module` by a DTensor over `mesh`. `names`: what each one is, and
+    of which model."""
     for name, parameter in list(module.named_parameters()):
         owner = module.get_submodule(name.rpartition(".")[0])
-        place = placement(names[name], spec, mesh.size())
+        place = placement(*names[name], mesh.size())
         cut = distribute_tensor(parameter.data, mesh, [place], src_data_rank=None)
         setattr(owner, name.rpartition(".")[2], nn.Parameter(cut))
