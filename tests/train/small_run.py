@@ -23,7 +23,7 @@ from bevatron.spec.json import to_json
 from bevatron.train.config_file import load_config
 from bevatron.train.launch import layout_of, work
 from bevatron.train.save_steps import Saver
-from bevatron.train.token_feed import Feed
+from bevatron.train.token_feed import TokenFeed
 from bevatron.train.trainer import Trainer
 from tests.data.test_store import write_store
 from tests.specs import HOMOGENEOUS
@@ -90,13 +90,13 @@ def troubled(trouble: Trouble) -> Iterator[None]:
     """Cause `trouble` while the context lasts, each time that the step is met."""
     what, rank, step = trouble
     at = [0]
-    batch, compute, evaluate = Feed.batch, Runner.step, Trainer.evaluate
+    batch, compute, evaluate = TokenFeed.batch, Runner.step, Trainer.evaluate
     update, save = Trainer.step, Saver.save
 
     def here(name: str) -> bool:
         return what == name and rank == dist.get_rank() and at[0] == step
 
-    def feeding(self: Feed, number: int) -> Any:
+    def feeding(self: TokenFeed, number: int) -> Any:
         at[0] = number + 1
         if here("raise"):
             raise OSError(5, "Input/output error", "tokens.bin")
@@ -104,6 +104,8 @@ def troubled(trouble: Trouble) -> Iterator[None]:
             raise ValueError("a bug")
         if here("fifo"):
             Path(os.environ["FIFO"]).read_text()  # nobody ever writes
+        if here("signal in batch"):
+            os.kill(os.getpid(), signal.SIGTERM)
         if here("signal in data wait"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
@@ -131,7 +133,7 @@ def troubled(trouble: Trouble) -> Iterator[None]:
         return sending
 
     with (
-        patch.object(Feed, "batch", feeding),
+        patch.object(TokenFeed, "batch", feeding),
         patch.object(Runner, "step", computing),
         patch.object(Trainer, "step", send("step", update)),
         patch.object(Trainer, "evaluate", send("evaluation", evaluate)),
@@ -151,7 +153,7 @@ def stepped(config: Path, batches: list[int]) -> dict[str, torch.Tensor]:
                       seq_len=loaded.data.seq_len, train=loaded.train,
                       optimizer=loaded.optimizer, device=device)  # fmt: skip
     trainer.fill_random(loaded.train.seed)
-    feed = Feed(loaded.data, HOMOGENEOUS, global_batch=loaded.train.global_batch,
+    feed = TokenFeed(loaded.data, HOMOGENEOUS, global_batch=loaded.train.global_batch,
                 seed=loaded.train.seed, dp_rank=0, dp=1, device=device)  # fmt: skip
     for number in batches:
         trainer.step(feed.batch(number), loaded.optimizer.lr)

@@ -25,7 +25,7 @@ from bevatron.data.token_store_writer import StoreWriter
 from bevatron.errors import BevatronError
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig, StageConfig
 from bevatron.train.run_start import Start
-from bevatron.train.token_feed import Feed
+from bevatron.train.token_feed import TokenFeed
 from tests.commands import bevatron
 from tests.data.test_store import write_store
 from tests.specs import ALL
@@ -48,8 +48,8 @@ def store(path: Path, windows: int, base: int = 0, tokenizer: str = "xxh3:0") ->
 
 def feed(
     data: DataConfig, dp: int = 1, rank: int = 0, tokenizer: Path | None = None, seed: int = 3
-) -> Feed:
-    return Feed(
+) -> TokenFeed:
+    return TokenFeed(
         data,
         SPEC,
         global_batch=BATCH,
@@ -201,7 +201,7 @@ def test_a_read_error_comes_with_the_step_that_it_belongs_to(
 def test_without_threads_the_batches_are_the_same(
     staged: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = sys.modules[Feed._take.__module__]
+    reader = sys.modules[TokenFeed._take.__module__]
     monkeypatch.setattr(reader, "threads_are_free", lambda: False)
     one = feed(staged)
     assert one._reader is None
@@ -266,13 +266,13 @@ def test_the_data_is_checked_before_anything_starts(tmp_path: Path, model_tokeni
         "run": {"dir": str(tmp_path / "run")},
     }
     start = Start(SPEC, None, None, "llama")
-    Feed.check(RunConfig.model_validate(raw), start)
+    TokenFeed.check(RunConfig.model_validate(raw), start)
     config = RunConfig.model_validate(raw | {"tokenizer": str(model_tokenizer)})
     with pytest.raises(BevatronError, match=r"s: was made with another tokenizer .* model's own"):
-        Feed.check(config, start)
+        TokenFeed.check(config, start)
     small = dataclasses.replace(SPEC, vocab_size=100)
     with pytest.raises(BevatronError, match="holds token 160, the model has a vocabulary of 100"):
-        Feed.check(RunConfig.model_validate(raw), Start(small, None, None, "llama"))
+        TokenFeed.check(RunConfig.model_validate(raw), Start(small, None, None, "llama"))
 
 
 def test_a_tokenizer_that_was_saved_anew_is_the_same(tmp_path: Path, model_tokenizer: Path) -> None:

@@ -1,6 +1,7 @@
-"""An objective that the library has never heard of: its settings, its feed, and what it asks of a
-model beside the trained one all stand here. It trains from a configuration, resumes, validates, and
-is the same at every layout.
+"""An objective that the library has never heard of: its settings, its feed, which all ranks make
+together and which remembers, and what it asks of a model beside the trained one all stand here. It
+trains from a configuration, with a part of the model frozen, resumes, validates, and is the same at
+every layout.
 
 It is a small preference loss: every sample is liked or not, and the model is to find it likelier,
 or less likely, than a reference does. So a sequence's loss is a curve over the sum of its tokens'
@@ -29,13 +30,14 @@ from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE, log_probabilities
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.forward_pass import token_log_probabilities
+from bevatron.parallel.on_all_ranks import on_all
 from bevatron.spec import ModelSpec
 from bevatron.train.config_file import load_config
 from bevatron.train.config_objective import KINDS, Kind
+from bevatron.train.feed import Batch, Memory
 from bevatron.train.objectives import BLANK, Samples, Stored, Taps, Vector, mean_over
-from bevatron.train.read_ahead import Batch
 from bevatron.train.run_start import spec_named
-from bevatron.train.token_feed import Feed
+from bevatron.train.token_feed import TokenFeed
 from tests.processes import Pool
 from tests.train.tiny_run import prepare, train
 
@@ -60,17 +62,28 @@ class LikedKind(Kind):
         return Liked(asked, self.beta)
 
 
-class LikedFeed(Feed):
-    """Windows of token stores, of which every third is liked."""
+class LikedFeed(TokenFeed):
+    """Windows of token stores, of which every third is liked, counted from where all ranks
+    together say; they remember what they have said."""
+
+    collective = True
+    said = 0
 
     def read_training(self, positions: range) -> Batch:
-        return super().read_training(positions) | self._liked(positions)
+        self.said += max(on_all(lambda: positions.stop)) // 4
+        return super().read_training(positions) | self._liked(positions, self.said)
 
     def read_validation(self, positions: range) -> Batch:
-        return super().read_validation(positions) | self._liked(positions)
+        return super().read_validation(positions) | self._liked(positions, 0)
 
-    def _liked(self, positions: range) -> Batch:
-        return {"liked": np.array(positions) % 3 == 0}
+    def _liked(self, positions: range, said: int) -> Batch:
+        return {"liked": (np.array(positions) + said) % 3 == 0}
+
+    def snapshot(self) -> Memory:
+        return {"said": self.said}
+
+    def restore(self, memory: Memory) -> None:
+        self.said = memory["said"]
 
 
 class Liked:
@@ -122,7 +135,7 @@ class Liked:
 
 
 OURS = ("objective={name: liked, reference: spec.json}", "data.validation=[{path: tokens}]")
-OURS += ("train.val_every=3", "train.val_batches=2", "optimizer.lr=3.0e-3")
+OURS += ("train.val_every=3", "train.val_batches=2", "optimizer.lr=6.0e-3")
 OURS += ("train.freeze=[embed.*, layers.0.mlp.*]",)
 
 
@@ -170,6 +183,9 @@ def test_it_is_the_same_at_every_layout_and_after_a_restart(
     saved = read_manifest(folder / name / "step-00000006").tensors
     assert "optimizer/exp_avg/head.weight" in saved
     assert not [n for n in saved if n.startswith("optimizer/") and "embed" in n]
+    for step in (4, 6):
+        state = (folder / name / f"step-{step:08d}" / "train_state.json").read_text("utf-8")
+        assert json.loads(state)["feed"] == {"said": sum(range(1, step + 1))}
     for got, wanted in zip(lines(folder / name), alone, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 

@@ -47,9 +47,9 @@ from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.process_groups import mesh
 from bevatron.progress import Advance, progress
-from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
+from bevatron.train.feed import Batches
 from bevatron.train.launch import layout_of
 from bevatron.train.run_processes import one_rank
 from bevatron.train.token_feed import make_samplers, open_stores

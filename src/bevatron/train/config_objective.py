@@ -20,8 +20,8 @@ from bevatron.spec import Head, ModelSpec
 from bevatron.spec.model import HeadKind
 
 if TYPE_CHECKING:
+    from bevatron.train.feed import Feed
     from bevatron.train.objectives import Objective
-    from bevatron.train.read_ahead import ReadAhead
 
 # Name -> where its `Kind` is. Modules of kinds import no torch, so that a configuration is checked
 # at once.
@@ -32,7 +32,7 @@ KINDS: dict[str, str] = {
     "token_classification": "bevatron.train.head_kinds:TokenClassificationKind",
     "question_answering": "bevatron.train.head_kinds:QuestionAnsweringKind",
 }
-TOKENS = "bevatron.train.token_feed:Feed"
+TOKENS = "bevatron.train.token_feed:TokenFeed"
 
 
 class Section(BaseModel):
@@ -54,7 +54,7 @@ class Kind(Section):
     # A kind adds its keys, and says the following. Places are "module:name", loaded when needed.
     # That the model must have:
     head: ClassVar[HeadKind] = "causal_lm"
-    # The feed's class, a `train.read_ahead.ReadAhead`:
+    # The feed's class, a `train.feed.Feed`:
     reads: ClassVar[str] = TOKENS
     # The objective's class, whose `of(kind, spec, compiled)` makes it (or `make` is its own):
     minimises: ClassVar[str]
@@ -83,9 +83,9 @@ class Kind(Section):
         )
 
     @property
-    def feed(self) -> type[ReadAhead]:
+    def feed(self) -> type[Feed]:
         """The class of what it reads."""
-        found: type[ReadAhead] = load(self.reads)
+        found: type[Feed] = load(self.reads)
         return found
 
     def make(self, spec: ModelSpec, compiled: bool = False) -> Objective:

@@ -1,4 +1,4 @@
-"""The batches of a run on labelled examples, each of which comes once an epoch."""
+"""Feeds of labelled examples, each of which comes once an epoch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from bevatron.data.labelled_examples import Arrays, Labelled, Padded
 from bevatron.data.permutation import Permutation, derive
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
-from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.feed import Batch, Batches, Feed
 from bevatron.train.head_kinds import LabelledKind
 from bevatron.train.objectives import Stored
-from bevatron.train.read_ahead import Batch, ReadAhead
 from bevatron.train.run_start import Start, tokenizer_of
 
 ROWS = 1024  # that are tokenized at once where windows are counted
@@ -72,7 +71,7 @@ class Examples:
                 raise BevatronError(f"{self.rows.where(i)}: {error}") from None
 
 
-class LabelledFeed(ReadAhead):
+class LabelledFeed(Feed):
     """Labelled examples. Training goes through all of them in another order every epoch; validation
     goes through them once, in order, and then has blank ones.
 

@@ -73,8 +73,16 @@ class Stopping:
             self._waiting = False
             raise _Interrupted
 
-    def unless_asked(self, get: Callable[[], T]) -> T | None:
-        """What `get` returns; None if the run is to stop, also if that is heard while it waits."""
+    def unless_asked(self, get: Callable[[], T], together: bool = False) -> T | None:
+        """What `get` returns; None if the run is to stop, also if that is heard while it waits.
+
+        Args:
+            together: all ranks take part in `get`, so it begins on all or none, and is not left.
+        """
+        if together:
+            from bevatron.parallel.on_all_ranks import on_all
+
+            return None if any(on_all(lambda: self.asked is not None)) else get()
         try:
             try:
                 self._waiting = True

@@ -1,4 +1,4 @@
-"""The batches of a run: which samples a step takes, on this rank, read a step ahead."""
+"""Feeds of token stores: windows of tokens, mixed by weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from bevatron.data.sample_order import BLOCK, Sampler
 from bevatron.data.token_store import StoreError, TokenStore
 from bevatron.data.tokenizer import TOKENIZER, fingerprint, open_tokenizer
 from bevatron.spec import ModelSpec
-from bevatron.train.batches import Batches
 from bevatron.train.config import DataConfig, RunConfig, SourceConfig
+from bevatron.train.feed import Batch, Batches, Feed
 from bevatron.train.objectives import BLANK, Stored
-from bevatron.train.read_ahead import Batch, ReadAhead
 from bevatron.train.run_start import Start
 
 
-class Feed(ReadAhead):
+class TokenFeed(Feed):
     """Windows of token stores.
 
     Args:
         tokenizer: the model's own, if it has one; the data must be made with it.
         stored: arrays that join the samples.
         rounded: mix by rounded weights, as the run was begun; see `Shares`.
-        batches: see `ReadAhead`.
+        batches: see `Feed`.
     """
 
     def __init__(

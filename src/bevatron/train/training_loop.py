@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from bevatron.parallel.replica_check import check_replicas
 from bevatron.progress import Advance, progress
 from bevatron.train import restart
 from bevatron.train.bad_steps import Guard, event
-from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
+from bevatron.train.feed import Batches
 from bevatron.train.freezing import frozen_parameters
 from bevatron.train.hang_watch import Watch
 from bevatron.train.learning_rate import learning_rate
@@ -88,6 +89,7 @@ class Run:
         self.companions = self._fingerprints(objective)
         on_all(self._open_feed)
         self._fill()
+        self.feed.bind(self.trainer)
         self.made_with = made_with(layout, device)
         self.recorded = restart.as_it_began(start, config)
         self.saver = Saver(self.recorded, start, self.folder, self.trainer, self._state)
@@ -136,6 +138,7 @@ class Run:
             s.path: config.objective.feed.hash_of(s.path) for s in config.data.validation
         }
         if start.state is not None:
+            self.feed.load(start.state)
             recorded = start.state.get("data", {}), start.state.get("validation", {})
             changed = self.feed.changed_sources(recorded[0])
             self._note([Change("data.train", "fixed", said) for said in changed])
@@ -151,8 +154,7 @@ class Run:
 
     def _state(self, step: int) -> dict[str, Any]:
         """What a step's train_state.json says besides."""
-        batches = self.feed.batches
-        state = {"samples": batches.position(step), "batches": batches.state()}
+        state = self.feed.state(step)
         state |= {"made_with": self.made_with, "guard": self.guard.state()}
         state["optimizer_since"] = self.optimizer_since
         if self.config.train.freeze:
@@ -363,7 +365,9 @@ class Run:
             number, config.schedule, steps=config.train.steps, lr=config.optimizer.lr
         )
         self.watch.at("waiting for data", number)
-        samples = self.stopping.unless_asked(lambda: self.feed.batch(self.step))
+        samples = self.stopping.unless_asked(
+            partial(self.feed.batch, self.step), self.feed.collective
+        )
         waited = time.perf_counter() - began
         self.watch.at("in its step", number)
         done = self.trainer.step(

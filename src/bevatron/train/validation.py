@@ -9,8 +9,8 @@ import numpy as np
 
 from bevatron.progress import progress
 from bevatron.train.config import RunConfig
+from bevatron.train.feed import Feed
 from bevatron.train.hang_watch import Watch
-from bevatron.train.read_ahead import ReadAhead
 from bevatron.train.step_metrics import Meter
 from bevatron.train.stop_signals import Stopping
 from bevatron.train.trainer import Trainer
@@ -22,7 +22,7 @@ class Validation:
     def __init__(
         self,
         config: RunConfig,
-        feed: ReadAhead,
+        feed: Feed,
         trainer: Trainer,
         meter: Meter,
         stopping: Stopping,
@@ -62,7 +62,9 @@ class Validation:
         with progress("validating", self.batches, "batches", show=is_main) as advance:
             for i in range(self.batches):
                 self.watch.at("validating", step)
-                batch = self.stopping.unless_asked(partial(self.feed.validation_batch, i))
+                batch = self.stopping.unless_asked(
+                    partial(self.feed.validation_batch, i), self.feed.collective
+                )
                 part = self.trainer.evaluate(batch)
                 if part is None:
                     return False

@@ -1,30 +1,76 @@
-"""The batches of a run, whatever they are made of, read a step ahead."""
+"""What feeds a run: which samples a step takes, read a step ahead, and what is saved so that the
+next ones follow.
+
+Most feeds are functions of the position in an endless order of samples, and remember nothing. One
+that does remember says so by `snapshot` and `restore`. One whose batches are made by all ranks
+together, such as by sampling from the model that is trained, is `collective`.
+"""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from numpy.typing import NDArray
 
 from bevatron.checkpoint.storage import threads_are_free
-from bevatron.train.batches import Batches
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import Samples, Stored
 from bevatron.train.run_start import Start
 
+if TYPE_CHECKING:
+    from bevatron.train.trainer import Trainer
+
 Batch = dict[str, NDArray[Any]]
+Memory = dict[str, Any]  # JSON
+Since = tuple[int, int, int]  # from this step (counted from 0) and sample on, so many a step
 
 
-class ReadAhead(ABC):
-    """Samples as a function of the step: nothing to save, nothing to lose.
+class Batches:
+    """The position in the order of samples, as a function of the step.
 
-    While a step computes, a thread reads the next one's samples. An error on the way is raised when
-    that step asks for them.
+    Args:
+        history: what held from when on; the first from step 0, then ascending.
+    """
+
+    def __init__(self, history: Sequence[Since]) -> None:
+        self.history = [(int(step), int(at), int(size)) for step, at, size in history]
+
+    @classmethod
+    def of(cls, global_batch: int) -> Batches:
+        """Those of a run whose global batch never changed."""
+        return cls([(0, 0, global_batch)])
+
+    @classmethod
+    def saved(cls, state: Mapping[str, Any], global_batch: int) -> Batches:
+        """Those of a step's train_state.json, which did not have them in earlier versions: its
+        samples were always step * `global_batch`, that of its configuration."""
+        return cls(state.get("batches", [(0, 0, global_batch)]))
+
+    def followed_by(self, step: int, global_batch: int) -> Batches:
+        """The same up to `step`, and batches of this size after it."""
+        if self.history[-1][2] == global_batch:
+            return self
+        before = [since for since in self.history if since[0] < step]
+        return Batches([*before, (step, self.position(step), global_batch)])
+
+    def position(self, step: int) -> int:
+        """The first sample of update number `step` (from 0): how many came before it."""
+        first, at, size = next(s for s in reversed(self.history) if s[0] <= step)
+        return at + (step - first) * size
+
+    def state(self) -> list[Since]:
+        """What train_state.json keeps of it."""
+        return self.history
+
+
+class Feed(ABC):
+    """While a step computes, a thread reads the next one's samples. An error on the way is raised
+    when that step asks for them. A collective feed reads when it is asked, on all ranks at once.
 
     Args:
         global_batch: samples of a step over all ranks.
@@ -32,8 +78,13 @@ class ReadAhead(ABC):
         batches: which samples a step takes, if not always so many.
 
     Attributes:
+        collective: whether all ranks take part in making a batch; those with equal `dp_rank` are
+            asked for the same positions and must get the same. Whether to stop has been agreed by
+            then, and a signal meanwhile waits for the step's end.
         wait_s: seconds for which the last `batch` had to wait for its samples.
     """
+
+    collective: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -49,8 +100,9 @@ class ReadAhead(ABC):
         self.device = device
         self.wait_s = 0.0
         self._reader: ThreadPoolExecutor | None = None
-        self._ahead: tuple[int, Future[Batch]] | None = None
-        if threads_are_free():
+        self._ahead: tuple[int, Future[tuple[Batch, Memory]]] | None = None
+        self._memories: dict[int, Memory] = {}  # by how many batches had been taken
+        if threads_are_free() and not self.collective:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
 
     @classmethod
@@ -104,6 +156,35 @@ class ReadAhead(ABC):
     def summary(self, steps: int) -> list[str]:
         """Lines about what a run of so many steps takes."""
 
+    def bind(self, trainer: Trainer) -> None:
+        """Before the first batch: what is trained, for a feed that asks it. Its weights are in
+        place, and those of the updates so far whenever a collective feed is asked."""
+        self.trainer = trainer
+
+    def snapshot(self) -> Memory:
+        """What the samples after the last ones read depend on besides their positions, the same on
+        every rank; JSON. Called after each reading, where that was done."""
+        return {}
+
+    def restore(self, memory: Memory) -> None:
+        """Go on from a `snapshot`, at whatever layout; here, one of a feed that remembers, which
+        the run had before its objective became another."""
+        del memory
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What train_state.json keeps, once `step` updates have been made."""
+        out: dict[str, Any] = {"samples": self.batches.position(step)}
+        out["batches"] = self.batches.state()
+        if memory := self._memories.get(step):
+            out["feed"] = memory
+        return out
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`, whose batches are those of this feed already."""
+        if memory := state.get("feed"):
+            self.restore(memory)
+            self._memories = {int(state["step"]): memory}
+
     def batch(self, step: int) -> Samples:
         """This rank's samples of update number `step` (from 0)."""
         began = time.perf_counter()
@@ -137,10 +218,19 @@ class ReadAhead(ABC):
         first = begin + self.dp_rank * n
         return range(first, first + n)
 
-    def _read(self, step: int) -> Batch:
-        return self.read_training(self._mine(self.batches.position(step)))
+    def _read(self, step: int) -> tuple[Batch, Memory]:
+        rows = self.read_training(self._mine(self.batches.position(step)))
+        return rows, self.snapshot()
 
     def _take(self, step: int) -> Batch:
+        rows, memory = self._read_or_wait(step)
+        # A step that is not taken after all, as another rank was asked to stop, is not saved: the
+        # memory before it is still there.
+        before = {step: self._memories[step]} if step in self._memories else {}
+        self._memories = before | {step + 1: memory}
+        return rows
+
+    def _read_or_wait(self, step: int) -> tuple[Batch, Memory]:
         ahead, self._ahead = self._ahead, None
         if self._reader is None:
             return self._read(step)
