@@ -194,8 +194,8 @@ class Calibration:
     def _pieces(self, samples: int) -> dict[str, tuple[int, Tensor]]:
         """What this rank adds to the whole: name -> begin and values. Every part comes from one
         rank alone, or is a part of a sum."""
-        mesh, comm, spec = self.placed.mesh, self.comm, self.placed.spec
-        if mesh.get_local_rank("dp_replicate") or mesh.get_local_rank("dp_shard"):
+        comm, spec = self.comm, self.placed.spec
+        if self.placed.dp_rank > 0:
             return {}
         pieces: dict[str, tuple[int, Tensor]] = {}
         channels = torch.zeros(spec.hidden_size, dtype=torch.float64)

@@ -96,17 +96,14 @@ class Runner:
         others are only reported. All are zero on all ranks but those with the last stage.
         Afterwards every parameter of this rank has its whole gradient."""
         self.scale, self.sums = scale, torch.zeros(self.entries, device=ids.device)
-        self._fill_tied_head()
+        if self.placed.tied is not None:
+            self.placed.tied.fill_head()
         if self.schedule is None:
             self._accumulate(ids, batch)
         else:
             self._run_schedule(ids, batch)
         self._finish_gradients()
         return self.sums
-
-    def _fill_tied_head(self) -> None:
-        if self.placed.tied is not None:
-            self.placed.tied.fill_head()
 
     def _finish_gradients(self) -> None:
         expected = dict(self.placed.parameters)
