@@ -195,12 +195,12 @@ def test_numbers_that_are_none_are_kept_and_counted(tmp_path):
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, monkeypatch):
     root = write(tmp_path / "nt", llama(), tp=2)
-    from bevatron.bridge import import_foreign
+    from bevatron.bridge import foreign_checkpoint
 
     late = root / QKV / "model_weight_pp-rank-0-of-1_tp-rank-1-of-2.safetensors"
-    copy = import_foreign.read_back
+    copy = foreign_checkpoint.read_back
     monkeypatch.setattr(
-        import_foreign,
+        foreign_checkpoint,
         "read_back",
         lambda *args: late.write_bytes(late.read_bytes()) and copy(*args),
     )

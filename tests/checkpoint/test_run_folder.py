@@ -11,7 +11,8 @@ import pytest
 
 from bevatron.checkpoint import run_folder
 from bevatron.checkpoint.manifest import Manifest, read_manifest
-from bevatron.checkpoint.run_folder import RunFolder, hash_file, resolve
+from bevatron.checkpoint.read_boxes import hash_file
+from bevatron.checkpoint.run_folder import RunFolder, resolve
 from bevatron.errors import BevatronError, CheckpointError
 
 

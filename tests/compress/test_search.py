@@ -31,8 +31,7 @@ from bevatron.compress.search.search_results import State, ranked, stages_of, st
 from bevatron.compress.verb_options import Comparison
 from bevatron.data.token_store import TokenStore
 from bevatron.errors import BevatronError
-from bevatron.evaluate.perplexity import evaluate
-from bevatron.evaluate.scored_model import open_engine
+from bevatron.evaluate.perplexity import evaluate, open_engine
 from bevatron.spec.count import parameter_count
 from bevatron.train import launch
 from bevatron.train.trainer import Trainer

@@ -14,7 +14,7 @@ from bevatron.cli.main import app
 from bevatron.data.token_store import FILE_NAME, TokenStore
 from bevatron.data.tokenize import tokenize
 from bevatron.errors import BevatronError
-from bevatron.evaluate.sliding_windows import windows
+from bevatron.evaluate.perplexity import windows
 
 TEXT = Path(json.__file__).read_text()
 POEM = "Über allen Gipfeln ist Ruh 🎻\n" * 20

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.bridge import assemble, export_hf, import_hf
+from bevatron.bridge import assemble, convert, import_hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint import new_folder
@@ -282,7 +282,7 @@ def full(verb: str, root: Path, option: str) -> tuple[int, list[str]]:
     if early or early is None:
         failures.append(f"the lack of room was not seen beforehand: {early}")
     # From here on as if others filled the disk after the check.
-    for module in (import_hf, export_hf, prune, assemble):
+    for module in (import_hf, convert, prune, assemble):
         module.check_space = lambda *args: None
     cases = 0
     while True:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bevatron.bridge import assemble, export_hf, import_hf
+from bevatron.bridge import assemble, convert, import_hf
 from bevatron.bridge.convert import export_checkpoint, import_checkpoint
 from bevatron.checkpoint.new_folder import new_folder
 from bevatron.errors import BevatronError
@@ -227,14 +227,14 @@ def paused(source: Path, target: Path, *flags: str) -> Iterator[subprocess.Popen
     """`bevatron import`, halted after the weights until a line is written to it."""
     code = (
         "import sys\n"
-        "from bevatron.bridge import importer\n"
+        "from bevatron.bridge import import_hf\n"
         "from bevatron.cli.main import main\n"
-        "copy = importer._copy_others\n"
+        "copy = import_hf._copy_others\n"
         "def halt(*args):\n"
         "    print('halted', flush=True)\n"
         "    sys.stdin.readline()\n"
         "    copy(*args)\n"
-        "importer._copy_others = halt\n"
+        "import_hf._copy_others = halt\n"
         "main()\n"
     )
     command = [sys.executable, "-c", code, "import", str(source), str(target), *flags]
@@ -361,7 +361,7 @@ def test_fault_38_source_that_changes_while_it_is_read(
 
         yield advance
 
-    modules = {"import": import_hf, "export": export_hf, "prune": assemble}
+    modules = {"import": import_hf, "export": convert, "prune": assemble}
     monkeypatch.setattr(modules[verb], "shown_progress", progress)
     before = sorted(source.parent.iterdir())
     with pytest.raises(BevatronError, match=r"changed while it was being read") as caught:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from bevatron.checkpoint.manifest import read_manifest
-from bevatron.checkpoint.run_folder import hash_file
+from bevatron.checkpoint.read_boxes import hash_file
 from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.data.sample_order import Sampler
 from bevatron.data.token_store import TokenStore

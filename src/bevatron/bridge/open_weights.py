@@ -82,6 +82,12 @@ class Opened:
         return max(sizes, key=lambda d: sizes[d])
 
     @property
+    def tokenizer(self) -> Path | None:
+        """The source's tokenizer.json, if it has one."""
+        path = self.source / "tokenizer.json" if self.source else None
+        return path if path is not None and path.is_file() else None
+
+    @property
     def of_a_run(self) -> bool:
         """Whether this is a full step of a training run, with the state of its optimizer."""
         return any(name.startswith("optimizer/") for name in self.manifest.tensors)

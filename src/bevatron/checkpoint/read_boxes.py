@@ -50,6 +50,22 @@ def spell(hasher: Hasher) -> str:
     return f"xxh3:{hasher.hexdigest()}"
 
 
+def hash_bytes(data: bytes | memoryview) -> str:
+    """`xxh3:...` of bytes in memory."""
+    hasher = new_hasher()
+    hasher.update(memoryview(data))
+    return spell(hasher)
+
+
+def hash_file(path: Path) -> str:
+    """`xxh3:...` of a file on disk, read through in small parts. Raises OSError."""
+    hasher, buffer = new_hasher(), memoryview(bytearray(HASH_BUFFER))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            hasher.update(buffer[:n])
+    return spell(hasher)
+
+
 class Run(NamedTuple):
     """`nbytes` bytes of a tensor from its row-major byte `begin` on lie in `file` at byte `at`, as
     part of its chunk number `chunk`."""

@@ -24,7 +24,7 @@ from bevatron.checkpoint.folder_lock import lock
 from bevatron.checkpoint.manifest import FILE_NAME, Manifest, NewerFormatError
 from bevatron.checkpoint.new_folder import make_parents, put, remove_empty, replace_text, sync
 from bevatron.checkpoint.rank_tables import Merged, check_sizes, sizes_of
-from bevatron.checkpoint.read_boxes import new_hasher, spell
+from bevatron.checkpoint.read_boxes import hash_file
 from bevatron.checkpoint.storage import located
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import CheckpointError
@@ -226,13 +226,6 @@ def delete_folder(folder: Path) -> None:
     if folder.is_dir():
         folder.rename(gone)
         shutil.rmtree(gone)
-
-
-def hash_file(path: Path) -> str:
-    """`xxh3:...` of a small file."""
-    hasher = new_hasher()
-    hasher.update(memoryview(path.read_bytes()))
-    return spell(hasher)
 
 
 def _others(folder: Path) -> list[str]:

@@ -264,8 +264,7 @@ def eval_(
         limited = [] if limit is None else ["--limit", str(limit)]
         run_tasks(ckpt, tasks, model, [*limited, *context.args], device=device, as_json=as_json)
         return
-    from bevatron.evaluate.perplexity import check_data, evaluate
-    from bevatron.evaluate.scored_model import open_engine
+    from bevatron.evaluate.perplexity import check_data, evaluate, open_engine
 
     unknown = [argument for argument in context.args if argument.startswith("-")]
     if unknown:

@@ -32,8 +32,8 @@ from bevatron.compress.importance_scores import (
 )
 from bevatron.compress.verb_options import Measuring
 from bevatron.data.sample_order import Sampler
-from bevatron.data.token_store import StoreError, TokenStore
-from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
+from bevatron.data.token_store import TokenStore
+from bevatron.data.tokenizer import check_made_with
 from bevatron.errors import BevatronError
 from bevatron.nn.decoder import LEFT_OUT, NO_CHOICES, Choices
 from bevatron.nn.output_heads import Compute
@@ -178,7 +178,7 @@ def open_sampler(opened: Opened, data: Sequence[str | Path], plan: Plan, layout:
     stores = [TokenStore.open(Path(path)) for path in data]
     for store in stores:
         store.check_vocab(opened.spec.vocab_size)
-        _check_tokenizer(opened, store)
+        check_made_with(store, opened.tokenizer, opened.folder)
     sampler = Sampler([(s, float(s.tokens)) for s in stores], plan.seq_len, plan.seed)
     if plan.samples > sampler.epoch_length:
         raise BevatronError(
@@ -187,20 +187,6 @@ def open_sampler(opened: Opened, data: Sequence[str | Path], plan: Plan, layout:
             f"for; use --samples {sampler.epoch_length}, a smaller --seq-len, or more text"
         )
     return sampler
-
-
-def _check_tokenizer(opened: Opened, store: TokenStore) -> None:
-    """Refuse tokens of another tokenizer, if the model has one: they would excite other neurons."""
-    file = opened.source / TOKENIZER if opened.source is not None else None
-    if file is None or not file.is_file():
-        return
-    own, info = open_tokenizer(file), store.info
-    if info.fingerprint != own.fingerprint and info.encoding != own.encoding:
-        raise StoreError(
-            f"{store.path}: was made with the tokenizer {info.tokenizer} ({info.fingerprint}), the "
-            f"model's is {own.file} ({own.fingerprint}); make it anew with `bevatron tokenize "
-            f"--tokenizer {opened.folder}`"
-        )
 
 
 def precision_of(opened: Opened, dtype: str | None) -> str:

@@ -149,6 +149,11 @@ class TokenStore:
         """[documents]: index of the first token of each."""
         return np.fromfile(self.path / DOCUMENTS, dtype="<i8").astype(np.int64)
 
+    def made_with(self, fingerprint: str, encoding: str | None) -> bool:
+        """Whether its tokenizer is this one, or one that encodes alike (merely saved anew)."""
+        known = self.info.encoding
+        return self.info.fingerprint == fingerprint or (known is not None and known == encoding)
+
     def check_vocab(self, vocab_size: int) -> None:
         """Raises StoreError if a token here has no row in a model's embedding."""
         if self.info.max_id >= vocab_size:

@@ -12,9 +12,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from bevatron.checkpoint.read_boxes import new_hasher, spell
+from bevatron.checkpoint.read_boxes import hash_bytes
 from bevatron.checkpoint.run_folder import is_native, resolve
 from bevatron.checkpoint.strict_json import read_object
+from bevatron.data.token_store import StoreError, TokenStore
 from bevatron.errors import BevatronError
 
 TOKENIZER = "tokenizer.json"
@@ -74,19 +75,13 @@ def open_tokenizer(source: str | Path) -> OpenTokenizer:
     size = max(ids) + 1
     eos, bos, pad = (special_id(file, encoder, kind) for kind in ("eos", "bos", "pad"))
     return OpenTokenizer(
-        str(source), file, encoder, _hash(data), _encoding(encoder), size, eos, bos, pad
+        str(source), file, encoder, hash_bytes(data), _encoding(encoder), size, eos, bos, pad
     )
 
 
 def fingerprint(source: str | Path) -> str:
     """`xxh3:...` of a tokenizer's tokenizer.json, without opening it."""
-    return _hash(_locate(source).read_bytes())
-
-
-def _hash(data: bytes) -> str:
-    hasher = new_hasher()
-    hasher.update(memoryview(data))
-    return spell(hasher)
+    return hash_bytes(_locate(source).read_bytes())
 
 
 def _encoding(encoder: Tokenizer) -> str:
@@ -95,7 +90,7 @@ def _encoding(encoder: Tokenizer) -> str:
     decides = {
         key: raw.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")
     }
-    return _hash(json.dumps(decides, sort_keys=True).encode())
+    return hash_bytes(json.dumps(decides, sort_keys=True).encode())
 
 
 def _locate(source: str | Path) -> Path:
@@ -188,3 +183,21 @@ def _named(config: Mapping[str, Any], encoder: Tokenizer, kind: str) -> int | No
     if isinstance(token, dict):
         token = token.get("content")
     return encoder.token_to_id(token) if isinstance(token, str) else None
+
+
+def check_made_with(store: TokenStore, file: Path | None, model: Path, otherwise: str = "") -> None:
+    """Refuse tokens of another tokenizer than the model's, if it has one: they mean other text.
+
+    Args:
+        file: the model's tokenizer.json; `model`: where it lies, and what else could be done, for
+            the message.
+    Raises StoreError."""
+    if file is None:
+        return
+    own, info = open_tokenizer(file), store.info
+    if not store.made_with(own.fingerprint, own.encoding):
+        raise StoreError(
+            f"{store.path}: was made with the tokenizer {info.tokenizer} ({info.fingerprint}), the "
+            f"model's is {own.file} ({own.fingerprint}); make it anew with `bevatron tokenize "
+            f"--tokenizer {model}`{otherwise}"
+        )

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from bevatron.chat.chat_template import ChatTemplate
 from bevatron.data.tokenizer import OWN_CONFIGS, open_tokenizer, special_id
 from bevatron.errors import BevatronError
-from bevatron.evaluate.scored_model import MAX_BATCH, open_engine
+from bevatron.evaluate.perplexity import MAX_BATCH, open_engine
 from bevatron.generate.answer_stream import Stream
-from bevatron.generate.engine import tokenizer_file
 from bevatron.generate.request import Request, Sampling
 
 TOGETHER = 16384  # tokens in the sequences that the engine is given at once
@@ -85,7 +84,7 @@ class BevatronLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self._add_special = True if add_bos_token is None else add_bos_token
         assert self.engine.tokenizer is not None  # else it has raised: tasks are texts
-        opened = open_tokenizer(tokenizer_file(self.engine.opened) or "")
+        opened = open_tokenizer(self.engine.opened.tokenizer or "")
         self._encoder = opened.encoder
         eos = special_id(opened.file, opened.encoder, "eos", OWN_CONFIGS)
         bos = special_id(opened.file, opened.encoder, "bos", OWN_CONFIGS)

@@ -1,4 +1,7 @@
-"""Loss, perplexity and bits per byte of a model on tokens or text."""
+"""Loss, perplexity and bits per byte of a model on tokens or text.
+
+Windows slide over the tokens of a stream, so that each but the first is scored exactly once.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,45 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from bevatron.data.table_documents import NAME
 from bevatron.data.text_documents import utf8_bytes
 from bevatron.data.token_store import FILE_NAME, TokenStore
 from bevatron.data.tokenize import tokenize
 from bevatron.data.tokenize_sources import find_files
-from bevatron.data.tokenizer import open_tokenizer
+from bevatron.data.tokenizer import check_made_with, open_tokenizer
 from bevatron.errors import BevatronError
-from bevatron.evaluate.sliding_windows import windows
-from bevatron.generate.engine import Engine, tokenizer_file
+from bevatron.generate.engine import Engine
 from bevatron.progress import progress
 
 SEQ_LEN = 2048  # unless the model's context is shorter
 TOGETHER = 16384  # tokens in the windows that the engine is given at once
 DECODED = 1 << 16  # tokens that are decoded at once to count their bytes
+MAX_BATCH = 32  # sequences at once
+
+
+def open_engine(
+    ckpt: str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dtype: str | None = None,
+    int8: bool = False,
+    device: str | None = None,
+    max_batch: int = MAX_BATCH,
+) -> Engine:
+    """`Engine.open`; `dtype`: bf16, fp16 or fp32, default: as stored."""
+    return Engine.open(
+        ckpt,
+        tp=tp,
+        pp=pp,
+        dtype=dtype,
+        int8=int8,
+        device=device,
+        max_batch=max_batch,
+        queue=2 * max_batch,
+    )
 
 
 @dataclass(frozen=True)
@@ -180,11 +206,12 @@ def _tokens(engine: Engine, path: str) -> Iterator[TokenStore]:
     if (Path(path) / FILE_NAME).is_file():
         store = TokenStore.open(Path(path))
         store.check_vocab(engine.spec.vocab_size)
-        _check_tokenizer(engine, store)
+        opened, or_text = engine.opened, ", or give the text itself as --data"
+        check_made_with(store, opened.tokenizer, opened.folder, or_text)
         yield store
         return
     assert engine.tokenizer is not None  # else it has raised: text needs one
-    own = open_tokenizer(tokenizer_file(engine.opened) or "")
+    own = open_tokenizer(engine.opened.tokenizer or "")
     with tempfile.TemporaryDirectory(prefix="bevatron-eval-") as folder:
         target = Path(folder) / "tokens"
         store = tokenize([path], target, tokenizer=own.file, append_eos=own.eos_id is not None)
@@ -192,26 +219,12 @@ def _tokens(engine: Engine, path: str) -> Iterator[TokenStore]:
         yield store
 
 
-def _check_tokenizer(engine: Engine, store: TokenStore) -> None:
-    """Refuse tokens of another tokenizer, if the model has one: their loss would say nothing."""
-    file, info = tokenizer_file(engine.opened), store.info
-    if file is None:
-        return
-    own = open_tokenizer(file)
-    if info.fingerprint != own.fingerprint and info.encoding != own.encoding:
-        raise BevatronError(
-            f"{store.path}: was made with the tokenizer {info.tokenizer} ({info.fingerprint}), the "
-            f"model's is {own.file} ({own.fingerprint}); make it anew with `bevatron tokenize "
-            f"--tokenizer {engine.opened.folder}`, or give the text itself as --data"
-        )
-
-
 def _text_bytes(engine: Engine, store: TokenStore, length: int) -> int | None:
     """Of the text behind a store's first `length` tokens: as counted when it was made, or for a
     part of it, or in a store that does not know, by decoding."""
     if length == store.tokens and store.info.text_bytes:
         return store.info.text_bytes
-    if tokenizer_file(engine.opened) is None:
+    if engine.opened.tokenizer is None:
         return None
     return sum(
         utf8_bytes(
@@ -219,3 +232,36 @@ def _text_bytes(engine: Engine, store: TokenStore, length: int) -> int | None:
         )
         for begin in range(0, length, DECODED)
     )
+
+
+class Window(NamedTuple):
+    """Tokens `begin` to `end` of a stream, of which the last `scored` are scored; the others are
+    their context."""
+
+    begin: int
+    end: int
+    scored: int
+
+
+def windows(tokens: int, seq_len: int, stride: int) -> Iterator[Window]:
+    """The windows over a stream of so many tokens. The model sees at most `seq_len` of them at
+    once: a window has one more, which is only predicted.
+
+    Args:
+        stride: how many tokens a window scores. At `seq_len` all that it predicts, which is the
+            fastest; the smaller, the more context each token has, and the lower the loss. The last
+            window is as long as the others where the stream is, so it scores fewer.
+    """
+    if seq_len < 1:
+        raise BevatronError(f"the sequence length is {seq_len}, expected at least 1")
+    if not 1 <= stride <= seq_len:
+        raise BevatronError(
+            f"the stride is {stride}, expected 1 to {seq_len}, the sequence length: a larger one "
+            "would leave tokens out"
+        )
+    done = 1  # nothing comes before the first token
+    while done < tokens:
+        # The first window has no context to give up, so it scores all that it sees
+        end = min(tokens, done + (stride if done > 1 else seq_len))
+        yield Window(max(0, end - seq_len - 1), end, end - done)
+        done = end

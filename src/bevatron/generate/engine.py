@@ -329,22 +329,16 @@ def generate(
         return engine.complete([request])[0]
 
 
-def tokenizer_file(opened: Opened) -> Path | None:
-    """The source's tokenizer.json, if it has one."""
-    path = opened.source / "tokenizer.json" if opened.source else None
-    return path if path is not None and path.is_file() else None
-
-
 def vocabulary_of(opened: Opened) -> Vocabulary:
     """Of the source's tokenizer, or of none if it has none."""
-    return Vocabulary(load_tokenizer(opened) if tokenizer_file(opened) else None)
+    return Vocabulary(load_tokenizer(opened) if opened.tokenizer else None)
 
 
 def load_tokenizer(opened: Opened) -> Any:
     """The source's tokenizer.json, by the tokenizers library."""
     from tokenizers import Tokenizer
 
-    path = tokenizer_file(opened)
+    path = opened.tokenizer
     if path is None:
         from bevatron.data.tokenizer import missing
 

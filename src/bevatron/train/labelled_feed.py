@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from bevatron.checkpoint.run_folder import hash_file
+from bevatron.checkpoint.read_boxes import hash_file
 from bevatron.data.jsonl_rows import Rows
 from bevatron.data.labelled_examples import Arrays, Labelled, Padded
 from bevatron.data.permutation import Permutation, derive

@@ -173,7 +173,7 @@ def _check_tokenizers(stores: Sequence[TokenStore], tokenizer: Path | None) -> N
     key = "set data.allow_other_tokenizer: true if that is meant"
     first = stores[0]
     for store in stores[1:]:
-        if not _same(store, first.info.fingerprint, first.info.encoding):
+        if not store.made_with(first.info.fingerprint, first.info.encoding):
             raise StoreError(
                 f"{store.path}: was made with another tokenizer ({_by(store)}) than {first.path} "
                 f"({_by(first)}); make them anew with one, or {key}"
@@ -185,7 +185,7 @@ def _check_tokenizers(stores: Sequence[TokenStore], tokenizer: Path | None) -> N
     if other:
         encoding = open_tokenizer(tokenizer).encoding
         for store in other:
-            if not _same(store, own, encoding):
+            if not store.made_with(own, encoding):
                 raise StoreError(
                     f"{store.path}: was made with another tokenizer ({_by(store)}) than the "
                     f"model's own ({tokenizer / TOKENIZER}, {own}); make it anew with `bevatron "
@@ -205,13 +205,6 @@ def check_companion(where: str, companion: Path, own: Path) -> None:
             "token ids mean other text; use models of one tokenizer, or set "
             "data.allow_other_tokenizer: true if that is meant"
         )
-
-
-def _same(store: TokenStore, fingerprint: str, encoding: str | None) -> bool:
-    """Whether a store's tokenizer is this one, or was merely saved anew."""
-    if store.info.fingerprint == fingerprint:
-        return True
-    return encoding is not None and store.info.encoding == encoding
 
 
 def _by(store: TokenStore) -> str:

@@ -180,8 +180,7 @@ class Search:
 
     def _loss(self, model: str | Path) -> float:
         """Nats per token of held-out text, as `bevatron eval` gives them."""
-        from bevatron.evaluate.perplexity import evaluate
-        from bevatron.evaluate.scored_model import open_engine
+        from bevatron.evaluate.perplexity import evaluate, open_engine
 
         options = self.options
         _free_memory()

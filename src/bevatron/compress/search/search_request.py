@@ -14,7 +14,8 @@ from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import read_spec
 from bevatron.bridge.open_weights import open_weights
 from bevatron.checkpoint.manifest import read_manifest
-from bevatron.checkpoint.run_folder import hash_file, is_native, resolve
+from bevatron.checkpoint.read_boxes import hash_file
+from bevatron.checkpoint.run_folder import is_native, resolve
 from bevatron.checkpoint.storage import located
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.compress.importance_command import layout_of
