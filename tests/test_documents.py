@@ -65,7 +65,7 @@ NAMES: dict[str, dict[str, str]] = {
     "recipes.md": {},
     "scale.md": {"tokens": STORE},
     "long-sequences.md": {}, "layouts.md": {}, "data.md": {}, "optimization.md": {},
-    "cluster.md": {}, "checkpoint-format.md": {},
+    "cluster.md": {}, "checkpoint-format.md": {"native": NATIVE, "runs/my-run": RUN},
 }  # fmt: skip
 BASE = """\
 model: {init: native}

@@ -30,6 +30,7 @@ from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, Converter, NonFinite
 from bevatron.checkpoint.manifest import Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import read_box, verify_chunk
+from bevatron.checkpoint.storage import located
 from bevatron.errors import BevatronError
 from bevatron.families.registry import FamilyError
 from bevatron.spec import ModelSpec, ParameterSpec
@@ -74,7 +75,7 @@ Parts = Callable[[ParameterSpec], tuple[Opened, Cut]]
 def assemble(
     spec: ModelSpec,
     parts: Parts,
-    dst: Path,
+    dst: str | Path,
     *,
     origin: Opened,
     family: str | None = None,
@@ -103,6 +104,7 @@ def assemble(
     that does not exist or has not the parameter's shape, for damaged sources, for sources that
     change meanwhile, and for values among those that stay that are NaN or infinite.
     """
+    dst = located(dst)
     plan = {p.name: parts(p) for p in spec.parameters()}
     entries = {p.name: _checked(p, *plan[p.name]) for p in spec.parameters()}
     table = [(f"model/{p.name}", entries[p.name].dtype, p.shape) for p in spec.parameters()]
