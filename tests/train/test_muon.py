@@ -19,9 +19,8 @@ from bevatron.parallel.whole_tensors import Owners
 from bevatron.spec import Attention
 from bevatron.train.config import MuonConfig, OptimizerConfig
 from bevatron.train.muon import momentum_at
-from bevatron.train.optimizer import make_optimizer
+from bevatron.train.optimizer_and_schedule import MATRICES, make_optimizer
 from bevatron.train.trainer import Trainer
-from bevatron.train.update_rules import MATRICES
 from tests.processes import Pool
 from tests.specs import ALL
 from tests.train.test_resume import LARGE, SAVED_AT, resume, save_after, whole_run
@@ -305,7 +304,7 @@ def test_the_fused_kernel_is_adamw(pool: Pool) -> None:
 @pytest.mark.parametrize("spec", ALL)
 def test_every_parameter_has_a_rule(spec: str) -> None:
     """Matrices of layers and nothing else by Muon; the roles that decay are those not listed."""
-    from bevatron.train.update_rules import groups
+    from bevatron.train.optimizer_and_schedule import groups
 
     config = OptimizerConfig(name="muon", lr=0.02, no_decay=["norm", "score"])
     model = ALL[spec]

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from transformers.optimization import get_wsd_schedule
 
 from bevatron.train.config import ScheduleConfig
-from bevatron.train.learning_rate import decay_steps, learning_rate
+from bevatron.train.optimizer_and_schedule import decay_steps, learning_rate
 
 LR = 1.0
 NAMES = ["cosine", "constant", "linear", "one_sqrt", "wsd"]

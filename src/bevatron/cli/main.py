@@ -12,7 +12,7 @@ import typer
 
 from bevatron.cli.app import OTHER, app
 from bevatron.errors import failure
-from bevatron.train.stop_signals import end_with_agent
+from bevatron.train.processes_and_signals import end_with_agent
 
 # Their verbs, in the order of the help.
 from bevatron.cli import convert, train, compress, generate  # noqa: F401  # isort: skip

@@ -150,7 +150,7 @@ def train(
     from bevatron.recipes import find
     from bevatron.train.config_reference import known_keys
     from bevatron.train.launch import train as start
-    from bevatron.train.run_processes import ONE_NODE, Nodes
+    from bevatron.train.processes_and_signals import ONE_NODE, Nodes
 
     if print_config:
         print(_printed(config, overrides or []), end="")

@@ -46,7 +46,7 @@ def importance(
     if not worker:
         _check(ckpt, [out, *([html] if html is not None else [])], data, layout, measuring)
     if not worker and count > 1:
-        from bevatron.train.run_processes import launch
+        from bevatron.train.processes_and_signals import launch
 
         words = ["importance", ckpt, str(out), *arguments(measuring)]
         words += arguments(Processes(tp, pp, layout.dp_shard))
@@ -108,7 +108,7 @@ def _work(
 
     from bevatron.compress.importance import measure
     from bevatron.parallel.on_all_ranks import on_all
-    from bevatron.train.run_processes import one_rank
+    from bevatron.train.processes_and_signals import one_rank
 
     began = time.monotonic()
     with one_rank(worker):

@@ -51,7 +51,7 @@ from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.feed import Batches
 from bevatron.train.launch import layout_of
-from bevatron.train.run_processes import one_rank
+from bevatron.train.processes_and_signals import one_rank
 from bevatron.train.token_feed import make_samplers, open_stores
 
 TOP_K = 64
@@ -84,7 +84,7 @@ def logits(
     if not worker:
         prepared(teacher, config, layout, dtype)
     if not worker and count > 1:
-        from bevatron.train.run_processes import launch
+        from bevatron.train.processes_and_signals import launch
 
         arguments = ["logits", teacher, str(config_path), *overrides, "--dtype", dtype]
         launch([*arguments, *["--json"] * as_json], count, saves=False)

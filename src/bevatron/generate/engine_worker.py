@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from bevatron.train.stop_signals import end_with_parent
+from bevatron.train.processes_and_signals import end_with_parent
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[4]))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bevatron.errors import BevatronError
 from bevatron.parallel.process_groups import default_device, world
-from bevatron.train.stop_signals import end_with_parent
+from bevatron.train.processes_and_signals import end_with_parent
 
 SIZES = {"1 KiB": 2**10, "64 MiB": 2**26}
 REPEATS = {"1 KiB": 20, "64 MiB": 3}

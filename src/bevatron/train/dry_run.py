@@ -35,9 +35,9 @@ from bevatron.train.freezing import (
     training_flops,
 )
 from bevatron.train.objectives import Objective
+from bevatron.train.optimizer_and_schedule import groups
 from bevatron.train.run_start import Start, find_start
 from bevatron.train.trainer import Trainer
-from bevatron.train.update_rules import groups
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from bevatron.errors import BevatronError
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import layer_flops
-from bevatron.train.update_rules import MATRICES
+from bevatron.train.optimizer_and_schedule import MATRICES
 
 KEY = "train.freeze"
 NEAR = 3  # names that an error lists

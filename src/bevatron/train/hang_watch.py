@@ -22,7 +22,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-from bevatron.train.run_processes import last_words
+from bevatron.train.processes_and_signals import last_words
 
 # What a rank may be doing, in the order in which one step goes through it.
 PHASES = ("starting", "waiting for data", "in its step", "validating", "saving", "exporting")

@@ -18,8 +18,14 @@ from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.missing_inputs import check_present, stand_in
-from bevatron.train.run_processes import ONE_NODE, Nodes, launch, one_rank, say_stopped
-from bevatron.train.stop_signals import Stopping
+from bevatron.train.processes_and_signals import (
+    ONE_NODE,
+    Nodes,
+    Stopping,
+    launch,
+    one_rank,
+    say_stopped,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from bevatron.checkpoint.rank_boxes import local
 from bevatron.parallel.whole_tensors import Owners
 from bevatron.spec import ModelSpec
 from bevatron.train.config import MuonConfig
-from bevatron.train.update_rules import Rule
+
+if TYPE_CHECKING:
+    from bevatron.train.optimizer_and_schedule import Rule
 
 # The quintic a*x + b*x^3 + c*x^5, steep at zero: singular values end between about 0.7 and 1.2.
 A, B, C = 3.4445, -4.7750, 2.0315

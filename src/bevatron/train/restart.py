@@ -17,7 +17,7 @@ from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig, SourceConfig, flat
 from bevatron.train.config_objective import TOKENS, defaults
 from bevatron.train.freezing import frozen_parameters
-from bevatron.train.learning_rate import learning_rate
+from bevatron.train.optimizer_and_schedule import learning_rate
 from bevatron.train.run_start import Start
 
 # nothing: no number depends on it. rounding: sums are added up otherwise. aside: the steps' numbers

@@ -28,7 +28,7 @@ from bevatron.spec import ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
 from bevatron.train.freezing import frozen_parameters
 from bevatron.train.objectives import Objective, Samples, Vector
-from bevatron.train.optimizer import NONE_LATER, make_optimizer
+from bevatron.train.optimizer_and_schedule import NONE_LATER, make_optimizer
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Whether a step with this loss and gradient norm may update the weights: a function of these two,

@@ -28,15 +28,14 @@ from bevatron.train.config import RunConfig
 from bevatron.train.feed import Batches
 from bevatron.train.freezing import frozen_parameters
 from bevatron.train.hang_watch import Watch
-from bevatron.train.learning_rate import learning_rate
 from bevatron.train.objectives import Objective
+from bevatron.train.optimizer_and_schedule import learning_rate
+from bevatron.train.processes_and_signals import Stopping, asked_by
 from bevatron.train.restart import Change
-from bevatron.train.run_processes import asked_by
 from bevatron.train.run_record import differences, made_with, start_line
 from bevatron.train.run_start import Start
 from bevatron.train.save_steps import Saver
 from bevatron.train.step_metrics import Meter
-from bevatron.train.stop_signals import Stopping
 from bevatron.train.trainer import Trainer
 from bevatron.train.validation import Validation
 

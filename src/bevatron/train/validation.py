@@ -11,8 +11,8 @@ from bevatron.progress import progress
 from bevatron.train.config import RunConfig
 from bevatron.train.feed import Feed
 from bevatron.train.hang_watch import Watch
+from bevatron.train.processes_and_signals import Stopping
 from bevatron.train.step_metrics import Meter
-from bevatron.train.stop_signals import Stopping
 from bevatron.train.trainer import Trainer
 
 
