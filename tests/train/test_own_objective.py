@@ -1,7 +1,6 @@
-"""An objective that the library has never heard of: its settings, its feed, which all ranks make
-together and which remembers, and what it asks of a model beside the trained one all stand here. It
-trains from a configuration, with a part of the model frozen, resumes, validates, and is the same at
-every layout.
+"""An objective that the library has never heard of: its settings, its feed, which asks the trained
+model, and what it asks of a model beside that all stand here. It trains from a configuration,
+resumes, validates, and is the same at every layout.
 
 It is a small preference loss: every sample is liked or not, and the model is to find it likelier,
 or less likely, than a reference does. So a sequence's loss is a curve over the sum of its tokens'
@@ -12,6 +11,7 @@ frozen.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,8 +30,14 @@ from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE, log_probabilities
 from bevatron.parallel.companion import Companion
-from bevatron.parallel.forward_pass import token_log_probabilities
-from bevatron.parallel.on_all_ranks import on_all
+from bevatron.parallel.context_parallel import ContextParallel
+from bevatron.parallel.forward_pass import (
+    forward,
+    joined,
+    micro_batches,
+    on_all_stages,
+    token_log_probabilities,
+)
 from bevatron.spec import ModelSpec
 from bevatron.train.config_file import load_config
 from bevatron.train.config_objective import KINDS, Kind
@@ -62,34 +69,57 @@ class LikedKind(Kind):
         return Liked(asked, self.beta)
 
 
+def sequence_log_probabilities(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
+    """log p [B] of every sequence: what the feed asks the trained model for."""
+    each = token_log_probabilities(comm, spec, batch)
+    return lambda hidden, weight: comm.context.sum(each(hidden, weight).sum(1))
+
+
 class LikedFeed(TokenFeed):
-    """Windows of token stores, of which every third is liked, counted from where all ranks
-    together say; they remember what they have said."""
+    """Windows of token stores, of which every third is liked. With them comes a baseline: how
+    likely the model finds such windows as it has been trained so far. All ranks compute it
+    together, and the feed remembers its running mean."""
 
     collective = True
-    said = 0
+    mean: float | None = None
 
     def read_training(self, positions: range) -> Batch:
-        self.said += max(on_all(lambda: positions.stop)) // 4
-        return super().read_training(positions) | self._liked(positions, self.said)
+        rows = super().read_training(positions) | self._liked(positions)
+        found = self._asked(torch.from_numpy(rows["tokens"]))
+        dist.all_reduce(found)
+        now = float(found) / dist.get_world_size()
+        self.mean = now if self.mean is None else 0.5 * self.mean + 0.5 * now
+        return rows | {"baseline": np.full(len(positions), self.mean, dtype=np.float32)}
 
     def read_validation(self, positions: range) -> Batch:
-        return super().read_validation(positions) | self._liked(positions, 0)
-
-    def _liked(self, positions: range, said: int) -> Batch:
-        return {"liked": (np.array(positions) + said) % 3 == 0}
+        return super().read_validation(positions) | self._liked(positions)
 
     def snapshot(self) -> Memory:
-        return {"said": self.said}
+        return {"mean": self.mean}
 
     def restore(self, memory: Memory) -> None:
-        self.said = memory["said"]
+        self.mean = memory["mean"]
+
+    def _asked(self, tokens: Tensor) -> Tensor:
+        """The mean log p of a token in these windows, of the model that is trained."""
+        placed, n = self.trainer.placed, len(tokens)
+        ids, batch = tokens[:, :-1], {"labels": tokens[:, 1:]}
+        if placed.layout.cp > 1:
+            ids, batch = ContextParallel(placed.mesh["cp"]).take(ids, batch)
+        parts = micro_batches(ids, batch, 2)
+        ends = [found.end for found in forward(placed, parts, sequence_log_probabilities)]
+        end = joined(ends) if placed.is_last else None
+        whole = on_all_stages(placed, end, (n,), torch.float32)
+        return whole.sum() / tokens[:, 1:].numel()
+
+    def _liked(self, positions: range) -> Batch:
+        return {"liked": np.array(positions) % 3 == 0}
 
 
 class Liked:
-    """The mean over samples of -log sigmoid(beta * (log p(sequence) - the reference's)), of those
-    that are not liked with the other sign. Reports the mean difference,
-    so signed."""
+    """The mean over samples of -log sigmoid(beta * (difference + baseline)). The difference is that
+    of a sequence's log-probability to the reference's, with the other sign if it is not liked; its
+    mean is reported."""
 
     name = "liked"
     entries, counted = 2, 1
@@ -106,7 +136,9 @@ class Liked:
             labels = labels.masked_fill(blank[:, None], IGNORE)
         sign = torch.where(samples["liked"], 1.0, -1.0)  # [n]
         counts = torch.ones_like(sign) if blank is None else (~blank).float()
-        return tokens[:, :-1], {"labels": labels, "sign": sign, "counts": counts}
+        baseline = samples.get("baseline", torch.zeros_like(sign))  # none in a validation
+        batch = {"labels": labels, "sign": sign, "counts": counts, "baseline": baseline}
+        return tokens[:, :-1], batch
 
     def count(self, batch: dict[str, Tensor]) -> Sequence[int]:
         return (int(batch["counts"].sum()),)
@@ -119,7 +151,7 @@ class Liked:
             )
             ratio = context.sum((ours - batch["reference"]).sum(1))  # [B]
             right = batch["sign"] * ratio
-            losses = -F.logsigmoid(self.beta * right) * batch["counts"]
+            losses = -F.logsigmoid(self.beta * (right + batch["baseline"])) * batch["counts"]
             margins = right.detach() * batch["counts"]
             # Every rank that shares the sequences has the whole of it, and gives its share.
             return torch.stack((losses.sum(), margins.sum())) / context.size
@@ -135,7 +167,7 @@ class Liked:
 
 
 OURS = ("objective={name: liked, reference: spec.json}", "data.validation=[{path: tokens}]")
-OURS += ("train.val_every=3", "train.val_batches=2", "optimizer.lr=6.0e-3")
+OURS += ("train.val_every=3", "train.val_batches=2", "optimizer.lr=3.0e-3")
 OURS += ("train.freeze=[embed.*, layers.0.mlp.*]",)
 
 
@@ -172,20 +204,19 @@ def test_it_learns_and_begins_at_the_reference(alone: list[dict[str, Any]]) -> N
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(4, "{tp: 2, pp: 2}"), (2, "{cp: 2}")])
+@pytest.mark.parametrize(("ranks", "layout"), [(4, "{tp: 2, pp: 2}"), (4, "{cp: 2, dp_shard: 2}")])
 def test_it_is_the_same_at_every_layout_and_after_a_restart(
     folder: Path, pool: Pool, alone: list[dict[str, Any]], ranks: int, layout: str
 ) -> None:
-    name = f"at-{ranks}"
+    name = "-".join(re.findall(r"\w+", layout))
     for steps in (3, 6):
         more = (f"parallel={layout}", f"run.dir={name}", f"train.steps={steps}")
         pool.run(ranks, run, folder, *more)
     saved = read_manifest(folder / name / "step-00000006").tensors
     assert "optimizer/exp_avg/head.weight" in saved
     assert not [n for n in saved if n.startswith("optimizer/") and "embed" in n]
-    for step in (4, 6):
-        state = (folder / name / f"step-{step:08d}" / "train_state.json").read_text("utf-8")
-        assert json.loads(state)["feed"] == {"said": sum(range(1, step + 1))}
+    state = json.loads((folder / name / "step-00000006/train_state.json").read_text("utf-8"))
+    assert state["feed"] == {"mean": pytest.approx(-np.log(300), rel=0.1)}, "of 300 tokens"
     for got, wanted in zip(lines(folder / name), alone, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
