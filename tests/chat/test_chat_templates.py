@@ -347,6 +347,16 @@ def test_no_content_beside_tool_calls_is_no_text(how: str) -> None:
     assert tokenizer().decode(ids, skip_special_tokens=False).startswith("<|eot_id|>")
 
 
+def test_calls_of_any_shape_are_the_templates_to_judge() -> None:
+    ours = ChatTemplate({"default": STRICT.replace("%s", "")}, tokenizer())
+    for call in ({"function": "weather"}, {"name": "weather"}, {}):
+        said = ours.render([{"role": "assistant", "content": None, "tool_calls": [call]}])
+        assert json.loads(said) == [{**call, "arguments": {}}]
+    call = {"function": {"name": 5}}
+    said = ours.render([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert json.loads(said) == [{"function": {"name": 5, "arguments": {}}}]
+
+
 def test_a_call_without_arguments_has_none() -> None:
     ours = ChatTemplate(
         {"default": "{{ messages[0].tool_calls[0].function.arguments | items | list }}"},

@@ -207,8 +207,9 @@ class ChatTemplate:
         left_out = [{k: v for k, v in m.items() if v is not None} for m in chat]
         empty = [{**m, "content": m["content"] or ""} for m in chat]
         calls = [call for m in chat for call in m.get("tool_calls") or ()]
-        functions = [call.get("function") or call for call in calls]
-        names = [str(f["name"]) for f in functions if f.get("name")]
+        inner = [call.get("function") for call in calls]
+        named = [f if isinstance(f, dict) else call for f, call in zip(inner, calls, strict=True)]
+        names = [str(f["name"]) for f in named if f.get("name")]
         best, most = left_out, -1
         for form in (left_out, empty, chat):
             try:
