@@ -28,6 +28,7 @@ from bevatron.train.freezing import first_trained_layer, frozen_parameters, trai
 from bevatron.train.launch import layout_of
 from bevatron.train.launch import work as train_
 from bevatron.train.objectives import Pretrain
+from bevatron.train.report import report
 from bevatron.train.trainer import Trainer
 from tests.commands import bevatron as command
 from tests.labelled_data import save_llama
@@ -246,6 +247,7 @@ def test_a_frozen_run_is_saved_once_and_goes_on_at_another_layout(
     cut = ["run.dir=parts", BF16, FROZEN, "train.steps=8", "parallel.pp=2", "parallel.tp=2"]
     ((said, steps),) = pool.run(4, starts, folder, [[*cut, "train.micro_batch=1"]])[0]
     assert "error" not in said and steps[:6] == expected and len(steps) == 8
+    assert "7 of 15 tensors" in report([folder / "parts"]).read_text(encoding="utf-8")
 
 
 def test_a_list_that_changed_is_said_and_asked_for(pool: Pool, tmp_path: Path) -> None:

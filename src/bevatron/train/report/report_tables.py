@@ -4,11 +4,13 @@ starts. Everything that comes from a run is escaped here."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from typing import Any
 
 from bevatron.bridge.inspect import sizes
 from bevatron.charts.html_page import table
+from bevatron.errors import BevatronError
 from bevatron.spec import ModelSpec
 from bevatron.train.report.run_reading import Checkpoint, Record
 
@@ -61,9 +63,23 @@ def model(record: Record, of: str) -> str:
     assert spec is not None
     facts: dict[str, Any] = {"family": record.family, "layers": len(spec.layers)}
     facts["parameters"] = sum(p.numel for p in spec.parameters())
+    if frozen := _frozen(record, spec):
+        facts["frozen"] = frozen
     rows = {k: _said(v) for k, v in {**facts, **sizes(spec)}.items()}
     title = f"Model of {escape(of)}" if of else "Model"
     return f"<h2>{title}</h2>{_layers(spec)}<div class='columns'>{_rows(rows)}</div>"
+
+
+def _frozen(record: Record, spec: ModelSpec) -> str:
+    """How much of the model `train.freeze` holds still; empty if nothing."""
+    patterns = record.config.get("train", {}).get("freeze")
+    if not patterns:
+        return ""
+    from bevatron.train.freezing import describe, frozen_parameters  # torch, for few pages
+
+    with suppress(BevatronError):  # of a configuration that somebody edited
+        return describe(spec, frozen_parameters(spec, patterns))
+    return ""
 
 
 def _layers(spec: ModelSpec) -> str:
