@@ -10,9 +10,10 @@ from unittest.mock import patch
 import pytest
 import torch.distributed as dist
 
-from bevatron.checkpoint.manifest import Manifest, read_manifest
+from bevatron.checkpoint.manifest import read_manifest
+from bevatron.checkpoint.rank_tables import merge_tables
 from bevatron.checkpoint.run_folder import RunFolder
-from bevatron.checkpoint.save_and_load import box_reader, merge, write_rank
+from bevatron.checkpoint.save_and_load import box_reader, write_rank
 from bevatron.nn import attention_kernels, tiled_attention
 from bevatron.parallel import compile_and_recompute
 from bevatron.parallel.layout import Layout
@@ -135,9 +136,13 @@ def through_checkpoints(case: Case, path: Path, until: int) -> list[tuple[float,
     done = [trainer.step(samples(trainer, s), 1e-2) for s in range(begin, until)]
     on_all(lambda: run.begin(until) if main else None)
     temporary = path / f".step-{until:08d}.partial"
-    ranks = on_all(lambda: write_rank(temporary, trainer.to_save(), dist.get_rank()))
-    saved = Manifest("llama", until, merge(ranks))
-    on_all(lambda: run.commit(temporary, until, saved, {}) if main else None)
+    on_all(lambda: write_rank(temporary, trainer.to_save(), dist.get_rank()))
+
+    def commit() -> None:
+        merged = merge_tables(temporary, dist.get_world_size(), "llama", until)
+        run.commit(temporary, until, merged, {})
+
+    on_all(lambda: commit() if main else None)
     return done
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bevatron.bridge.inspect import inspect
-from bevatron.checkpoint.manifest import Manifest
-from bevatron.checkpoint.save_and_load import Saved, merge, write_rank
+from bevatron.checkpoint.rank_tables import merge_tables
+from bevatron.checkpoint.save_and_load import Saved, write_rank
 from bevatron.compress.importance_scores import Scores, expected
 from bevatron.compress.kept_indices import cut, keep
 from bevatron.compress.pruned_spec import Shape
@@ -129,7 +129,8 @@ def native(tmp_path: Path, registered: None) -> Path:
         Saved(f"model/{name}", p, p.detach(), torch.float32)
         for name, p in decoder.named_parameters()
     ]
-    manifest = Manifest("llama_nemotron", 0, merge([write_rank(tmp_path, saved, 0)]))
+    write_rank(tmp_path, saved, 0)
+    manifest = merge_tables(tmp_path, 1, "llama_nemotron", 0)
     (tmp_path / "spec.json").write_text(to_json(SPEC))
     (tmp_path / "manifest.json").write_text(manifest.to_json())
     return tmp_path

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bevatron.checkpoint.manifest import Manifest, read_manifest
+from bevatron.checkpoint.manifest import read_manifest
+from bevatron.checkpoint.rank_tables import merge_tables
 from bevatron.checkpoint.run_folder import RunFolder
-from bevatron.checkpoint.save_and_load import box_reader, merge, write_rank
+from bevatron.checkpoint.save_and_load import box_reader, write_rank
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.on_all_ranks import on_all
 from tests.parallel.layouts import case
@@ -35,9 +36,13 @@ def save_after(case: Case, path: Path) -> list[tuple[float, float]]:
     main = dist.get_rank() == 0
     on_all(lambda: run.begin(SAVED_AT) if main else None)
     temporary = path / f".step-{SAVED_AT:08d}.partial"
-    ranks = on_all(lambda: write_rank(temporary, trainer.to_save(), dist.get_rank()))
-    manifest = Manifest("llama", SAVED_AT, merge(ranks))
-    on_all(lambda: run.commit(temporary, SAVED_AT, manifest, {}) if main else None)
+    on_all(lambda: write_rank(temporary, trainer.to_save(), dist.get_rank()))
+
+    def commit() -> None:
+        merged = merge_tables(temporary, dist.get_world_size(), "llama", SAVED_AT)
+        run.commit(temporary, SAVED_AT, merged, {})
+
+    on_all(lambda: commit() if main else None)
     return [trainer.step(samples(trainer, s), 1e-2) for s in range(SAVED_AT, STEPS)]
 
 

@@ -25,12 +25,13 @@ from bevatron.bridge.open_weights import copy_tokenizer
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import fingerprint
 from bevatron.bridge.write_native import commit
-from bevatron.checkpoint.manifest import Manifest
+from bevatron.checkpoint.manifest import read_manifest
 from bevatron.checkpoint.new_folder import check_target, new_folder, working_folder
 from bevatron.checkpoint.rank_boxes import box, is_first_copy, local
-from bevatron.checkpoint.save_and_load import SPELLED, Boxes, Saved, box_reader
+from bevatron.checkpoint.rank_tables import merge_tables
+from bevatron.checkpoint.save_and_load import SPELLED, Saved, box_reader, write_rank
 from bevatron.parallel.on_all_ranks import on_all
-from bevatron.parallel.placed_weights import write_boxes
+from bevatron.parallel.placed_weights import carried
 
 T = TypeVar("T")
 
@@ -115,9 +116,15 @@ def _written(
             Saved(f"model/{name}", p, local(p.detach()), model.dtypes[name])
             for name, p in placed.parameters.items()
         ]
-        tensors = write_boxes(folder, saved, origin)
+
+        def write() -> None:
+            rank = dist.get_rank()
+            more = carried(origin) if rank == 0 and origin is not None else []
+            write_rank(folder, [*saved, *more], rank)
+
+        on_all(write)
         unchanged = all(on_all(lambda: _holds_source(model)))
-        on_first(lambda: _describe(model, folder, tensors, unchanged, tokenizer))
+        on_first(lambda: _describe(model, folder, unchanged, tokenizer))
         yield folder
 
 
@@ -146,18 +153,18 @@ def _holds_source(model: DistributedModel) -> bool:
 def _describe(
     model: DistributedModel,
     folder: Path,
-    tensors: Boxes,
     unchanged: bool,
     tokenizer: Path | None,
 ) -> None:
-    """All files besides the tensors; the manifest last."""
+    """All files besides the tensors."""
     origin, source = model.origin, folder / "source"
     step = origin.weights.manifest.step if origin.weights is not None else 0
-    manifest = Manifest(origin_family(model), step, tensors)
+    merged = merge_tables(folder, dist.get_world_size(), origin_family(model), step)
+    commit(folder, model.spec, merged)
     if origin.weights is not None:
         origin.weights.copy_origin(folder)
         if origin.weights.provenance is not None and unchanged:
-            record = replace(origin.weights.provenance, weights=fingerprint(manifest))
+            record = replace(origin.weights.provenance, weights=fingerprint(read_manifest(folder)))
             (folder / PROVENANCE).write_text(record.to_json(), encoding="utf-8")
     elif origin.config is not None:
         source.mkdir()
@@ -166,4 +173,3 @@ def _describe(
     tokenizer = tokenizer or origin.tokenizer
     if tokenizer is not None and tokenizer.is_dir() and not (source / "tokenizer.json").exists():
         copy_tokenizer(tokenizer, source)
-    commit(folder, model.spec, manifest)

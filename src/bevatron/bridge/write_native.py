@@ -9,6 +9,7 @@ from pathlib import Path
 from bevatron.bridge.byte_mover import Mover
 from bevatron.checkpoint.dtypes import ITEMSIZE
 from bevatron.checkpoint.manifest import FILE_NAME, Chunk, Manifest, TensorEntry
+from bevatron.checkpoint.rank_tables import Merged
 from bevatron.checkpoint.read_boxes import new_hasher, spell
 from bevatron.checkpoint.safetensors_file import write_header
 from bevatron.spec import ModelSpec
@@ -75,7 +76,7 @@ def write_tensors(
     return entries
 
 
-def commit(folder: Path, spec: ModelSpec, manifest: Manifest) -> None:
+def commit(folder: Path, spec: ModelSpec, manifest: Manifest | Merged) -> None:
     """What every native checkpoint has beside its weights; the manifest, which makes the folder
     one, comes last."""
     (folder / "spec.json").write_text(to_json(spec), encoding="utf-8")

@@ -22,6 +22,7 @@ from torch import Tensor
 from bevatron.checkpoint.dtypes import ITEMSIZE, KINDS, NATIVE
 from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.rank_boxes import box, shares
+from bevatron.checkpoint.rank_tables import FOLDER, leave_table
 from bevatron.checkpoint.read_boxes import new_hasher, read_box, spell, verify_chunk
 from bevatron.errors import CheckpointError
 from bevatron.progress import Advance, progress
@@ -90,10 +91,24 @@ def own_share(tensors: Iterable[Saved]) -> list[Saved]:
     return [t for t, writes in zip(tensors, mine, strict=True) if writes and t.values.numel()]
 
 
-def write_rank(folder: Path, tensors: Iterable[Saved], rank: int) -> Boxes:
-    """Write this rank's boxes below `folder`; returns them as entries with (at most) one chunk."""
+def write_rank(
+    folder: Path,
+    tensors: Iterable[Saved],
+    rank: int,
+    own: Iterable[Saved] | None = None,
+    shown: str | None = None,
+) -> None:
+    """Write this rank's boxes below `folder`, and leave its table of them there, for the one that
+    joins all ranks' tables to a manifest (`rank_tables.merge_tables`).
+
+    Args:
+        tensors: all that the rank has a box of; `own`: those whose box it writes, if they are known
+            already (as copies in host memory, say).
+        shown: the progress's name."""
     tensors = list(tensors)
-    return without_chunks(tensors) | write_share(folder, own_share(tensors), rank)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    written = write_share(folder, own_share(tensors) if own is None else own, rank, shown)
+    leave_table(folder, rank, without_chunks(tensors) | written)
 
 
 def without_chunks(tensors: Iterable[Saved]) -> Boxes:
@@ -175,18 +190,6 @@ def verify_share(folder: Path, manifest: Manifest, rank: int, world: int) -> Non
         for name, tensor, chunk in own:
             verify_chunk(folder, chunk, ITEMSIZE[tensor.dtype], name)
             advance(math.prod(chunk.shape) * ITEMSIZE[tensor.dtype])
-
-
-def merge(ranks: Iterable[Boxes]) -> Boxes:
-    """All ranks' boxes as one table of global tensors."""
-    table: Boxes = {}
-    for entries in ranks:
-        for name, entry in entries.items():
-            held = table.setdefault(name, entry)
-            if held is not entry:
-                chunks = tuple(sorted((*held.chunks, *entry.chunks), key=lambda c: c.offset))
-                table[name] = TensorEntry(held.dtype, held.shape, chunks)
-    return table
 
 
 def box_reader(folder: Path, manifest: Manifest, prefix: str) -> ReadBox:

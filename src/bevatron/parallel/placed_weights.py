@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 
 import torch.distributed as dist
 
 from bevatron.bridge.open_weights import Opened
 from bevatron.checkpoint.rank_boxes import local
 from bevatron.checkpoint.save_and_load import (
-    Boxes,
     ReadBox,
     Saved,
     box_reader,
     load,
-    merge,
     verify_share,
-    write_rank,
 )
 from bevatron.nn.decoder import Variants
 from bevatron.parallel.on_all_ranks import on_all
@@ -80,19 +76,6 @@ def stream_variants(
             load({own: (parameter, local(parameter.detach()))}, opened.shapes, read)
 
     on_all(fill_mine)
-
-
-def write_boxes(folder: Path, saved: Sequence[Saved], origin: Opened | None) -> Boxes:
-    """Write every rank's boxes below `folder`, and what is carried along from `origin`.
-
-    Collective. Returns the table of all global tensors, on every rank."""
-    rank = dist.get_rank()
-
-    def write() -> Boxes:
-        more = carried(origin) if rank == 0 and origin is not None else []
-        return write_rank(folder, [*saved, *more], rank)
-
-    return merge(on_all(write))
 
 
 def carried(origin: Opened) -> list[Saved]:

@@ -31,8 +31,7 @@ from bevatron.checkpoint.save_and_load import (
     Saved,
     Snapshot,
     own_share,
-    without_chunks,
-    write_share,
+    write_rank,
 )
 from bevatron.data.tokenizer import OpenTokenizer, open_tokenizer
 from bevatron.errors import BevatronError, failed, failure
@@ -212,9 +211,7 @@ class Saver:
         try:
             for part in parts:
                 title = f"saving step {step}" if shown else None
-                written = write_share(part.folder, part.own, self.rank, title)
-                entries = without_chunks(part.tensors) | written
-                rank_tables.leave_table(part.folder, self.rank, entries)
+                write_rank(part.folder, part.tensors, self.rank, part.own, title)
         except Exception as error:
             message = f"rank {self.rank}: {failure(error)}"
             if self.is_async:  # the others will know at the next save
