@@ -23,7 +23,7 @@ from bevatron.bridge.open_weights import open_weights
 from bevatron.errors import BevatronError
 from bevatron.evaluate.verify import verify
 from bevatron.families.nanotron_config import read_model_config
-from bevatron.generate.engine import stop_tokens
+from bevatron.generate.sampling_options import defaults_of
 from bevatron.parallel.whole_decoder import load_decoder
 from tests.bridge import hf_folders
 from tests.bridge.nanotron_folders import llama, model_config, qwen2, read, whole, write
@@ -110,7 +110,7 @@ def test_biases_on_q_k_and_v_alone(tmp_path, interleaved):
     assert not (tmp_path / "hf").exists()
     config = transformers.AutoConfig.from_pretrained(tmp_path / "native" / "source")
     assert isinstance(config, transformers.Qwen2Config)
-    assert stop_tokens(open_weights(tmp_path / "native")) == {5}
+    assert defaults_of(open_weights(tmp_path / "native")).stop_tokens == {5}
 
 
 def test_a_nanotron_folder_is_used_where_it_lies(tmp_path):
@@ -120,7 +120,7 @@ def test_a_nanotron_folder_is_used_where_it_lies(tmp_path):
     decoder, _ = load_decoder(root)
     assert (logits(decoder) - logits(model)).abs().max() <= 1e-5
     opened = open_weights(root / "7")
-    assert stop_tokens(opened) == {5}
+    assert defaults_of(opened).stop_tokens == {5}
     opened.copy_source(tmp_path / "source")
     assert json.loads((tmp_path / "source" / "config.json").read_text())["eos_token_id"] == 5
     model.save_pretrained(tmp_path / "hf")

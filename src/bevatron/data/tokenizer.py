@@ -57,9 +57,23 @@ def open_tokenizer(source: str | Path) -> OpenTokenizer:
     Raises BevatronError if there is none or it cannot be read.
     """
     file = _locate(source)
+    encoder, data = read_encoder(file), file.read_bytes()
+    ids = encoder.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise BevatronError(f"{file}: has an empty vocabulary; expected at least one token")
+    size = max(ids) + 1
+    eos, bos, pad = (special_id(file, encoder, kind) for kind in ("eos", "bos", "pad"))
+    return OpenTokenizer(
+        str(source), file, encoder, hash_bytes(data), _encoding(encoder), size, eos, bos, pad
+    )
+
+
+def read_encoder(file: Path) -> Tokenizer:
+    """A tokenizer.json, for text of any length: some have truncation or padding from training.
+
+    Raises BevatronError if it cannot be read."""
     try:
-        data = file.read_bytes()
-        encoder = Tokenizer.from_str(data.decode("utf-8"))
+        encoder = Tokenizer.from_str(file.read_bytes().decode("utf-8"))
     except OSError as error:
         raise BevatronError(f"{file}: cannot be read ({error.strerror})") from error
     except Exception as error:  # the library raises plain Exception
@@ -69,14 +83,7 @@ def open_tokenizer(source: str | Path) -> OpenTokenizer:
         ) from error
     encoder.no_truncation()
     encoder.no_padding()
-    ids = encoder.get_vocab(with_added_tokens=True).values()
-    if not ids:
-        raise BevatronError(f"{file}: has an empty vocabulary; expected at least one token")
-    size = max(ids) + 1
-    eos, bos, pad = (special_id(file, encoder, kind) for kind in ("eos", "bos", "pad"))
-    return OpenTokenizer(
-        str(source), file, encoder, hash_bytes(data), _encoding(encoder), size, eos, bos, pad
-    )
+    return encoder
 
 
 def fingerprint(source: str | Path) -> str:

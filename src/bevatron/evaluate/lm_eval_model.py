@@ -24,9 +24,9 @@ from bevatron.errors import BevatronError
 from bevatron.evaluate.perplexity import MAX_BATCH, open_engine
 from bevatron.generate.answer_stream import Stream
 from bevatron.generate.request import Request, Sampling
+from bevatron.generate.sampling_options import RECOMMENDED
 
 TOGETHER = 16384  # tokens in the sequences that the engine is given at once
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Pair = tuple[Any, list[int], list[int]]  # the request's texts, its context, what is scored
 
 
@@ -212,14 +212,14 @@ class BevatronLM(TemplateLM):
         until = [u for u in kwargs.pop("until", None) or [] if u]
         limit = int(kwargs.pop("max_gen_toks"))
         sampled = kwargs.pop("do_sample", False)
-        sampling = {k: kwargs.pop(k) for k in SAMPLING if kwargs.get(k) is not None}
+        sampling = {k: kwargs.pop(k) for k in RECOMMENDED if kwargs.get(k) is not None}
         if not sampled:
             sampling["temperature"] = 0.0
         unknown = [k for k, v in kwargs.items() if (k, v) != ("num_beams", 1) and v is not None]
         if unknown:
             raise BevatronError(
                 f"the task asks for generation with {', '.join(unknown)}, which is not supported; "
-                f"use {', '.join(SAMPLING)}, until, do_sample and max_gen_toks (--gen_kwargs)"
+                f"use {', '.join(RECOMMENDED)}, until, do_sample and max_gen_toks (--gen_kwargs)"
             )
         if limit >= self.max_length:
             raise BevatronError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from bevatron.generate.request import (
     Sampling,
     Stats,
 )
-from bevatron.generate.sampling_options import recommended
+from bevatron.generate.sampling_options import defaults_of
 from bevatron.generate.scheduler import Scheduler
 from bevatron.parallel.process_groups import choose_device
 from bevatron.train.hardware import free_bytes
@@ -66,7 +65,8 @@ class Engine:
         vocabulary = vocabulary or vocabulary_of(opened)
         self._tokenizer = vocabulary.tokenizer
         self.context = self.spec.max_position_embeddings
-        self.stop_tokens, self.sampling = stop_tokens(opened), recommended(opened)
+        defaults = defaults_of(opened)
+        self.stop_tokens, self.sampling = defaults.stop_tokens, defaults.sampling
         self.max_tokens = max_tokens or _default_tokens(group.model, self.context)
         self._queue = queue
         self._scheduler = Scheduler(vocabulary, self.spec.vocab_size, max_batch, self.max_tokens)
@@ -336,32 +336,14 @@ def vocabulary_of(opened: Opened) -> Vocabulary:
 
 def load_tokenizer(opened: Opened) -> Any:
     """The source's tokenizer.json, by the tokenizers library."""
-    from tokenizers import Tokenizer
+    from bevatron.data.tokenizer import missing, read_encoder
 
     path = opened.tokenizer
-    if path is None:
-        from bevatron.data.tokenizer import missing
-
-        older = missing([opened.source] if opened.source else [])
-        raise BevatronError(
-            f"{opened.folder}: has no tokenizer.json among its source files{older}, and text goes "
-            "in and out through one; put it beside config.json (of a native checkpoint: into its "
-            "source/ folder)"
-        )
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise BevatronError(f"{path}: cannot be read as a tokenizer ({error})") from error
-    tokenizer.no_truncation()  # some files have it from training, and would cut prompts
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def stop_tokens(opened: Opened) -> frozenset[int]:
-    """End-of-sequence ids: generation_config.json's, else config.json's; one or a list."""
-    for name in ("generation_config.json", "config.json"):
-        if text := opened.source_text(name):
-            found = json.loads(text).get("eos_token_id")
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()
+    if path is not None:
+        return read_encoder(path)
+    older = missing([opened.source] if opened.source else [])
+    raise BevatronError(
+        f"{opened.folder}: has no tokenizer.json among its source files{older}, and text goes "
+        "in and out through one; put it beside config.json (of a native checkpoint: into its "
+        "source/ folder)"
+    )

@@ -1,10 +1,10 @@
-"""What a user asks of sampling, over what the checkpoint or nobody says; what a model is called."""
+"""How a model generates: what a user asks, over what the checkpoint or nobody says; its name."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from bevatron.checkpoint.run_folder import is_step, step_of
 from bevatron.errors import BevatronError
 from bevatron.generate.request import Sampling
 
+# Fields of Sampling that transformers has under the same names.
 RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 TOP_K = 50  # transformers', where generation_config.json asks for sampling and names none
 
@@ -23,19 +24,22 @@ def chosen(base: Sampling, asked: Mapping[str, Any]) -> Sampling:
     return replace(base, **{k: v for k, v in asked.items() if k in names and v is not None})
 
 
-def recommended(opened: Opened) -> Sampling:
-    """How generation_config.json says that the model is sampled, as transformers reads it: greedily
-    unless `do_sample`. What nobody asks otherwise for, every verb does so."""
-    text = opened.source_text("generation_config.json")
-    if text is None:
-        return Sampling()
-    where = f"{opened.source or opened.folder}/generation_config.json"
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise BevatronError(f"{where}: is no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise BevatronError(f"{where}: is no JSON object")
+@dataclass(frozen=True)
+class Defaults:
+    """What a checkpoint says of how it generates. Every verb does so where nobody asks otherwise.
+
+    Attributes:
+        stop_tokens: its end-of-sequence tokens.
+    """
+
+    sampling: Sampling
+    stop_tokens: frozenset[int]
+
+
+def defaults_of(opened: Opened) -> Defaults:
+    """What generation_config.json says, as transformers reads it: greedily unless `do_sample`. Its
+    end-of-sequence tokens are one or a list; where it has none, config.json's count."""
+    where, config = _read(opened, "generation_config.json")
     found: dict[str, Any] = {}
     for name in RECOMMENDED:
         value = config.get(name)
@@ -46,9 +50,26 @@ def recommended(opened: Opened) -> Sampling:
     else:
         found["temperature"] = 0.0
     try:
-        return Sampling(**found)
+        sampling = Sampling(**found)
     except BevatronError as error:
         raise BevatronError(f"{where}: {error}") from error
+    ends = config.get("eos_token_id")
+    if ends is None:
+        ends = _read(opened, "config.json")[1].get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    return Defaults(sampling, frozenset(token for token in listed if isinstance(token, int)))
+
+
+def _read(opened: Opened, name: str) -> tuple[str, dict[str, Any]]:
+    """Where one of the source's JSON files lies and what it says: nothing, if there is none."""
+    where, text = f"{opened.source or opened.folder}/{name}", opened.source_text(name)
+    try:
+        found = json.loads(text) if text is not None else {}
+    except ValueError as error:
+        raise BevatronError(f"{where}: is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise BevatronError(f"{where}: is no JSON object")
+    return where, found
 
 
 def in_words(sampling: Sampling) -> str:

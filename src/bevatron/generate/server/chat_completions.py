@@ -14,13 +14,12 @@ from bevatron.chat.answer_parts import AnswerReader, Said, marker_tokens, opens_
 from bevatron.chat.chat_messages import ChatError
 from bevatron.chat.tool_calls import ToolCall
 from bevatron.generate.request import Piece, Request
+from bevatron.generate.sampling_options import RECOMMENDED
 from bevatron.generate.server.answering import Answers
 from bevatron.generate.server.error_answers import bad, invalid
 from bevatron.generate.server.logprobs import for_chat
 from bevatron.generate.server.request_fields import ChatRequest
 from bevatron.generate.server.served_model import Serving, count, usage
-
-CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class ChatCompletion:
@@ -160,7 +159,7 @@ def with_config(asked: ChatRequest) -> ChatRequest:
         raise bad(f"generation_config: not JSON ({error})", "generation_config") from error
     if not isinstance(given, dict):
         raise bad("generation_config: expected a JSON object", "generation_config")
-    found = {name: given[name] for name in CONFIG_FIELDS if given.get(name) is not None}
+    found = {name: given[name] for name in RECOMMENDED if given.get(name) is not None}
     if given.get("max_new_tokens") is not None:
         found["max_tokens"] = given["max_new_tokens"]
     if given.get("do_sample") is False:
