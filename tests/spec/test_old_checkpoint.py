@@ -13,6 +13,7 @@ from bevatron.bridge.open_native import open_native
 from bevatron.generate.engine import Engine
 from bevatron.generate.request import Request
 from bevatron.parallel.whole_decoder import load_decoder
+from bevatron.spec import Attention
 from bevatron.spec.json import from_json, to_json
 from bevatron.spec.sublayer import KINDS
 
@@ -45,4 +46,13 @@ def test_it_computes_what_it_did() -> None:
     assert logits.tolist() == pytest.approx(WRITTEN["logits"], abs=1e-5)
     with Engine.open(CHECKPOINT) as engine:
         answer = engine.complete([Request(tuple(prompt), len(WRITTEN["answer"]))])[0]
+        position = engine.group.model.cache.bytes_per_position
     assert answer.tokens == WRITTEN["answer"]
+    sublayers = [s for layer in engine.spec.layers for _, s in layer.present]
+    assert position == sum(s.cache_bytes(4, 1) for s in sublayers) > 0
+
+
+def test_ranks_that_do_not_divide_the_groups_keep_a_key_and_value_for_every_query_head() -> None:
+    attention = Attention(12, 3, 8)
+    assert [attention.cache(tp) for tp in (1, 3, 2, 4)] == [(3, 8), (1, 8), (6, 8), (3, 8)]
+    assert attention.cache_bytes(2, 4) == 2 * 3 * 8 * 2

@@ -88,8 +88,6 @@ class LowRankModule(nn.Module):
 
 
 class DecodeLowRank:
-    cache = None
-
     def __init__(self, spec: LowRank, index: int, part: str, reader: Reader) -> None:
         self.up = reader.matrix(f"layers.{index}.{part}.up.weight")
         self.down = reader.matrix(f"layers.{index}.{part}.down.weight")

@@ -68,12 +68,11 @@ class Model:
     ) -> None:
         self.spec, self.ranks, self.device = spec, ranks, device
         self.weights, self.dtype = weights, weights.dtype
-        layers = weights.layers.items()
-        shapes = {i: shape for i, layer in layers for _, d in layer if (shape := d.cache)}
+        found = [(i, s) for i in weights.layers for _, s in spec.layers[i].present]
+        shapes = {i: shape for i, s in found if (shape := s.cache(ranks.tp))}
         self.cache = SlotCache(shapes, self.dtype, device)
         self.sizes = (0, 0)  # of the cache, on all ranks
-        found = {d.rotated for i in weights.layers for _, d in spec.layers[i].present}
-        head_dims = {d for d in found if d is not None}
+        head_dims = {s.rotated for _, s in found if s.rotated is not None}
         self.rotations = Rotations(spec, head_dims, self.dtype, device)
 
     @torch.inference_mode()

@@ -68,9 +68,7 @@ class Reads(Protocol):
 
 
 class Decoding(Protocol):
-    """A sublayer of one rank. `cache`: (G, D) of the keys and values that it keeps, if it does."""
-
-    cache: tuple[int, int] | None
+    """A sublayer of one rank."""
 
     def __call__(self, x: Tensor, place: Place) -> Tensor:
         """What its norm gives [N, h] -> what is added to the residual stream [N, h]."""
@@ -78,8 +76,6 @@ class Decoding(Protocol):
 
 class DecodeLinear:
     """One matrix, shared by its columns."""
-
-    cache: tuple[int, int] | None = None
 
     def __init__(self, spec: Linear, index: int, part: str, reader: Reads) -> None:
         self.whole = reader.share.tp == 1
@@ -95,8 +91,6 @@ class DecodeLinear:
 
 class DecodeMLP:
     """`up` has the gate's rows first if there is one."""
-
-    cache: tuple[int, int] | None = None
 
     def __init__(self, spec: MLP, index: int, part: str, reader: Reads) -> None:
         prefix = f"layers.{index}.{part}"
@@ -121,7 +115,6 @@ class DecodeAttention:
         prefix, share = f"layers.{index}.{part}", reader.share
         self.spec, self.index, self.eps = spec, index, reader.spec.norm.eps
         self.groups, self.queries = spec.groups_at(share.tp)
-        self.cache: tuple[int, int] | None = (self.groups, spec.head_dim)
         name, bias = f"{prefix}.qkv.weight", f"{prefix}.qkv.bias"
         if spec.num_key_value_heads % share.tp == 0:
             self.qkv, self.qkv_bias = reader.matrix(name), reader.bias(bias)

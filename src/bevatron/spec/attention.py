@@ -128,8 +128,8 @@ class Attention(Sublayer, kind="attention", places=("attention",)):
         heads, groups = self.num_attention_heads, max(self.num_key_value_heads, tp)
         return (2 * heads + 2 * groups) * self.head_dim / tp * itemsize + FP32 * heads / tp
 
-    def cache_bytes(self, itemsize: int, tp: int) -> int:
-        return 2 * self.groups_at(tp)[0] * self.head_dim * itemsize
+    def cache(self, tp: int) -> tuple[int, int]:
+        return self.groups_at(tp)[0], self.head_dim
 
     def describe(self) -> str:
         heads, groups = self.num_attention_heads, self.num_key_value_heads

@@ -79,9 +79,15 @@ class Sublayer(ABC):
         parameters = self.parameters("", hidden_size)
         return sum(2 * p.numel for p in parameters if p.role not in ("bias", "norm"))
 
+    def cache(self, tp: int) -> tuple[int, int] | None:
+        """(heads, head_dim) of the keys and of the values that generation keeps of every position
+        of a sequence on one of `tp` ranks, if it does."""
+        return None
+
     def cache_bytes(self, itemsize: int, tp: int) -> int:
-        """Bytes per position of a sequence that generation keeps on one of `tp` ranks."""
-        return 0
+        """What that takes, per position."""
+        heads, head_dim = self.cache(tp) or (0, 0)
+        return 2 * heads * head_dim * itemsize
 
     @property
     def units(self) -> int:
