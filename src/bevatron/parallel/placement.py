@@ -1,8 +1,9 @@
 """Placing a decoder on a mesh, in one visible order.
 
-meta decoder for my stage -> tensor-parallel cut from the spec -> re-tie -> frozen parameters held
-still -> recompute, compile -> fully_shard (FSDP2), always, also over one rank -> memory -> (the
-caller fills it) -> (the caller builds the pipeline stage and the optimizer)
+meta decoder for my stage -> frozen parameters in the run's dtype -> tensor-parallel cut from the
+spec -> re-tie -> no gradients for frozen ones -> recompute, compile -> fully_shard (FSDP2), always,
+also over one rank -> memory -> (the caller fills it) -> (the caller builds the pipeline stage and
+the optimizer)
 
 Parameters are fp32 shards: they are the masters. With precision bf16 or fp16, FSDP gathers them as
 such for the forward and the backward, and reduces and accumulates gradients in fp32. Frozen ones
@@ -231,10 +232,14 @@ def place(
             decoder = Decoder(
                 spec, layers=stages[number], embed=first, head=last, comm=comm, variants=variants
             )
+        still = [(n, p) for n, p in decoder.named_parameters() if n in held]
+        for _, parameter in still:  # while they are no DTensors: those keep their dtype
+            parameter.data = parameter.data.to(dtype)
         if layout.tp > 1:
             tensor_parallel.distribute(decoder, known, grid["tp"])
             decoder.tie()
-        _hold(decoder, held, dtype)
+        for name, _ in still:
+            decoder.get_parameter(name).requires_grad_(False)
         prepare(decoder, recompute, compile_layers)
         stage = Stage(decoder, at_end, make_tap)
         shard(stage, layout, grid, "fp32" if frozen else precision)
@@ -264,14 +269,6 @@ def place(
         differentiable,
         own,
     )
-
-
-def _hold(decoder: Decoder, frozen: Collection[str], dtype: torch.dtype) -> None:
-    """Take gradients and masters from frozen parameters."""
-    for name, parameter in decoder.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(dtype)
 
 
 def _differentiable(stages: list[range], trained: Collection[str]) -> tuple[bool, ...]:
