@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from bevatron.checkpoint.manifest import FILE_NAME, Manifest
+from bevatron.checkpoint.manifest import FILE_NAME
+from bevatron.checkpoint.rank_tables import merge_tables
+from bevatron.checkpoint.save_and_load import write_rank
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine
 from bevatron.generate.live_engine import LiveEngine
 from bevatron.generate.request import Generation, Loglikelihood, Request
 from bevatron.parallel import box_exchange
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.placed_weights import write_boxes
 from bevatron.spec.json import to_json
 from bevatron.train.trainer import Trainer
 from tests.processes import Pool
@@ -51,10 +52,13 @@ def save(trainer: Trainer, folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    table = write_boxes(folder, [s for s in trainer.to_save() if s.name.startswith("model/")], None)
+    weights = [tensor for tensor in trainer.to_save() if tensor.name.startswith("model/")]
+    write_rank(folder, weights, dist.get_rank())
+    dist.barrier()
     if dist.get_rank() == 0:
         (folder / "spec.json").write_text(to_json(trainer.spec))
-        (folder / FILE_NAME).write_text(Manifest("llama", 0, table).to_json())
+        manifest = merge_tables(folder, dist.get_world_size(), "llama", 0).to_json()
+        (folder / FILE_NAME).write_text(manifest)
 
 
 def ask(engine: Engine | LiveEngine) -> Found:
@@ -172,3 +176,13 @@ def test_a_failure_on_one_rank_is_told_by_all_and_training_can_go_on(pool: Pool)
         assert f"a fault of rank {rank}" in step
         assert after == "the engine failed; make another one"
     assert "5 replicas of tp 1 x pp 1, the run has 4 processes; use from 1 to 4" in layout
+
+
+def crossing(case: Case) -> bool:
+    """Whether any weight travels to an engine at the trainer's own layout."""
+    with LiveEngine(make_trainer(case).placed, tp=2) as engine:
+        return any(turn.crosses for turn in engine._exchange.rounds)
+
+
+def test_a_rank_asks_nobody_for_what_it_holds(pool: Pool) -> None:
+    assert pool.run(2, crossing, Case("homogeneous", Layout(tp=2))) == [False, False]

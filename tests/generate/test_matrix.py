@@ -61,3 +61,18 @@ def test_usual_weights_are_packed_as_they_are() -> None:
     assert halves_factor(values(1e-6).float()) == 2.0**33
     assert halves_factor(torch.tensor([[1.0, float("inf")]])) is None
     assert halves_factor(torch.zeros(2, 2)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wide", [False, True])
+def test_other_values_give_what_a_new_product_of_them_gives(dtype: torch.dtype, wide: bool) -> None:
+    """fp32 ones in the memory of the old ones, whatever was prepared of those."""
+    old, new = values(0.02, dtype), values(0.3, dtype).flip(0)
+    if wide:
+        old, new = old.T.contiguous(), new.T.contiguous()
+    made = matrix(old.clone(), batches=True)
+    filled = matrix(new, batches=True, old=made)
+    assert (filled is made) == (dtype == torch.float32)
+    for count in (1, 5, 40):
+        x = torch.randn(count, new.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+        assert torch.equal(filled(x), matrix(new, batches=True)(x))
