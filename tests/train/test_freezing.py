@@ -182,6 +182,7 @@ def test_losses_are_those_of_a_loop_over_transformers_with_requires_grad_off(
     [
         ("homogeneous", "embd.weight", "near it are embed.weight"),
         ("homogeneous", "layer.0.attention.o.weight", "layers.0.attention.o.weight"),
+        ("homogeneous", "layer.2.*", "near it are layers.2.*"),
         ("heterogeneous", "head.*", "the head is tied to embed.weight"),
         ("homogeneous", "*", "leaves no parameter to train"),
     ],

@@ -40,7 +40,9 @@ def _instead(spec: ModelSpec, pattern: str) -> str:
     if spec.tied and fnmatchcase("head.weight", pattern):
         return "the head is tied to embed.weight, so name that"
     names = [p.name for p in spec.parameters()]
-    near = difflib.get_close_matches(pattern, names, NEAR, 0.5) or names[:NEAR]
+    parts = [name.split(".") for name in names]
+    wider = {".".join(p[:n]) + ".*": None for p in parts for n in range(1, len(p))}
+    near = difflib.get_close_matches(pattern, [*names, *wider], NEAR) or names[:NEAR]
     return f"near it are {', '.join(near)} (manifest.json of a checkpoint has all; * is anything)"
 
 
