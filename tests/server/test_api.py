@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from bevatron.generate.engine import Engine
+from bevatron.generate.server.metrics import CONTENT_TYPE
 from bevatron.generate.server.routes import make_app
 from bevatron.generate.server.served_model import Serving
 from bevatron.generate.server.server_settings import Settings
@@ -361,6 +362,39 @@ def test_metrics_are_what_prometheus_reads(server: Served) -> None:
     assert 'bevatron_requests_total{route="/v1/completions",status="200"}' in text
     assert server.metric("generated_tokens_total") >= 3
     assert server.metric("time_to_first_token_seconds_count") >= 1
+
+
+METRICS = {
+    'requests_total{route="/v1/completions",status="200"}',
+    "disconnects_total",
+    "requests_running",
+    "requests_waiting",
+    "cached_tokens",
+    "prompt_tokens_total",
+    "generated_tokens_total",
+    *(
+        f"{name}_seconds_{part}"
+        for name in ("time_to_first_token", "time_per_output_token")
+        for part in ("sum", "count", 'bucket{le="+Inf"}', 'bucket{le="0.1"}', 'bucket{le="1.0"}')
+    ),
+}
+
+
+def test_metrics_keep_their_names_and_labels(server: Served) -> None:
+    """Which dashboards and alarms ask for; and nothing else beside them."""
+    server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 3, "ignore_eos": True})
+    answer = server.get("/metrics")
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    lines = answer.text.splitlines()
+    found = {line.rpartition(" ")[0].removeprefix("bevatron_") for line in lines if line[0] != "#"}
+    assert found >= METRICS
+    families = {name.partition("{")[0] for name in METRICS}
+    assert {name.partition("{")[0] for name in found} == families
+    assert {line for line in lines if line.startswith("# TYPE bevatron_requests_")} == {
+        "# TYPE bevatron_requests_total counter",
+        "# TYPE bevatron_requests_running gauge",
+        "# TYPE bevatron_requests_waiting gauge",
+    }
 
 
 @pytest.mark.slow

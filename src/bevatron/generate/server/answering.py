@@ -141,7 +141,7 @@ class Watch:
         while (await self.receive())["type"] != "http.disconnect":
             continue
         self.answers.left = True
-        self.answers.metrics.disconnects += 1
+        self.answers.metrics.disconnects.inc()
         self.answers.cancel()
 
 

@@ -1,75 +1,75 @@
-"""Counters and histograms in Prometheus' text format. Touched by the event loop alone."""
+"""What the server has seen, for Prometheus. Touched by the event loop alone."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
+from collections.abc import Iterator
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from bevatron.generate.request import Stats
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 NEXT_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
-class Histogram:
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds, self.counts = bounds, [0] * (len(bounds) + 1)
-        self.sum, self.count = 0.0, 0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-        self.count += 1
-
-    def lines(self, name: str) -> list[str]:
-        lines, total = [], 0
-        for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
-            total += count
-            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum {self.sum:.6f}", f"{name}_count {self.count}"]
-
-
-class Metrics:
-    """What the server has seen; the engine's own numbers are added when asked."""
+class Metrics(Collector):
+    """The server's own numbers; the engine's are added when asked."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.first_token = Histogram(FIRST_TOKEN_S)
-        self.next_token = Histogram(NEXT_TOKEN_S)
-        self.disconnects = 0
+        disable_created_metrics()  # a series beside each that says when it began
+        self._registry = CollectorRegistry()  # its own: a process may have several servers
+        self._stats = Stats()
+        self._requests = Counter(
+            "bevatron_requests",
+            "Answers, by route and HTTP status.",
+            ("route", "status"),
+            registry=self._registry,
+        )
+        self.disconnects = Counter(
+            "bevatron_disconnects",
+            "Clients that left before their answer was whole.",
+            registry=self._registry,
+        )
+        self._registry.register(self)
+        self.first_token = Histogram(
+            "bevatron_time_to_first_token_seconds",
+            "From arrival to the first token.",
+            buckets=FIRST_TOKEN_S,
+            registry=self._registry,
+        )
+        self.next_token = Histogram(
+            "bevatron_time_per_output_token_seconds",
+            "Between tokens of one answer.",
+            buckets=NEXT_TOKEN_S,
+            registry=self._registry,
+        )
         self.duration = 1.0  # of an answered request, a moving average in seconds
 
     def answered(self, route: str, status: int) -> None:
-        self.requests[route, status] += 1
+        self._requests.labels(route, status).inc()
 
     def took(self, seconds: float) -> None:
         self.duration += 0.1 * (seconds - self.duration)
 
-    def text(self, *, running: int, waiting: int, cached: int, prompt: int, new: int) -> str:
-        """The page that Prometheus scrapes."""
-        out: list[str] = []
+    def text(self, stats: Stats) -> bytes:
+        """The page that Prometheus scrapes, of CONTENT_TYPE."""
+        self._stats = stats
+        return bytes(generate_latest(self._registry))
 
-        def family(name: str, kind: str, about: str, lines: list[str]) -> None:
-            out.append(f"# HELP bevatron_{name} {about}")
-            out.append(f"# TYPE bevatron_{name} {kind}")
-            out.extend(lines)
-
-        def plain(name: str, kind: str, about: str, value: int) -> None:
-            family(name, kind, about, [f"bevatron_{name} {value}"])
-
-        counts = [
-            f'bevatron_requests_total{{route="{route}",status="{status}"}} {count}'
-            for (route, status), count in sorted(self.requests.items())
-        ]
-        family("requests_total", "counter", "Answers, by route and HTTP status.", counts)
-        about = "Clients that left before their answer was whole."
-        plain("disconnects_total", "counter", about, self.disconnects)
-        plain("requests_running", "gauge", "Sequences being generated.", running)
-        plain("requests_waiting", "gauge", "Sequences in the queue.", waiting)
-        plain("cached_tokens", "gauge", "Tokens that the KV cache holds.", cached)
-        plain("prompt_tokens_total", "counter", "Prompt tokens computed.", prompt)
-        plain("generated_tokens_total", "counter", "New tokens.", new)
-        for name, histogram, about in (
-            ("time_to_first_token_seconds", self.first_token, "From arrival to the first token."),
-            ("time_per_output_token_seconds", self.next_token, "Between tokens of one answer."),
+    def collect(self) -> Iterator[Metric]:
+        """The engine's numbers."""
+        now = self._stats
+        for name, about, value in (
+            ("requests_running", "Sequences being generated.", now.running),
+            ("requests_waiting", "Sequences in the queue.", now.waiting),
+            ("cached_tokens", "Tokens that the KV cache holds.", now.cached_tokens),
         ):
-            family(name, "histogram", about, histogram.lines(f"bevatron_{name}"))
-        return "\n".join(out) + "\n"
+            yield GaugeMetricFamily(f"bevatron_{name}", about, value)
+        yield CounterMetricFamily(
+            "bevatron_prompt_tokens", "Prompt tokens computed.", now.prompt_tokens
+        )
+        yield CounterMetricFamily("bevatron_generated_tokens", "New tokens.", now.new_tokens)

@@ -17,6 +17,7 @@ from bevatron.generate.server import chat_page
 from bevatron.generate.server.answering import encode_event, respond
 from bevatron.generate.server.chat_completions import ChatCompletion
 from bevatron.generate.server.error_answers import Refusal
+from bevatron.generate.server.metrics import CONTENT_TYPE
 from bevatron.generate.server.request_body import read
 from bevatron.generate.server.request_fields import ChatRequest, CompletionRequest, LoadRequest
 from bevatron.generate.server.request_limits import App, Gate
@@ -137,15 +138,7 @@ def _state(app: FastAPI, serving: Serving) -> None:
     @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(401, 403))
     async def metrics() -> Response:
         """For Prometheus."""
-        stats = serving.engine.stats()
-        text = serving.metrics.text(
-            running=stats.running,
-            waiting=stats.waiting,
-            cached=stats.cached_tokens,
-            prompt=stats.prompt_tokens,
-            new=stats.new_tokens,
-        )
-        return Response(text, media_type="text/plain; version=0.0.4")
+        return Response(serving.metrics.text(serving.engine.stats()), media_type=CONTENT_TYPE)
 
 
 def _page(app: FastAPI, serving: Serving) -> None:

@@ -28,7 +28,8 @@ def serve(
     **engine_options: Any,
 ) -> None:
     """Serve until a signal ends it."""
-    missing = [m for m in ("fastapi", "uvicorn") if importlib.util.find_spec(m) is None]
+    needed = ("fastapi", "uvicorn", "prometheus_client")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise BevatronError(
             f"serve needs {' and '.join(missing)}, not installed here; run "
