@@ -110,7 +110,8 @@ LOOPS = [
     "{{ {ns.a: 1} }}",
     "{% set ns = namespace(a=[]) %}{% for i in range(99999) %}{% set ns.a = [ns.a] %}{% endfor %}"
     "{{ ns.a == [ns.a] }}",
-    "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{% if 'b' in s %}{% endif %}{% endfor %}",
+    "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{% for j in range(99) %}"
+    "{% if 'b' in s %}{% endif %}{% endfor %}{% endfor %}",
     "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{{ s.count('ab') }}{% endfor %}",
     "{% set s = 'a' * 4000000 %}{% for i in range(99999) %}{{ s == s ~ '' }}{% endfor %}",
     "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
