@@ -144,7 +144,7 @@ def plan_of(folder: Path, case: Case) -> tuple[Plan, Plan]:
 
 
 CASES = [
-    Case(Layout(pp=2, tp=2)),
+    Case(Layout(pp=2, tp=2), precision="bf16"),
     Case(Layout(dp_shard=2), "tied", "bf16"),
     Case(Layout(), precision="bf16"),
     Case(Layout(pp=2, tp=2), pairs=((0, 1), (1, 1), (3, 5), (EMBEDDING, EMBEDDING))),
