@@ -139,9 +139,10 @@ class TrainConfig(Section):
     device: str | None = None
     """cpu, or the kind of this machine's accelerators, such as cuda; if absent, those, and the CPU
     where there are none that can train."""
-    freeze: list[str] = Field([], examples=[["embed.*", "layers.0.*"]])
-    """Parameters that are held still, by their native names; `*` stands for anything. They have no
-    gradient, no moments and no masters, and are held in the dtype of `precision`."""
+    freeze: list[str] = Field([])
+    """Parameters that are held still, by their native names, as in [embed.*, layers.0.*]; `*`
+    stands for anything. They have no gradient, no moments and no masters, and are held in the dtype
+    of `precision`."""
     seed: int = Field(0, ge=0)
     """Of random weights and the order of samples."""
     val_every: int | None = Field(None, ge=0)
