@@ -1,4 +1,4 @@
-"""Bevatron: Hugging Face checkpoints in, trained at any layout, and back out bit for bit."""
+"""Bevatron: Hugging Face checkpoints come in, train at any layout, and go back out bit for bit."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,8 @@
-"""How a field of a dataclass is given as an option of a verb.
+"""`Option`: how a field of a dataclass becomes an option of a verb.
 
-It stands in the field's annotation, `Annotated[int, Option("How many.", min=1)]`, and imports
-nothing: `cli/dataclass_options.py` makes the command line of it. So an option is spelled once.
+An `Option` stands in the field's annotation, `Annotated[int, Option("How many.", min=1)]`, and
+`cli/dataclass_options.py` makes the command line from it. So an option is spelled once. This file
+imports nothing heavy, so any room can use it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Progress of anything longer than two seconds: a bar on a terminal, else plain lines."""
+"""The progress of work that takes over two seconds: a bar on a terminal, else plain lines."""
 
 from __future__ import annotations
 

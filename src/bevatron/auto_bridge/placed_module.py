@@ -1,4 +1,7 @@
-"""A model on all ranks as one torch module: ids in, logits out; and its tensors, whole."""
+"""A model that is spread over all ranks, as one torch module.
+
+It takes token ids and returns logits, and it can hand out its tensors whole.
+"""
 
 from __future__ import annotations
 

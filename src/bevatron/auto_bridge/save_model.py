@@ -1,8 +1,9 @@
-"""Writing a placed model to disk: natively, or from there into a Hugging Face folder.
+"""Writing a placed model to disk, as a native checkpoint or as a Hugging Face folder.
 
-Every rank writes its own boxes into a native checkpoint beside the target; one rank then streams
-that through the exporter, in bounded memory. Nobody gathers a model. All functions are collective:
-what fails on one rank is raised on all, and nothing is left behind.
+Every rank writes its own boxes into a native checkpoint. For a Hugging Face folder this checkpoint
+lies beside the target, and one rank streams it through the exporter in bounded memory. No rank ever
+gathers the model. All functions are collective: an error on one rank is raised on all of them, and
+no files are left behind.
 """
 
 from __future__ import annotations

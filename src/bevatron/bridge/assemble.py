@@ -1,10 +1,11 @@
 """A native checkpoint made of parts of others: pruned, merged, or put together of trained blocks.
 
-For every parameter of the new model somebody says from which checkpoint it is cut and how: which
-rows and columns stay, what they become before that, or nothing at all for the tensor as it is. The
-parts are streamed, a few megabytes at a time, checked and hashed; the folder appears whole or not
-at all. No torch: a tensor is boxes in files (`checkpoint/read_boxes.py`), its elements are bits.
-Memory is one block, or one tensor where rows change their order or values change.
+For every parameter of the new model the caller names a checkpoint and a cut of one tensor there:
+which rows and columns stay, and how values change before the cut. Without a cut the tensor is
+copied as it is. The parts are streamed a few megabytes at a time, checked and hashed; the new
+folder appears whole or not at all. No torch is needed: a tensor is a set of boxes in files
+(`checkpoint/read_boxes.py`). Memory holds one block, or one whole tensor where its rows are
+reordered or its values change.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Moving byte ranges between files through a few reused buffers.
 
-A range is read once, hashed while it is in the core's cache, converted if asked, and written by a
-second thread while the next one is read. This was measured against copy_file_range plus a second
-read for the hash: faster, and what is hashed is exactly what is written, even if the source changes
-meanwhile (`source_changes.py` notices).
+A range is read once, hashed while it is in the core's cache, converted if the caller asks for it,
+and written by a second thread while the next range is read. This is faster than copy_file_range
+with a second read for the hash. It also hashes exactly what is written, even if the source changes
+during the copy (`source_changes.py` notices such a change).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Do two checkpoints hold the same tensors? They are compared by hash, in Hugging Face names.
 
-The verb `verify` compares what they compute as well: `evaluate/verify.py`, which is above.
+The verb `verify` also compares the logits that the two compute: see `evaluate/verify.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The plan of a conversion: made first, from names, shapes and headers alone; executed after.
+"""The plan of a conversion, made from names, shapes and headers before any byte is moved.
 
-A plan is data: it can be printed, compared and tested without moving a byte. Making it is where
-the accounting fails closed: every source tensor is consumed exactly once or listed with a reason,
-and every native parameter is filled, or there is no plan.
+A plan is data: it can be printed, compared and tested. Nothing is lost silently, because a plan is
+made only if every source tensor is used exactly once or listed with a reason, and every native
+parameter is filled. Otherwise the conversion is refused here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a conversion would do, as a table: made from headers alone, nothing is written.
+"""What a conversion would do, as a table made from headers alone. Nothing is written.
 
-`import --dry-run` and `export --dry-run` show it. It makes the same checks as the conversion, so
-that one which passes here fails for want of disk or memory only.
+`import --dry-run` and `export --dry-run` show this table. The preview makes the same checks as the
+conversion, so a conversion that passes here can fail only for lack of disk space or memory.
 """
 
 from __future__ import annotations

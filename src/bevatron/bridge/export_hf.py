@@ -1,4 +1,4 @@
-"""Native checkpoint -> Hugging Face folder: what did not change is written as it was.
+"""Exporting a native checkpoint to a Hugging Face folder; unchanged parts are written as they were.
 
 If the tensors still have the names, shapes and dtypes of the imported ones, the weight files get
 the headers and layout recorded at import, so an unmodified import comes back byte for byte.

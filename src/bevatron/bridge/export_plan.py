@@ -1,5 +1,7 @@
-"""Where every Hugging Face tensor of an export goes: into the files that it was imported from, if
-it still fits there, else into new ones.
+"""Which file every Hugging Face tensor of an export goes into.
+
+A tensor goes back into the file that it was imported from if it still fits there, else into a new
+one.
 """
 
 from __future__ import annotations

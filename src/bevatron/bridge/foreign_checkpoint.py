@@ -1,7 +1,7 @@
-"""A checkpoint of another format: native tensors whose chunks are boxes in its files; its import.
+"""A checkpoint in another format, seen as native tensors whose chunks lie in its files; its import.
 
 A reader of a format makes a `Foreign`. Everything else (import, training, generation, inspect,
-verify) works on boxes and so needs to know nothing of the format. An import streams the boxes in
+verify) reads boxes and needs to know nothing of the format. An import streams the boxes in
 row-major order.
 """
 

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> native checkpoint: plan, move bytes, hash, commit."""
+"""Importing a Hugging Face folder as a native checkpoint: plan, move bytes, hash, commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from config.json or manifest.json alone: no weights are read, no torch."""
+"""What a checkpoint is, read from config.json or manifest.json alone, without weights or torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The README.md of an export: written where the source had none, kept true where it was ours."""
+"""The README.md of an export.
+
+It is written if the source had none, and brought up to date if an earlier export wrote it.
+"""
 
 from __future__ import annotations
 

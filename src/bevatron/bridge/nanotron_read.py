@@ -1,7 +1,7 @@
 """Reading a Nanotron checkpoint without trusting it: its parameters as boxes in its own files.
 
-Only safetensors headers and JSON are read here. Its optimizer, schedule and random states are
-pickles, which can run code when opened, and never are.
+Only safetensors headers and JSON are read here. Nanotron stores optimizer, schedule and random
+states as pickles. A pickle can run code when it is opened, so these are never opened.
 """
 
 from __future__ import annotations

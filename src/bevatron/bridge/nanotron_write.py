@@ -1,11 +1,13 @@
-"""Nanotron's weight files, and a checkpoint of them made of a native one.
+"""Nanotron's weight files: their names and headers, and writing them from a native checkpoint.
 
-A Nanotron parameter is the Hugging Face tensors that make up a native one, one below the other:
-qkv_proj is [q | k | v], gate_up_proj [gate | up]. Tensor parallelism cuts each of them on its own
-(o_proj and down_proj along their columns), so a shard is no range of the whole: the slice pairs in
-its header say which part of it lies where. First what their files are called and what their headers
-say, for both directions; then what is written. That is one shard of everything (TP = PP = 1), which
-Nanotron cuts to the layout that it is started with.
+A Nanotron parameter stacks the Hugging Face tensors that make up a native one: qkv_proj is
+[q | k | v], gate_up_proj is [gate | up]. Tensor parallelism cuts each of these on its own (o_proj
+and down_proj along their columns), so a shard is not one range of the parameter: the slice pairs in
+its header say which part of the parameter lies where in the shard.
+
+The first half of this file has the names of files and the contents of headers, for reading and for
+writing. The second half writes a checkpoint of one shard (TP = PP = 1), which Nanotron cuts to the
+layout that it is started with.
 """
 
 from __future__ import annotations

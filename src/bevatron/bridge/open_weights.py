@@ -1,11 +1,11 @@
 """One way to open weights, wherever they lie: native checkpoint, run, HF folder, Hub id, or a
 checkpoint of Nanotron.
 
-An HF folder is a native checkpoint whose chunks lie in HF's shards: the weight map's moved rows are
-chunks, so every reader of boxes (training, generating) reads HF folders as they are, each rank
-only the bytes that it owns.
+An HF folder is treated as a native checkpoint whose chunks lie in HF's shards: the rows that the
+weight map moves are the chunks. So training and generation read HF folders as they are, and each
+rank reads only the bytes that it owns.
 
-A model whose weights are not there is opened as far as plans need it: its sizes and its family.
+A model whose weights are missing is opened as far as a plan needs it: its sizes and its family.
 """
 
 from __future__ import annotations

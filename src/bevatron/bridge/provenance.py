@@ -1,7 +1,7 @@
 """provenance.json: where an imported model came from, down to the bytes of every header.
 
-It lies at the top of a native checkpoint (not in source/, where a source may have a file of any
-name) and travels along with it through training.
+The file lies at the top of a native checkpoint and goes with it through training. It is not in
+source/, because a source may hold a file of any name.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What an export of a Llama-Nemotron needs besides weights: code, and knowing who reads it.
+"""The modelling code that an exported Llama-Nemotron needs besides its weights; who reads it.
 
 Neither transformers nor a package on PyPI has these classes. A folder that came without code of its
-own gets `bevatron/hf.py` as `modeling_decilm.py`, which stands alone; it is copied as a file and
-never imported here. Its last line says which version it is, so that a folder which carries an older
-one of ours gets this one, while code of others, and ours once it was edited, is kept as it is.
+own gets `bevatron/hf.py` as `modeling_decilm.py`. That file needs nothing else of Bevatron; it is
+copied and never imported here. Its last line states its version: a folder that carries an older
+version of it gets the new one. Code of other authors, and an edited copy of ours, is kept.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Noticing that a source changes while it is read.
 
-What is hashed is what is written, so a conversion of a file that another process rewrites at the
-same time would be consistent, and wrong. Size, time and inode are taken before the first byte is
-read and compared before the result is committed.
+Hashes are taken of what is written. If another process rewrites a source file during a conversion,
+the result would therefore be consistent, and wrong. So size, time and inode of every source file
+are noted before the first byte is read, and compared before the result is committed.
 """
 
 from __future__ import annotations

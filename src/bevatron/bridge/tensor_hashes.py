@@ -1,7 +1,7 @@
-"""The hash of every Hugging Face tensor of a checkpoint, however it stores them.
+"""The hash of every Hugging Face tensor of a checkpoint, however the checkpoint stores it.
 
-A native checkpoint's are computed over the rows that make up each one, so that equal hashes say
-that q, k and v are equal and not only the matrix that they are fused into.
+In a native checkpoint the hash of a tensor is computed over the rows that make it up. So equal
+hashes say that q, k and v are equal each, and not only the matrix that they are fused into.
 """
 
 from __future__ import annotations

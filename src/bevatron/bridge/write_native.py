@@ -1,4 +1,4 @@
-"""Writing the weights of a native checkpoint, whatever they come from, and committing it."""
+"""Writing the weights of a native checkpoint, whatever their source, and committing it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The charts of every page, as plain data that `charts.js` gives to the plotting library.
+"""The charts of every page, as plain data that `charts.js` hands to the plotting library.
 
-A page of these charts shows values under the pointer, zooms where one drags, changes between linear
-and logarithmic, and saves what it shows as PNG and CSV. Nothing here knows about runs or models.
+A reader of such a page sees values under the pointer, zooms by dragging, switches between linear
+and logarithmic axes, and saves a chart as PNG or CSV. Nothing here knows about runs or models.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""A page that is one file and asks for nothing from anywhere: style, plotting library and script
-are in it. The policy in its head forbids every load, so that not even a mistake could make one."""
+"""An HTML page in one file: style, plotting library and script are all inside of it.
+
+A content security policy in its head forbids all loading, so no mistake can make it fetch a file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values as they are drawn: few enough points without losing a spike, and smoothed."""
+"""Making curves fit to draw: fewer points without losing a spike, and smoothing."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What a model says in a chat, taken apart while it comes: thoughts, text and tool calls.
+"""Taking apart what a model says in a chat, while it arrives: thoughts, text and tool calls.
 
-One reader for streams and for whole answers, so that both are the same message: what it gives out
-adds up to the same thing however the text is cut into pieces. It gives out what is certain and
-holds back what may still become something else: half a marker, spaces that may be the last ones,
-and a call until it is whole.
+Streams and whole answers have the same reader, so both give the same message, however the text is
+cut into pieces. The reader hands out what is certain. It holds back what may still become something
+else: half of a marker, spaces that may be the last ones, and a tool call that is not complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Messages and tools as people and programs write them, made into what chat templates expect."""
+"""Turning messages and tools, as people and programs write them, into what templates expect."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A checkpoint's own chat template: messages in, text or token ids out.
+"""A checkpoint's own chat template, which makes text or token ids of messages.
 
-The template is somebody else's program, and messages are somebody else's text: neither is trusted.
-What the text of special tokens in messages becomes is in `encode_chat.py`.
+The template is somebody else's program, and the messages are somebody else's text: neither is
+trusted. `encode_chat.py` decides what happens to special tokens that stand in messages.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Token ids of a rendered chat, in which special tokens that a user wrote stay text.
 
 `<|eot_id|>` in a message is seven characters and two brackets, not the end of a turn; otherwise a
-user, or a page that the model is to summarise, could write turns of the system. A special token is
-one only where the template wrote its first character. To know that, the chat is rendered a second
-time with the first characters of special tokens exchanged, in everything that users write, for
-private ones. This also holds when a template cuts something out of a message and so joins the
-halves of a special token.
+user, or a page that the model is to summarise, could write turns of the system. So text becomes a
+special token only where the template wrote its first character. To find these places, the chat is
+rendered a second time, with a private character in place of the first character of every special
+token that users wrote. This works even when a template cuts something out of a message and so joins
+the halves of a special token.
 
-Templates of models that think look for `</think>` in what the assistant said. Where that is a
-special token, what the assistant said keeps it: the model wrote it as a token itself.
+Templates of reasoning models look for `</think>` in the assistant's messages. Where `</think>` is a
+special token it stays one in these messages, because the model itself wrote it as a token.
 """
 
 from __future__ import annotations

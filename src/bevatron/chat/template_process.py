@@ -1,8 +1,9 @@
-"""The process that chat templates are rendered in: its life, and what it may spend.
+"""The process that renders chat templates: starting and ending it, and its limits.
 
-One per process that renders, started when it is first asked for (about 0.1 s, without torch), and
-anew after a template has had it stopped. It ends when this process does, however that ends: it
-reads a socket whose other end then closes. What runs in it is `template_worker.py`.
+A process that renders chats has one such worker. The worker starts at the first chat (in about
+0.1 s, it imports no torch), and again after a template went beyond a limit and the worker was
+stopped. It ends with its parent, however the parent ends, because it reads from a socket whose
+other end then closes. The program that runs in it is `template_worker.py`.
 """
 
 from __future__ import annotations

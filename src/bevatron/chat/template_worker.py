@@ -1,14 +1,15 @@
 """The program that renders chat templates, which are somebody else's programs.
 
 `template_process.py` runs this file by its path, as a process of its own that imports nothing but
-jinja2, and asks it one thing after another: each request and each answer is JSON behind its length
-(8 bytes) on file descriptor 0, which is one end of a socket. The environment is that of
-transformers' `apply_chat_template`, less what hands out more than plain data.
+jinja2, and sends it one request after another: each request and each answer is JSON behind its
+length (8 bytes) on file descriptor 0, which is one end of a socket. Templates see what
+transformers' `apply_chat_template` gives them, except what hands out more than plain data.
 
-jinja2's sandbox keeps a template away from Python's internals. What it cannot do is to stop one C
-call (`'a' * 10**10`) or an endless loop: the kernel does. A timer of the processor's time ends the
-process, and its address space may grow by so much per request. Before the first request it gives
-away what it does not need: files, processes, new privileges and, where it has them, root's.
+jinja2's sandbox keeps a template away from Python's internals. It cannot stop an endless loop or a
+single large C call (`'a' * 10**10`), so the kernel does: a timer of processor time ends the
+process, and its address space may grow only by a fixed amount per request. Before the first request
+the process gives up what it does not need: files, child processes, new privileges, and root's
+rights if it has them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Tool calls as models say them; where they stand in an answer is found by `answer_parts.py`.
+"""Parsing tool calls as models write them; `answer_parts.py` finds where they stand in an answer.
 
-Llama 3.1 to 3.3 say a JSON object {"name": ..., "parameters": {...}}, several of them apart by `;`
-or in a list, after <|python_tag|> or bare; or, for their built-in tools, Python:
-<|python_tag|>brave_search.call(query="..."). Llama-Nemotron says <TOOLCALL>[{"name": ...,
-"arguments": {...}}]</TOOLCALL>. What is not exactly that stays text.
+Llama 3.1 to 3.3 write a JSON object {"name": ..., "parameters": {...}}, with or without
+<|python_tag|> before it. Several calls are separated by `;` or stand in a list. For their built-in
+tools they write Python: <|python_tag|>brave_search.call(query="..."). Llama-Nemotron writes
+<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>. Text in any other form is not a call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Dtypes: their names and sizes, rounding one to another, and counting what is no number.
+"""Dtypes: their names and sizes, rounding from one to another, and counting NaN and infinity.
 
 Everything here works on bytes, a buffer at a time, with numpy and without torch. Rounding is to
-nearest, ties to even, as torch's `.to()` does. NaN stays NaN; what is too large for float16 becomes
-infinity and is counted.
+nearest, ties to even, as in torch's `.to()`. NaN stays NaN; a value that is too large for float16
+becomes infinity and is counted.
 """
 
 from __future__ import annotations

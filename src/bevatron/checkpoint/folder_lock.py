@@ -1,5 +1,8 @@
-"""A lock that a process holds while it writes a folder, and that the kernel takes back when it
-dies, on whatever host and whatever its number. Who holds it stands in the lock's file."""
+"""A lock that a process holds while it writes a folder.
+
+The kernel releases the lock when the process dies, on whatever host it ran and whatever its process
+id. The lock's file says who holds it.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A folder that appears complete or not at all.
 
-It is written as the hidden sibling `.<name>.partial`, synced, and renamed. Who writes holds a lock
-on `.<name>.lock`, which the kernel takes back when the process dies, on whatever host and whatever
-its number. So a partial folder that is found while holding the lock was left by a killed process:
-it is cleared, and the work starts again. On any error, Ctrl-C or SIGTERM both siblings go.
+The folder is written as its hidden sibling `.<name>.partial`, synced, and renamed. The writer holds
+a lock on `.<name>.lock`, which the kernel releases when the process dies. So whoever gets the lock
+and finds a partial folder knows that a killed process left it: the folder is cleared, and the work
+starts again. On any error, Ctrl-C or SIGTERM both siblings are removed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What every rank wrote of a step, left as a small file for the one that commits it.
+"""The table of what one rank wrote of a step, a small file for the rank that commits the step.
 
-While a step is written, `ranks/rank-00003.txt` appears in its partial folder when rank 3's files
-are on the disk. The one that commits waits for all of them and joins them to a manifest, so saving
-needs no collective and can go on beside training. Joining moves text and makes no objects: at
-16,384 ranks a step has millions of chunks.
+While a step is written, `ranks/rank-00003.txt` appears in its partial folder as soon as rank 3's
+files are on disk. The rank that commits waits for all tables and joins them into a manifest. So
+saving needs no collective and can go on beside training. Joining moves text and makes no objects,
+because at 16,384 ranks a step has millions of chunks.
 
-A table's first line is a JSON object with the sizes of the rank's files; every other one is a
-tensor: its name, dtype, shape, how many elements follow, and the chunk (JSON, between tabs).
+The first line of a table is a JSON object with the sizes of the rank's files. Every other line is
+one tensor: its name, dtype, shape, the number of elements, and the chunk (JSON, between tabs).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading tensors of a native checkpoint whatever their chunking.
+"""Reading tensors of a native checkpoint, however they are cut into chunks.
 
 A chunk is a box of a tensor that lies as contiguous row-major bytes in a file. Two ways to read:
 `read_box` fills any other box of the tensor (loading at a layout), `runs` lists the file ranges

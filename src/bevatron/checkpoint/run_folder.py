@@ -1,10 +1,12 @@
-"""A training run's folder: step folders, the `latest` pointer, what was logged; which step a path
-means, and whether it can be continued from.
+"""A training run's folder: its step folders, the pointer `latest`, and its logs.
 
-A step folder is written into a hidden sibling, its manifest last, synced, renamed; only then does
-`latest` move, itself by a rename. A crash at any moment leaves the previous step whole. Steps that
-retention deletes are renamed first. So a folder under a step's name was complete once, and one
-that is not was damaged from outside. Nothing here looks at a clock or at the times of files.
+Here is decided which step a path means, and whether a run can continue from a step.
+
+A step is written into a hidden sibling folder, its manifest last; the sibling is synced and
+renamed, and only then is `latest` replaced, also by a rename. So a crash at any moment leaves the
+previous step whole. A step that is deleted to make room is renamed first. A folder under a step's
+name was therefore complete once; if it is incomplete, it was damaged from outside. Nothing here
+depends on a clock or on the times of files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Saving and loading a native checkpoint at any layout: each rank its own boxes.
+"""Saving and loading a native checkpoint at any layout, where each rank handles its own boxes.
 
-A tensor's placement says which box of the global tensor a rank holds; saving writes that box as one
-chunk (of equal copies, the first), loading reads whatever chunks meet it. Nobody gathers a tensor.
+A tensor's placement says which box of the global tensor a rank holds. Saving writes this box as one
+chunk (of several equal copies only the first is written); loading reads all chunks that overlap the
+box. No rank gathers a tensor.
 
-A snapshot copies what is to be written to host memory, so that training goes on meanwhile.
+A snapshot copies the boxes to host memory, so that training goes on while they are written.
 """
 
 from __future__ import annotations

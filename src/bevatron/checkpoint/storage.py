@@ -1,7 +1,7 @@
 """Where checkpoints lie: in a folder on disk, or behind a URL that fsspec reads (s3://, gs://).
 
-A path is pathlib's, or universal_pathlib's for a URL, which has the same methods; the few things
-that differ are here: telling them apart, reading ranges, and copying a folder up as a whole.
+A path is pathlib's, or universal_pathlib's for a URL. Both have the same methods. The few things
+that differ are here: telling the two apart, reading ranges, and uploading a whole folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """JSON from strangers: strict, with errors that name the file and the place.
 
-Python's json module accepts duplicate keys (the last one wins), NaN and Infinity, and ends deep
-nesting in a RecursionError. Two readers of such a file may disagree, so it is refused here.
+Python's json module accepts duplicate keys (the last one wins), NaN and Infinity, and raises
+RecursionError at deep nesting. Two readers of such a file may disagree, so it is refused here.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The verbs: each parses, calls one function and prints. Nothing heavy is imported before that."""
+"""The verbs. Each one parses its options, imports what it needs, calls one function and prints."""

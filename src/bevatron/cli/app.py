@@ -1,4 +1,4 @@
-"""The program, and what its verbs share: options, and how results are shown."""
+"""The command-line program, and what its verbs share: options, and how results are shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A verb's options out of a dataclass: every field is one, see `bevatron/option.py`."""
+"""Making a verb's options from a dataclass: every field becomes one, see `bevatron/option.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line. A verb's signature is its interface, its docstring the help."""
+"""The command line's entry point. A verb's signature is its interface, its docstring its help."""
 
 from __future__ import annotations
 

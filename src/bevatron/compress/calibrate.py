@@ -1,8 +1,8 @@
-"""What a forward pass tells about heads, neurons, channels and layers, counted as it goes by.
+"""Measuring the importance of heads, neurons, channels and layers during a forward pass.
 
-Per sample, activations are aggregated over the sequence to one number per head, neuron or channel;
-of these only their sums and sums of squares over samples are kept, in fp64. So memory does not
-depend on the number of samples, and data-parallel ranks add theirs up.
+For each sample, activations are aggregated over the sequence to one number per head, neuron or
+channel. Only the sums and the sums of squares of these numbers over samples are kept, in fp64. So
+memory does not depend on the number of samples, and data-parallel ranks add up their sums.
 
 Definitions (Minitron, arXiv 2407.14679, section 2.2; as NVIDIA ModelOpt measures them):
 - neuron: the input of the down projection, after activation and gate

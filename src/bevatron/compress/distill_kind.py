@@ -1,4 +1,4 @@
-"""The settings of a distillation: the section `objective` of a run whose name is `distill`."""
+"""The settings of a distillation: the section `objective` with the name `distill`."""
 
 from __future__ import annotations
 

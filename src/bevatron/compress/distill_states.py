@@ -1,11 +1,13 @@
-"""Distillation between the layers: a student's hidden states are drawn to its teacher's.
+"""Distillation between the layers: a student's hidden states are pulled towards its teacher's.
 
-The loss of a pair of layers is computed where the student's layer is, when its hidden states pass
-by, and so are its gradients: the states' joins theirs in the backward, that of the projection is
-added up at once. (As an input of the graph, zero-bubble schedules would walk to it from one pair
-through the layers before it to the next.) So no state of the student travels. Of a
-tensor-parallel rank these are its share of the tokens, or all of them on every rank; of the sums,
-each counts once.
+The loss of a pair of layers and its gradients are computed on the rank that has the student's
+layer, as soon as the layer's hidden states exist. So no hidden state of the student is sent to
+another rank. The gradient of the hidden states is added to theirs in the backward. The gradient of
+the projection is added up at once: if the projection were an input of the graph, zero-bubble
+schedules would walk to it from one pair through all the layers before that pair.
+
+A tensor-parallel rank has either its share of the tokens or all of them; each token counts once in
+the sums.
 
 Both models' states are normalised first, by their own kind of norm without weights (Minitron, arXiv
 2407.14679, section 3: after LayerNorm).

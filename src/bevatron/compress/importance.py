@@ -1,7 +1,7 @@
-"""How important every head, neuron, channel and layer is: one forward pass over calibration text.
+"""How important each head, neuron, channel and layer is, by one pass over calibration text.
 
-All ranks of a process group compute it together, at any layout but context parallel ones, and all
-get the same scores.
+All ranks of a process group compute the scores together and all get the same ones. Any layout
+without context parallelism will do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""`bevatron importance`: check, then measure here or in processes of its own, write and draw.
+"""`bevatron importance`: it checks its input, measures, writes the scores and draws their page.
 
-The same command runs in one process, starts N of its own, or is one of torchrun's.
+The command runs in one process, starts N processes, or is itself one of the processes that torchrun
+started.
 """
 
 from __future__ import annotations

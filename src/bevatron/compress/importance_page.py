@@ -1,5 +1,7 @@
-"""Importance scores on one HTML page that needs nothing else: layers, channels, and per layer the
-heads and neurons from the most important on."""
+"""Importance scores on one self-contained HTML page.
+
+The page shows layers, channels, and for each layer its heads and neurons, the most important first.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ layers.loss_without                [num_layers], the loss with one layer left ou
 spans.{n}.loss_without             [num_layers - n + 1], with layers i to i + n - 1 left out
 loss                               [1], of the whole model (with either of the two before)
 
-No torch: whoever prunes reads these and nothing else of the calibration.
+No torch is needed. Pruning reads these scores and nothing else of the calibration.
 """
 
 from __future__ import annotations

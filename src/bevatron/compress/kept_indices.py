@@ -1,9 +1,9 @@
-"""Which channels, heads and neurons stay, and which rows and columns of every parameter that means.
+"""Which channels, heads and neurons pruning keeps: rows and columns of every parameter.
 
-Index logic alone: no weights are read here. The rules are those of Minitron (arXiv 2407.14679) and
-its implementations: one set of hidden channels for the whole residual stream; per layer its own
-neurons, and its own query heads, as many in every KV group; keys, values, head_dim, vocabulary and
-rotation are left alone.
+Only indices are computed here; no weights are read. The rules are those of Minitron (arXiv
+2407.14679) and its implementations: the whole residual stream keeps one set of hidden channels;
+each layer keeps its own neurons and its own query heads, the same number in every KV group; keys,
+values, head_dim, vocabulary and rotation do not change.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How far a student's distribution over the vocabulary is from its teacher's.
 
-Both sets of logits exist for a chunk of tokens only, and a vocabulary may be shared by ranks, which
-then exchange a few numbers per token; the gradient with respect to a rank's own logits needs
-nothing more.
+Both sets of logits exist for one chunk of tokens at a time. Ranks may share the vocabulary: they
+then exchange a few numbers per token, which is also enough for the gradient with respect to a
+rank's own logits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A smaller model out of a trained one: streamed tensor by tensor into a new native checkpoint."""
+"""Pruning: a smaller model is cut from a trained one, tensor by tensor, into a new checkpoint."""
 
 from __future__ import annotations
 

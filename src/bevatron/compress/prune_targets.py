@@ -1,4 +1,4 @@
-"""What is asked of pruning, and how the command line and files spell it. No numpy and no torch."""
+"""What a user asks of pruning, as the command line and files spell it. No numpy and no torch."""
 
 from __future__ import annotations
 

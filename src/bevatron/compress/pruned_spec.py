@@ -1,7 +1,7 @@
-"""From what a user asks for to the spec of the pruned model: which layers stay, how wide each is.
+"""The spec of a pruned model, from what the user asked for: its layers and their widths.
 
-No weights and no torch: counts are exact before anything is read. Widths are as asked for, or
-chosen to meet a parameter count.
+Neither weights nor torch are needed, so parameter counts are exact before any weight is read. The
+user gives the widths, or a parameter count that they are chosen to meet.
 """
 
 from __future__ import annotations

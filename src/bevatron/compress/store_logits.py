@@ -1,7 +1,7 @@
-"""`bevatron logits`: a teacher's logits for the samples of a run, which then trains without it.
+"""`bevatron logits`: storing a teacher's logits for a run's samples, so the run needs no teacher.
 
-The teacher runs at the layout of the run's configuration. Each data-parallel rank makes one file at
-a time, so what was finished before a stop is not made again.
+The teacher runs at the layout of the run's configuration. Each data-parallel rank writes one file
+at a time, so files that were complete before a stop are not computed again.
 """
 
 from __future__ import annotations

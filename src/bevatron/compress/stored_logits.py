@@ -1,9 +1,9 @@
 """A teacher's distributions on disk: the likeliest next tokens at every token of a run's samples.
 
-    logits.json                    what they are and of which samples; there once all is whole
-    making.json                    the same while they are made
-    train-00000.safetensors        of the samples at the first positions of the run's order
-    validation-00000.safetensors   of the samples of its validation
+    logits.json                    what is stored, for which samples; written when all is complete
+    making.json                    the same, while the folder is still incomplete
+    train-00000.safetensors        the samples at the first positions of the run's order
+    validation-00000.safetensors   the samples of its validation
 
 A file holds n samples:
 
@@ -13,7 +13,7 @@ A file holds n samples:
     values  F16 or F32 [n, T, k]   log-probabilities, highest first
     ids     U16 or U32 [n, T, k]   token ids
 
-So whatever changes the order of the samples is found out at the first sample that is another one.
+So any change in the order of the samples is noticed at the first sample that differs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""What `importance` and `search` are asked for, as dataclasses: their command lines follow from
-them, and what is written down of a search. No numpy and no torch: the help is made of this."""
+"""The options of `importance` and `search`, as dataclasses.
+
+Their command lines follow from these, and so does the record of a search's options. This file
+imports neither numpy nor torch, because the help is made from it.
+"""
 
 from __future__ import annotations
 

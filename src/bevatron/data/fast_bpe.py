@@ -1,4 +1,4 @@
-"""Byte-level BPE of a tokenizer.json through tiktoken, where that is proven to give the same ids.
+"""Byte-level BPE of a tokenizer.json through tiktoken, where the ids are proven to be the same.
 
 The two libraries merge by different rules: `tokenizers` follows a list of pairs, tiktoken merges
 any two neighbours whose concatenation is in the vocabulary, by one rank per token. They agree if
@@ -7,14 +7,15 @@ any two neighbours whose concatenation is in the vocabulary, by one rank per tok
    of the last merge on that way is the token's rank (`_ranks` derives each of them), and
 2. both parts of that last merge have lower ranks.
 
-For suppose that the merges below rank R are exhausted and two neighbours make up a token of rank R.
-No merge has crossed their borders, so what happened between these is what happens to the token's
-bytes alone: they are the two parts of its last merge. So tiktoken never finds a pair that is not in
-the list, and none out of its order.
+Proof: suppose that the merges below rank R are exhausted, and two neighbours make up a token of
+rank R. No merge has crossed their borders, so what happened between the borders is what happens to
+the token's bytes alone: the neighbours are the two parts of its last merge. So tiktoken never finds
+a pair that is not in the list, and never one out of order.
 
-The splitting before it is a regular expression in both, in two engines. Only such syntax passes as
-means the same in both, and every class of characters in it is compared over Unicode. In the end
-a corpus of strange strings and of the user's own text is encoded by both.
+Before the merges, both libraries split the text by a regular expression, in two different engines.
+Only syntax that means the same in both engines is accepted, and every class of characters in it is
+compared over Unicode. At the end both libraries encode a corpus of strange strings and of the
+user's own text, and the ids must be equal.
 """
 
 from __future__ import annotations

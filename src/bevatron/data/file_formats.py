@@ -1,7 +1,8 @@
-"""What a file is, by its name: text, a table of documents, or data that is refused by name.
+"""What a file holds, judged by its name: text, a table of documents, or data that cannot be read.
 
-A suffix that is not known here is a text's, because sources of programs have hundreds of them. What
-is known to hold documents in another form is never taken for a text and never left out silently.
+A file with an unknown suffix is read as text, because source code has hundreds of suffixes. A file
+that is known to hold documents in another form is never read as text and never left out silently:
+it is refused by name.
 """
 
 from __future__ import annotations

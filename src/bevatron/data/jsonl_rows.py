@@ -1,4 +1,7 @@
-"""The rows of .jsonl files: checked at once, parsed when asked for. Memory holds their places."""
+"""The rows of .jsonl files. All are checked first; a row is parsed when it is needed.
+
+Memory holds only where each row begins.
+"""
 
 from __future__ import annotations
 

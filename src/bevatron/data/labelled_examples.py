@@ -1,8 +1,8 @@
 """Labelled examples as padded token ids and labels, one class for each kind of label.
 
 Text becomes the ids that transformers' tokenizer gives for `truncation=True` and
-`padding="max_length"`, special tokens included, padded on the right: attention is causal, so no
-token sees the padding, and there is no mask.
+`padding="max_length"`, special tokens included. Padding is on the right. Attention is causal, so no
+token sees the padding, and no mask is needed.
 """
 
 from __future__ import annotations

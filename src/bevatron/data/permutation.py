@@ -1,4 +1,4 @@
-"""Pseudo-random permutations of any size that need no memory, and the mixing of bits below them."""
+"""Pseudo-random permutations of any size that need no memory, and the bit mixing that they use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions with their answer in a context, as SQuAD has them, labelled as run_qa does it."""
+"""Questions with their answer in a context, as in SQuAD, labelled as in transformers' run_qa."""
 
 from __future__ import annotations
 

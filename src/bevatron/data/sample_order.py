@@ -1,8 +1,8 @@
-"""Which tokens the sample at a position is made of: a pure function of (seed, position).
+"""Which tokens make up the sample at a position: a pure function of (seed, position).
 
-Nothing is stored, so a run resumes at any position, at any number of ranks, by asking for it.
+Nothing is stored, so a run can resume at any position and on any number of ranks.
 
-    position -> stage       a stage is a mixture, from a position on
+    position -> stage       a stage is a mixture of sources that begins at a position
     position -> source      blocks of 1024 positions of a stage; how many of the first n blocks'
                             positions each source has is its exact share, rounded (`Shares`); the
                             order in a block is shuffled by (seed, stage, block)

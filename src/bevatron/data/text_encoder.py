@@ -1,4 +1,4 @@
-"""Text to token ids: by `tokenizers`, or by tiktoken where that is proven to give the same ids."""
+"""Text to token ids: by `tokenizers`, or by tiktoken where its ids are proven to be the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing token ids and the starts of documents: a whole store, or a part of one to be joined."""
+"""Writing token ids and the starts of documents, as a whole store or a part to be joined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From text to a token store: in parallel, in bounded memory, and from where it was if killed."""
+"""Tokenizing text into a token store, in parallel, in bounded memory; a killed job resumes."""
 
 from __future__ import annotations
 

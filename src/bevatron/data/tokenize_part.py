@@ -1,7 +1,7 @@
-"""Tokenizing one part: from its items to a small folder of tokens and starts of documents.
+"""Tokenizing one part of a job into a small folder of tokens and starts of documents.
 
-A part's folder is named by a hash of all that decides its content and appears complete or not at
-all, so whoever runs the same job after this one was killed finds it again.
+The folder is named by a hash of everything that decides its content, and it appears complete or not
+at all. So if the job is killed, the next run of the same job finds the parts that were finished.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What there is to tokenize, cut into parts: work of bounded size, the same whoever does it.
+"""The sources of a tokenizing job, cut into parts of bounded size.
 
-The parts depend on the sources alone, never on the number of workers, and so do the tokens. Cuts
-within a file lie at multiples of the part size, moved on to the next line (.jsonl) or to the next
-place where every tokenizer splits (a long text), so a worker finds them without reading what comes
-before.
+The parts depend on the sources alone and never on the number of workers; so the tokens do not
+either. Cuts within a file lie at multiples of the part size, moved forward to the next line
+(.jsonl) or to the next place where every tokenizer splits (a long text). So a worker finds the cuts
+of its part without reading the text before it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Several processes that tokenize parts. They talk in lines of JSON over pipes.
 
-A worker is `python -m bevatron.data.tokenize_workers`, not a fork: a fork copies threads' locks but
-not the threads, and multiprocessing's spawn would run the user's script a second time.
+A worker is `python -m bevatron.data.tokenize_workers`. It is not a fork, because a fork copies the
+locks of threads but not the threads; and it is not spawned by multiprocessing, because that would
+run the user's script a second time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tokenizer straight from its tokenizer.json, and the ids that begin and end a document."""
+"""A tokenizer, read from its tokenizer.json, and the token ids that begin and end a document."""
 
 from __future__ import annotations
 

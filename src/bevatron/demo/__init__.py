@@ -1,4 +1,4 @@
-"""`bevatron demo`: the whole promise for real, on one machine, in a few minutes."""
+"""`bevatron demo`: everything that Bevatron promises, run on one machine in a few minutes."""
 
 from bevatron.demo.tour import demo
 

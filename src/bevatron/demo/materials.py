@@ -1,5 +1,8 @@
-"""What the demo works with, made from what every machine has: real text, a tokenizer trained on it,
-and a small random Llama-3-style Hugging Face folder saved by transformers itself."""
+"""What the demo works with, made from files that every machine has.
+
+It makes real text, a tokenizer trained on that text, and a small random Llama-3-style Hugging Face
+folder that transformers itself saves.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A model of ours for lm-evaluation-harness, which gives it the name `bevatron`.
+"""The model class `bevatron` for lm-evaluation-harness.
 
 Importing this module registers the class, so that in Python `lm_eval.simple_evaluate(model=
-"bevatron", model_args={"pretrained": CKPT, "tp": 2}, tasks=[...])` works. Texts become tokens, and
-tokens scores, as in lm_eval's own class for transformers (`hf`), so that the scores are the same.
+"bevatron", model_args={"pretrained": CKPT, "tp": 2}, tasks=[...])` works. Text is tokenized and
+scored as in lm_eval's own class for transformers (`hf`), so the scores are the same.
 """
 
 from __future__ import annotations

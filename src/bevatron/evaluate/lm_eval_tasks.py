@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, through its own command line."""
+"""Running tasks of lm-evaluation-harness through its own command line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Loss, perplexity and bits per byte of a model on tokens or text.
 
-Windows slide over the tokens of a stream, so that each but the first is scored exactly once.
+Windows slide over a stream of tokens, so that each token but the first is scored exactly once.
 """
 
 from __future__ import annotations

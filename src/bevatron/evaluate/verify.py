@@ -1,9 +1,10 @@
 """`verify`: do two checkpoints hold the same model? Their tensors are compared, then their logits.
 
-Without torch the tensors alone are compared, and the report says so.
+Without torch only the tensors are compared, and the report says so.
 
-An HF folder runs in transformers' own class where there is one (remote code is never executed), a
-native checkpoint in Bevatron's decoder, so that agreement says that both mean the same numbers.
+An HF folder runs in transformers' own class where there is one (remote code is never executed), and
+a native checkpoint runs in Bevatron's decoder. So equal logits show that both implementations
+compute the same function.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Heads in config.json: which one `architectures` names, its labels, and their spelling back.
+"""Heads in config.json: reading and writing which head `architectures` names, and its labels.
 
-Files hold `id2label` and `label2id` and never `num_labels`; two labels LABEL_0 and LABEL_1 are the
-default and are not written.
+Files hold `id2label` and `label2id` and never `num_labels`. The two labels LABEL_0 and LABEL_1 are
+the default and are not written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LlamaForCausalLM: Llama 2, 3, 3.1, 3.2, 3.3 and whoever borrows the name.
+"""LlamaForCausalLM: Llama 2, 3, 3.1, 3.2, 3.3 and other models that use this class.
 
 Defaults are those of transformers 5.23's LlamaConfig. Layers that differ from one another belong to
 `llama_nemotron`.

@@ -1,9 +1,10 @@
 """DeciLMForCausalLM (Llama-Nemotron Super, Ultra, 51B): Llama whose layers differ.
 
-`block_configs` says of each layer what its attention and its MLP are. Two spellings are read, the
+`block_configs` says of each layer what its attention and its MLP are. Two spellings are read: the
 published one (`n_heads_in_group`, `ffn_mult`) and that of later tools (`num_key_value_heads`,
-`intermediate_size`); the published one is written for what is new. Number of query heads, head_dim
-and biases are the same in all layers; MLP widths are multiples of 256 in the published spelling.
+`intermediate_size`). New models are written in the published spelling. All layers have the same
+number of query heads, head_dim and biases; MLP widths are multiples of 256 in the published
+spelling.
 """
 
 from __future__ import annotations

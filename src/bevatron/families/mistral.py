@@ -1,7 +1,7 @@
 """MistralForCausalLM without a sliding window (Mistral-NeMo-Minitron, Mistral-NeMo).
 
-Its tensors are Llama's and it has no biases. `sliding_window` must be there and null: transformers
-takes an absent one for 4096.
+Its tensors are Llama's and it has no biases. `sliding_window` must be in the file and null, because
+transformers reads a missing `sliding_window` as 4096.
 """
 
 from __future__ import annotations

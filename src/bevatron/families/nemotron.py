@@ -1,7 +1,7 @@
 """NemotronForCausalLM (Nemotron-3/4, Minitron): LayerNorm1P, half-rotated heads, squared ReLU.
 
-transformers starts LayerNorm1P weights at one, which multiplies by two; a fresh model here starts
-them at zero, the identity, as those who trained these models did.
+transformers initialises LayerNorm1P weights to one, which multiplies by two. A fresh model here
+starts them at zero, the identity, as the published models did.
 """
 
 from __future__ import annotations

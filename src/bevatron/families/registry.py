@@ -1,4 +1,7 @@
-"""What a family consists of, and the registry of them. The package lists those of this room."""
+"""What a family consists of, and the registry of families.
+
+`families/__init__.py` lists the families of this package.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Rope in config.json: two spellings, five kinds.
+"""Reading and writing rope in config.json, which has two spellings and five kinds of rope.
 
-Files up to transformers 4 have `rope_theta` and `rope_scaling`; version 5 writes one dict,
-`rope_parameters`, and reads both. A version 4 that is given only the new spelling computes with
-theta 10000 and no scaling, without a word.
+Files up to transformers 4 have `rope_theta` and `rope_scaling`. Version 5 writes one dict,
+`rope_parameters`, and reads both spellings. If version 4 finds only the new spelling, it computes
+with theta 10000 and no scaling, and gives no warning.
 """
 
 from __future__ import annotations

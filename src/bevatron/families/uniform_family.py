@@ -1,4 +1,7 @@
-"""A family whose layers are all the same, as a description: fields in, spec out, and back."""
+"""A family whose layers are all the same, described by the fields of its config.json.
+
+The description is read in both directions: from fields to a spec, and from a spec to fields.
+"""
 
 from __future__ import annotations
 

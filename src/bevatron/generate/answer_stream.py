@@ -1,4 +1,4 @@
-"""The answer to one request, as it comes: from the engine's thread to whoever waits for it."""
+"""The answer to one request as it arrives, from the engine's thread to the waiting caller."""
 
 from __future__ import annotations
 

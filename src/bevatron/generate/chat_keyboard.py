@@ -1,4 +1,4 @@
-"""What the user types in the terminal."""
+"""Reading what the user types in the terminal."""
 
 from __future__ import annotations
 

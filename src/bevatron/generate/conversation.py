@@ -1,4 +1,4 @@
-"""A conversation: what was said, how answers are made, and what of it still fits the model."""
+"""A conversation: its messages, how answers are sampled, and which messages fit the context."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The decoder as the engine runs it: one rank's layers over the flat tokens of a `Step`.
 
-What `bevatron.nn.Decoder` computes, for inference alone: N tokens of any sequences in one [N, h]
-matrix, few operations per layer, keys and values in rows of a `SlotCache`. Shape legend as in `nn`;
-under tensor parallelism H, G, f and V are this rank's share.
+It computes what `bevatron.nn.Decoder` computes, for inference alone: N tokens of any sequences in
+one [N, h] matrix, with few operations per layer, and keys and values in rows of a `SlotCache`. The
+shape legend is that of `nn`; under tensor parallelism H, G, f and V are this rank's share.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """How the engine computes each kind of sublayer, over the flat tokens of a `Step`.
 
-A kind is a class in DECODINGS, made with what reads its weights. Shape legend as in `nn`; N tokens
-of a step; under tensor parallelism H, G and f are this rank's share.
+DECODINGS maps each kind of sublayer to its class, which is made from a reader of its weights. The
+shape legend is that of `nn`, with N tokens of a step; under tensor parallelism H, G and f are this
+rank's share.
 
-Tensor parallelism cuts as training does (`ModelSpec.cut`). KV groups that the ranks do not divide:
-each rank reads the rows of its own query heads and, beside every one of them, those of the key and
-value that it needs, so that a head is a group of its own.
+Tensor parallelism cuts weights as training does (`ModelSpec.cut`). If the ranks do not divide the
+KV groups, each rank reads the rows of its own query heads and, beside every one of them, the rows
+of the key and value that this head needs, so that each head is a group of its own.
 """
 
 from __future__ import annotations

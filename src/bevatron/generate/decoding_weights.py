@@ -1,5 +1,6 @@
-"""One rank's weights as the engine uses them, read straight from where they lie: files, or the
-parameters of a model that is being trained.
+"""One rank's weights as the engine uses them.
+
+They are read from files, or from the parameters of a model that is being trained.
 """
 
 from __future__ import annotations

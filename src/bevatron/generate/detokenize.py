@@ -1,4 +1,7 @@
-"""Tokens to text while they come: what is given out is certain, and adds up to the whole."""
+"""Turning tokens into text while they arrive.
+
+Only text that later tokens cannot change is handed out, and the pieces add up to the whole text.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model, many requests at once: continuous batching over one KV cache."""
+"""The engine: one model answers many requests at once, by continuous batching over one KV cache."""
 
 from __future__ import annotations
 

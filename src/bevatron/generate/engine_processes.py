@@ -1,8 +1,9 @@
-"""The processes that share a model: this one is rank 0, the others are started here and follow it.
+"""The processes that share a model: this one is rank 0; it starts the others and directs them.
 
-A worker loads its part, says that it is ready through a store, joins the process group, and then
-computes what rank 0 commands. If it fails, it leaves its last words in a file and ends; a thread
-here sees it end and ends the others, which ends every wait for them. Workers end with this process.
+A worker loads its part of the model, reports through a store that it is ready, joins the process
+group, and then computes what rank 0 commands. A worker that fails writes its error to a file and
+ends. A thread of rank 0 notices this and ends the other workers, so that nothing waits for them any
+more. All workers end with this process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the processes that share a model say to one another. One process says nothing."""
+"""What the processes that share a model send to one another. A single process sends nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bevatron generate`: from what is asked to what is printed."""
+"""`bevatron generate`: it completes prompts and prints the answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values of all sequences that run: one buffer per layer that needs one."""
+"""The KV cache: keys and values of all running sequences, one buffer per layer that needs one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The engine inside a run: answers from the parameters that are being trained, between two steps.
 
-What reinforcement learning with verifiable rewards stands on. All ranks of the run make one, at a
-layout of its own, and call every method together:
+Reinforcement learning with verifiable rewards needs this. All ranks of the run make one
+`LiveEngine` together, at a layout of its own, and call every method together:
 
     rollouts = LiveEngine(trainer.placed, tp=2, origin=origin)
     for number in range(steps):
@@ -10,18 +10,18 @@ layout of its own, and call every method together:
         trainer.step(samples_of(answers), lr)
     rollouts.close()
 
-The run's processes, in the order of their ranks, form teams of tp * pp, each with a whole model:
-the replicas. A rank that is left over has no part in answering. Weights move in memory from the
-boxes that the trainer's ranks hold (whatever its layout) to those that the engine's need, see
-`BoxExchange`: no files, and no rank holds more of the model than its team's layout says. A rank
-takes them into the same memory every time. They stay there beside the trained ones; the KV cache is
-given back when answering ends. They have the run's dtype, in which a step's weights are saved: the
-answers are those of the checkpoint that the run would save now, opened by `Engine.open` at the same
-layout.
+The run's processes, in the order of their ranks, form teams of tp * pp processes. Each team holds a
+whole model and is one replica; a rank that is left over takes no part in answering. Weights move in
+memory from the boxes that the trainer's ranks hold, at whatever layout, to the boxes that the
+engine's ranks need (see `BoxExchange`). No files are written, and no rank holds more of the model
+than its team's layout says. A rank receives the engine's weights into the same memory every time,
+and this memory stays allocated beside the trained parameters; the KV cache is freed when answering
+ends. The engine's weights have the run's dtype, in which a step's weights are saved. So the answers
+are those of the checkpoint that the run would save now, opened by `Engine.open` at the same layout.
 
-A request with `logprobs=0` reports the log-probability of each token of its answer, under the
-model and before temperature; what another rank's batch holds changes it by rounding alone, as any
-batch does. A training forward rounds differently: its log-probabilities agree closely, not exactly.
+A request with `logprobs=0` reports the log-probability of each token of its answer, under the model
+and before temperature. Other requests in the batch change this number by rounding alone. A training
+forward rounds differently: its log-probabilities agree closely, not exactly.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ CPUs without bf16 arithmetic (gigaweights per second of one AVX2 core, 2816 x 51
     int8 weights, bf16             6.7-8.8      1.8-2.4
     halves packed by FBGEMM        5.2-7.0      2.3-3.2
 
-So fp32 matrices are kept in the layout that one vector streams best, and once more packed for
-batches if there is memory for it; 16-bit ones are packed as halves where the CPU has no arithmetic
-of its own for bf16. Sums are fp32 and results are rounded to the dtype of the vectors, as they are
-in torch's products.
+So fp32 matrices are kept in the layout that is fastest for one vector, and a second time, packed
+for batches, if there is memory for it. 16-bit matrices are packed as halves where the CPU has no
+bf16 arithmetic. Sums are fp32, and results are rounded to the dtype of the vectors, as in torch's
+products.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `bevatron generate` is asked to complete: a text, a chat, or a file of them."""
+"""The prompts that `bevatron generate` completes: a text, a chat, or a file of texts and chats."""
 
 from __future__ import annotations
 

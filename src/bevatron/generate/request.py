@@ -1,4 +1,4 @@
-"""What is asked of the engine and what comes back: plain data, no torch."""
+"""The engine's requests and answers, as plain data without torch."""
 
 from __future__ import annotations
 

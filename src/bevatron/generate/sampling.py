@@ -1,9 +1,10 @@
 """Choosing the next tokens of a batch.
 
-As transformers' processors do it: penalties and biases on logits, then temperature, top-k, top-p
-and min-p, each on what the one before it left. A draw inverts the cumulative distribution, in the
-order of the vocabulary, at a number that is a function of (seed, position): that does not depend on
-what else is in the batch. (The logits do, by rounding: docs/serve.md, Sameness.)
+The order is that of transformers' processors: penalties and biases on logits, then temperature,
+top-k, top-p and min-p, each on what the one before it left. A draw inverts the cumulative
+distribution, in the order of the vocabulary, at a number that is a function of (seed, position) and
+does not depend on what else is in the batch. (The logits do depend on the batch, by rounding: see
+docs/serve.md, Sameness.)
 """
 
 from __future__ import annotations

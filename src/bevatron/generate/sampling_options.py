@@ -1,4 +1,4 @@
-"""How a model generates: what a user asks, over what the checkpoint or nobody says; its name."""
+"""How a model samples: by the user's options, the checkpoint's, or defaults; and its name."""
 
 from __future__ import annotations
 

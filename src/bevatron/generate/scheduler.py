@@ -1,10 +1,10 @@
-"""Which tokens are computed next, and what becomes of them: the requests of an engine.
+"""The engine's scheduler: which tokens are computed next, and what becomes of the results.
 
-Sequences that decode have the first rows of the cache, so that a step works on views of it. A
-prompt is computed in chunks beside them, small ones while answers run, and then joins. A request is
-admitted where there is room for what it holds and RESERVE more tokens. If the cache is full
-nevertheless, those that came last are put off: they give their rows back, wait in front, and
-compute what they had once more.
+Decoding sequences have the first rows of the cache, so that a step works on views of the cache. A
+prompt is computed in chunks beside them, in small chunks while answers are decoded, and then joins
+them. A request is admitted if the cache has room for its tokens and RESERVE more. If the cache runs
+full nevertheless, the latest requests are put off: they give back their rows, wait at the front of
+the queue, and later compute their tokens again.
 """
 
 from __future__ import annotations

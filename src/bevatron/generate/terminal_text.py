@@ -1,5 +1,8 @@
-"""Text of a model on a terminal. It is somebody else's text: a terminal obeys escape sequences,
-which can change its title, its clipboard or what seems to have been typed."""
+"""Making a model's text safe to print on a terminal.
+
+A terminal obeys escape sequences, which can change its title, its clipboard or what seems to have
+been typed. So escape sequences in a model's text are shown as signs.
+"""
 
 from __future__ import annotations
 

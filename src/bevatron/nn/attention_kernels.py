@@ -2,10 +2,10 @@
 
 - plain causal: torch's fused kernels; compiled on a CPU over short sequences, plain products, which
   the compiler fuses with the softmax between them
-- a mask (documents, or a part of the queries under context parallel) over short sequences: the same
-  kernels with the mask, made once per forward for all layers
-- a part of the queries on an accelerator: one fused causal call per run of positions
-- else in tiles (`tiled_attention.py`), which hold neither [T, S] scores nor such a mask
+- a mask (for documents, or for a part of the queries under context parallelism) over short
+  sequences: the same kernels with the mask, which is made once per forward for all layers
+- a part of the queries on an accelerator: one fused causal call per run of consecutive positions
+- in all other cases: tiles (`tiled_attention.py`), which need neither [T, S] scores nor a mask
 """
 
 from __future__ import annotations

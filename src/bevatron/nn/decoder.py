@@ -1,10 +1,10 @@
-"""One decoder for every spec.
+"""The decoder: one class that builds itself from any spec.
 
-- token embedding, perhaps an unweighted norm after it
-- layers that each say what they are: pre-norm residual attention and MLP sublayers, either of which
-  may be one matrix or absent
-- final norm, and a head: logits, tied to the embedding or not, perhaps softcapped; scores of a
-  classification or question answering head; or none
+- a token embedding, with an optional unweighted norm after it
+- layers, each by its own spec: pre-norm residual attention and MLP sublayers, either of which may
+  be replaced by one matrix or absent
+- a final norm, and a head: logits, tied to the embedding or not, optionally softcapped; scores of a
+  classification or question answering head; or no head
 - a pipeline stage is the same class over a slice of the layers
 """
 

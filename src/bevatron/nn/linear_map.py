@@ -1,9 +1,10 @@
 """The linear maps of a decoder: every weight that multiplies hidden states does it here.
 
 There are two products, one for each way in which tensor-parallel ranks share a weight. Both go
-through `product`, which an adapter (LoRA) extends by overriding it: what `rows` does to the stored
-weight it does as well to a matrix with the same rows and fewer columns. (The output matrix over the
-vocabulary is not among them: what is computed with it is the objective's.)
+through `product`, which an adapter (LoRA) overrides. `rows` makes the matrix
+to multiply with from the stored weight; it works as well on a matrix with the same rows and fewer
+columns. (The output matrix over the vocabulary is not here: the objective decides what is computed
+with it.)
 """
 
 from __future__ import annotations

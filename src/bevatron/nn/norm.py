@@ -1,4 +1,4 @@
-"""Norms. Statistics in fp32, the result in the input's dtype, as transformers does it."""
+"""Norms: statistics are computed in fp32, the result has the input's dtype, as in transformers."""
 
 from __future__ import annotations
 

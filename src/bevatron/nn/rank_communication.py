@@ -1,7 +1,7 @@
-"""What a sublayer may ask of the processes that share it: a few small functions with named effects.
+"""The communication that a sublayer may ask for: a few small functions with named effects.
 
-Parameters may be DTensors; activations are always plain local tensors. `Comm` and `Context` are the
-one-process case, where nothing is shared; the other ones are
+Parameters may be DTensors; activations are always plain local tensors. `Comm` and `Context` are for
+one process, where nothing is shared. For several processes there are
 `bevatron.parallel.tensor_parallel.TensorParallel` and
 `bevatron.parallel.context_parallel.ContextParallel`.
 """

@@ -1,6 +1,8 @@
-"""Attention in tiles of queries and keys, with an online softmax and its own backward, as in
-FlashAttention-2 (Dao, arXiv 2307.08691), in plain torch: memory beyond inputs and outputs does not
-depend on the length, what is hidden is not computed, and any rank's part of the queries will do.
+"""Attention in tiles of queries and keys, with an online softmax and a backward, in plain torch.
+
+The algorithm is that of FlashAttention-2 (Dao, arXiv 2307.08691). Memory beyond inputs and outputs
+does not depend on the sequence length, masked tiles are not computed, and the queries may be any
+rank's part of the sequence.
 """
 
 from __future__ import annotations

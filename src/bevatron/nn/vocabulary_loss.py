@@ -3,7 +3,7 @@
 Logits exist for one chunk of tokens at a time, at most `CHUNK_LOGITS` of them, and ranks may share
 the vocabulary. There are two ways to a gradient:
 
-- `sums_of_chunks` adds a loss up over all tokens. What a token counts for is known in the forward,
+- `sums_of_chunks` adds up a loss over all tokens. The weight of each token is known in the forward,
   so one pass over the chunks computes the loss and both gradients, and the backward only scales
   them (the idea of Wijmans et al., arXiv 2411.09009). Cross-entropy and distillation are such sums.
 - `log_probabilities` gives a number for each token, which may be used in any way. The forward keeps

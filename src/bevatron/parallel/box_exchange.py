@@ -1,10 +1,10 @@
-"""Boxes of live parameters, from the ranks that hold them to those that want them, in memory.
+"""Moving boxes of live parameters in memory, from the ranks that hold them to those that need them.
 
-What `checkpoint.save_and_load.box_reader` is for a checkpoint's files: any box of any parameter,
-for a consumer with another layout (the engine, inside a run). Parameters travel in rounds of a
-bounded size, one all-to-all each, in one order that all ranks know from the start. What a rank
-holds itself it takes from there; values are cast before they are sent; nobody gets what it did not
-want.
+`checkpoint.save_and_load.box_reader` does the same for the files of a checkpoint: it gives any box
+of any parameter to a consumer with another layout (here, the engine inside a run). Parameters
+travel in rounds of a bounded size, one all-to-all per round, in an order that all ranks know from
+the start. A rank copies what it holds itself, values are cast before they are sent, and no rank
+receives a box that it did not ask for.
 """
 
 from __future__ import annotations

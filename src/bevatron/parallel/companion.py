@@ -1,11 +1,12 @@
 """A frozen model that runs beside the one that is trained: a teacher, a reference, a reward model.
 
-It is placed on the same mesh with stages of its own, so its shape may be any. Its parameters are
-sharded like the trained ones, in the dtype that the run computes in; they have no gradients and no
-optimizer. Before a step it takes the step's micro-batches through its pipeline, and leaves what was
-asked of it, and no more, where the trained model's last stage is: both have it on the same ranks.
-Hidden states between its layers are sent to where the trained model's layers are that will be
-compared with them. `forward_pass.py` says what can be asked for, and who asks what.
+A companion is placed on the same mesh with stages of its own, so it may have any shape. Its
+parameters are sharded like the trained ones, in the dtype that the run computes in; they have no
+gradients and no optimizer. Before a step the companion runs the step's micro-batches through its
+pipeline. What was asked of it, and nothing more, stays on the ranks that hold the last stage, which
+are the same for both models. Hidden states between its layers are sent to the ranks that hold the
+layers of the trained model that they will be compared with. `forward_pass.py` says what can be
+asked for, and who asks for it.
 """
 
 from __future__ import annotations

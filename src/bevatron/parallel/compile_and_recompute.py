@@ -1,13 +1,13 @@
-"""Layers as blocks: compiled one by one, and what of their activations is computed again.
+"""Compiling layers one by one, and choosing which of their activations are computed again.
 
-Recomputing selectively keeps what is dear to compute, the outputs of the matrix products and of the
-attention kernel, and computes norms, rotations, activations and sums again: about half of the
-activations for none of the FLOPs that count. Eagerly that is a policy of torch's checkpoint. In
-compiled layers it is the compiler's own choice, of which forward values to keep, at half of its
-memory; a checkpoint around a compiled layer could not see inside.
+Selective recomputation keeps what is expensive to compute, the outputs of matrix products and of
+the attention kernel. It computes norms, rotations, activations and sums again: this saves about
+half of the activation memory and repeats no matrix product. In eager layers it is a policy of
+torch's checkpoint. In compiled layers the compiler itself chooses which forward values to keep,
+with half of its memory budget, because a checkpoint around a compiled layer cannot see inside.
 
-Recomputing everything is a checkpoint around the layer, compiled or not. (A checkpoint inside of
-the compiled code fails under tensor parallelism: its meshes are no tensors to save.)
+Full recomputation is a checkpoint around the layer, compiled or not. (A checkpoint inside of the
+compiled code fails under tensor parallelism, because meshes are not tensors and cannot be saved.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Context parallel: the ranks of a group share every sequence, and attention sees all of it.
+"""Context parallelism: the ranks of a group share every sequence, and attention sees all of it.
 
 A sequence is cut into 2n chunks, of which rank r holds chunks r and 2n-1-r ("zig-zag"): under a
 causal mask all ranks then compute the same number of scores. Only attention looks beyond a rank's

@@ -1,7 +1,7 @@
-"""A world on paper: any number of ranks, all of them imagined by this one process.
+"""A world on paper: a process group with any number of ranks, all imagined by this one process.
 
-torch's fake process group answers every collective at once with whatever the buffers hold. Meshes,
-stages and placements of any size can be built on it and looked at; nothing may be computed.
+torch's fake process group answers every collective at once with whatever the buffers hold. So
+meshes, stages and placements of any size can be built and looked at, but nothing can be computed.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ stored logits, a companion beside the trained model, a model behind AutoBridge. 
 down the stages; between two of them hidden states travel, and nothing else does. What is asked for
 is computed where it can be, and only that leaves the forward:
 
-- at the end, on the ranks that have the last stage: what an `AtEnd` makes of the final hidden
-  states and the head. Its result stays there; `on_all_stages` takes it to the others.
-- between the layers: the hidden states after the layers that are named, on the ranks that have
-  the layer.
+- at the end, on the ranks that have the last stage: what an `AtEnd` computes from the final hidden
+  states and the head. The result stays on these ranks; `on_all_stages` sends it to the others.
+- between the layers: the hidden states after each named layer, on the ranks that have this layer.
 
 Who asks what (T: this rank's tokens of a sequence; the batch has `labels` [B, T], `last` [B]):
 

@@ -1,4 +1,4 @@
-"""The gradients of all ranks as one: their norm, right across all meshes; clipping."""
+"""The norm of the gradients of all ranks together, correct on every mesh; and gradient clipping."""
 
 from __future__ import annotations
 

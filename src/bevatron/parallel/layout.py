@@ -1,4 +1,7 @@
-"""The parallel sizes of a run, and what they refuse. No torch: also used before paying for GPUs."""
+"""The parallel sizes of a run, and the checks on them.
+
+No torch is needed, so a layout can be checked on any machine before GPUs are rented.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""What a placed stage will take on its device: bytes counted where tensors exist, estimated where
-they do not yet.
+"""How much memory a placed stage will take on its device.
 
-Weights, gradients, optimizer and gathered weights are read off the placed parameters, so they are
-exact. Activations are a formula, after Korthikanti et al. (arXiv 2205.05198) with terms of its own
-for grouped queries, gated MLPs and absent sublayers: what eager execution keeps for the backward
-(`test_footprint.py` holds it against what autograd really saves). Not counted: the allocator's
-slack, buffers of the communication library, temporaries.
+Weights, gradients, optimizer state and gathered weights are read off the placed parameters, so
+these numbers are exact. Activations are estimated by a formula: what eager execution keeps for the
+backward, after Korthikanti et al. (arXiv 2205.05198) with more terms for grouped queries, gated
+MLPs and absent sublayers (`test_footprint.py` compares it with what autograd really saves). The
+allocator's slack, buffers of the communication library and temporary tensors are not counted.
 """
 
 from __future__ import annotations

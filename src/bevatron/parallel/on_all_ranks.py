@@ -1,4 +1,4 @@
-"""Doing something on every rank and agreeing on how it went."""
+"""Doing something on every rank, and raising the same error on all ranks if it fails on one."""
 
 from __future__ import annotations
 

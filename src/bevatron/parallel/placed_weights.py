@@ -1,4 +1,4 @@
-"""The weights of a placed model, from and to files: each rank its own boxes, none a whole model."""
+"""Loading and saving the weights of a placed model: each rank moves only its own boxes."""
 
 from __future__ import annotations
 

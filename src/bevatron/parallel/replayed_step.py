@@ -1,7 +1,8 @@
-"""Computing a step's gradients twice: wrong numbers from a device are rarely wrong twice alike.
+"""Computing a step's gradients twice, to notice a device that computes wrong numbers.
 
-It needs arithmetic that repeats. On a CPU all of it does; on a GPU set
-`torch.use_deterministic_algorithms(True)` and, for attention, a deterministic SDPA backend.
+A faulty device rarely makes the same mistake twice. The check needs deterministic arithmetic: a CPU
+has it; on a GPU set `torch.use_deterministic_algorithms(True)` and, for attention, a deterministic
+SDPA backend.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Do ranks that hold the same part of a parameter hold the same numbers?
 
-A flipped bit in one of several copies is no error anywhere: each rank goes on with its own, and the
-loss drifts. Whatever the layout, copies are found by their boxes: along a dimension of the mesh,
-ranks whose box of a parameter is equal must have equal bytes.
+A flipped bit in one of several copies raises no error: each rank goes on with its own copy, and the
+loss drifts. Copies are found by their boxes, at any layout: along a dimension of the mesh, ranks
+with the same box of a parameter must have equal bytes.
 """
 
 from __future__ import annotations

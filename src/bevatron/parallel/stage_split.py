@@ -1,4 +1,4 @@
-"""Which layers a pipeline stage gets: contiguous, balanced in time and memory, not by count.
+"""Which layers a pipeline stage gets: consecutive ones, balanced by time and memory, not by number.
 
 A stage's time is what its layers compute for a token, forward and backward. Its memory is the state
 of its parameters, and the activations of the micro-batches that its schedule keeps in flight.

@@ -1,6 +1,6 @@
 """Tensor and sequence parallelism: where each parameter is cut, and the communication between.
 
-`TensorParallel` gives `nn` its five functions, built from public DTensor calls. Sequence parallel
+`TensorParallel` gives `nn` its communication, built from public DTensor calls. Sequence parallel
 (Korthikanti et al., arXiv 2205.05198) keeps a share of T between the sublayers.
 """
 

@@ -1,7 +1,8 @@
 """A tied embedding whose head is on another pipeline stage: one parameter, and a copy of it.
 
-The embedding is the parameter: it has the optimizer's state, is saved, loaded and counted. The head
-is filled from it before a forward and gives it its gradient after the backward.
+The embedding is the parameter: only it has optimizer state, and only it is saved, loaded and
+counted. The head is filled from the embedding before a forward, and its gradient is sent to the
+embedding after the backward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A whole decoder in one process, from whatever holds its weights."""
+"""A whole decoder in one process, built from any source of weights."""
 
 from __future__ import annotations
 

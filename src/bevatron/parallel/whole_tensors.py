@@ -1,10 +1,10 @@
-"""Whole tensors out of shards, each on one rank that owns it, and back into shards.
+"""Gathering sharded tensors into whole ones, each on one owning rank, and sharding them again.
 
-For what needs a whole matrix (Muon's orthogonalisation): every matrix is worked on once per
-sharding group, by its owner, and all ranks have about the same share of the work. A tensor that is
-cut along several mesh dimensions travels along one after the other, by one all-to-all of all
-tensors each, so that the mesh's own groups suffice. Replicas each have owners of their own: nothing
-crosses them.
+This is for work that needs a whole matrix (Muon's orthogonalisation). Every matrix is worked on
+once per sharding group, by its owner, and all ranks have about the same share of the work. A tensor
+that is cut along several mesh dimensions travels along one dimension after the other, with one
+all-to-all of all tensors for each, so the mesh's own groups suffice. Every replica has its own
+owners, and nothing is sent between replicas.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Run configurations that ship with the package: published recipes, each one YAML file.
 
-A recipe is a configuration like any other, with two more parts: `recipe` says what it is, `prune`
-the sizes of the model that it starts from, if that is pruned. Comments at the top of the file are
-the commands from text to an exported model, those beside the keys say what is published.
+A recipe is a configuration like any other, with two more parts: `recipe` describes it, and `prune`,
+if the recipe starts from a pruned model, gives the sizes of this model. The comments at the top of
+the file are the commands that lead from text to an exported model; the comments beside the keys say
+what is published.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Causal self-attention.
+"""The spec of causal self-attention.
 
 Layout of the fused matrix (why: it shards by slicing, without permuting):
 - `qkv` [G * (q + 2) * D, h]: per KV group its q query heads, its key, its value

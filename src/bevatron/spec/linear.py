@@ -1,4 +1,4 @@
-"""One matrix in place of an attention or an MLP."""
+"""The spec of one matrix that takes the place of an attention or an MLP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MLP, with or without a gate.
+"""The spec of an MLP, with or without a gate.
 
 Layout of the fused matrix: `gate_up` [2, f, h], gate rows, then up rows; f intermediate_size.
 """

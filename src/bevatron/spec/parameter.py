@@ -1,4 +1,4 @@
-"""One parameter of a model, as plain data."""
+"""What one parameter of a model is, as plain data."""
 
 from __future__ import annotations
 

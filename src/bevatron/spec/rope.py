@@ -1,4 +1,4 @@
-"""Rotary position embedding: which of its kinds, and their numbers."""
+"""The spec of rotary position embedding: its kind and the numbers of this kind."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """What every kind of sublayer answers for itself, and the table of the kinds.
 
-A kind is a frozen dataclass below `Sublayer` in a file of its own. Counting, conversion, placement,
-estimates of time and memory, the native format and tables ask these methods and never what kind it
-is. Two more tables name what computes a kind: `bevatron.nn.decoder.MODULES` in
-training, `bevatron.generate.decoding_sublayers.DECODINGS` in the engine.
+A kind is a subclass of `Sublayer`, a frozen dataclass in a file of its own. Counting, conversion,
+placement, estimates of time and memory, the native format and tables call these methods and never
+ask which kind a sublayer is. Two more tables name the class that computes a kind:
+`bevatron.nn.decoder.MODULES` in training, `bevatron.generate.decoding_sublayers.DECODINGS` in the
+engine.
 """
 
 from __future__ import annotations

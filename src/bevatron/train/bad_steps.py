@@ -1,8 +1,8 @@
-"""What happens to a step whose loss or gradient cannot be used: a stated policy, decided before the
-optimizer sees the gradient.
+"""What happens to a step whose loss or gradient cannot be used, by the policy in the configuration.
 
-Every rank decides for itself, from numbers that are the same everywhere, so all decide alike. What
-the decision depends on is saved with the run: a resumed run decides as the uninterrupted one.
+The decision comes before the optimizer sees the gradient. Every rank decides for itself, from
+numbers that are the same on all ranks, so all decide alike. What the decision depends on is saved
+with the run, so a resumed run decides as the uninterrupted one would.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Run configurations as YAML: read strictly, with overrides, every problem by its dotted path; and
-written."""
+"""Reading and writing run configurations as YAML.
+
+Reading is strict, takes overrides, and names every problem by its dotted path.
+"""
 
 from __future__ import annotations
 

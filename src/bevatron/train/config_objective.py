@@ -1,8 +1,8 @@
-"""What a run minimises: the section `objective` of its configuration, and the table of all kinds.
+"""The section `objective` of a configuration: what a run minimises; the table of all kinds.
 
-A kind is the settings of one objective, and says what the objective needs: which head, which feed.
-It stands beside the objective, in whichever room that is, and is loaded when a configuration names
-it. A program may put kinds of its own into `KINDS`; a configuration cannot name a module.
+A kind holds the settings of one objective, and says which head and which feed the objective needs.
+A kind stands beside its objective, in any room, and is loaded when a configuration names it. A
+program may add kinds of its own to `KINDS`; a configuration cannot name a module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every key of a run configuration: its type, default and meaning, read off what checks it.
+"""Every key of a run configuration: its type, default and meaning, read off `config.py`.
 
 `python -m bevatron.train.config_reference` prints docs/configuration.md, `bevatron train
 --print-config` a configuration with every key. Both follow from `config.py` alone.

@@ -1,8 +1,8 @@
-"""Do the processes of a job reach each other, and how fast? The part of `bevatron doctor` that runs
-on every rank: four exchanges, right to the last element, timed.
+"""The part of `bevatron doctor` that runs on every rank and measures how the ranks communicate.
 
-`python -m bevatron.train.doctor_exchange TIMEOUT_S PARENT` is one rank, by torchrun's environment
-variables.
+It makes four exchanges, checks every element of the results, and measures their time. `python -m
+bevatron.train.doctor_exchange TIMEOUT_S PARENT` is one rank; torchrun's environment variables say
+which.
 """
 
 from __future__ import annotations

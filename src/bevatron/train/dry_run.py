@@ -1,9 +1,9 @@
 """What a run of any size would be, without starting it: `bevatron train CONFIG --dry-run`.
 
-The mesh, the stages and the placement are built by the code that a run uses, on a world on paper
-(`parallel/fake_world.py`) and with tensors that have shapes and no memory, once per rank of the
-pipeline, as the first of the ranks at its place. What cannot be placed is refused as it would be
-there.
+The mesh, the stages and the placement are built by the same code as in a run, but on a world on
+paper (`parallel/fake_world.py`) and with tensors that have shapes and no memory. This is done once
+per pipeline rank, as the first of the ranks at this place of the pipeline. A model that cannot be
+placed is refused with the error that the run would give.
 """
 
 from __future__ import annotations

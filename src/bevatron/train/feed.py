@@ -1,9 +1,8 @@
-"""What feeds a run: which samples a step takes, read a step ahead, and what is saved so that the
-next ones follow.
+"""What feeds a run: which samples a step takes, and the state that is saved with a step.
 
-Most feeds are functions of the position in an endless order of samples, and remember nothing. One
-that does remember says so by `snapshot` and `restore`. One whose batches are made by all ranks
-together, such as by sampling from the model that is trained, is `collective`.
+Samples are read a step ahead. Most feeds are functions of the position in an endless order of
+samples and have no state. A feed with state implements `snapshot` and `restore`. A feed whose
+batches all ranks make together, such as by sampling from the trained model, is `collective`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Parameters that a run holds still: which, and what they save.
+"""Frozen parameters: which parameters a run does not train, and how much that saves.
 
-A frozen parameter takes part in the forward and passes gradients on to what lies before it. It has
+A frozen parameter takes part in the forward and passes gradients on to the layers before it. It has
 no gradient of its own, no moments and no fp32 master: it is held, and saved, in the run's dtype.
 """
 

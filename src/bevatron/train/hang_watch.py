@@ -1,9 +1,9 @@
 """Noticing that a run hangs, and saying which rank the others wait for.
 
-A thread in every rank tells the job's store now and then what the rank is doing. When nothing has
-moved on a rank for `timeout_s`, it says so there; all ranks then leave their stacks, one of them
-reads what all said and names the ranks that are behind or silent, and every rank ends with that
-message. The training loop itself only sets a variable.
+A thread in every rank regularly writes to the job's store what the rank is doing. When a rank has
+made no progress for `timeout_s`, its thread reports this to the store. All ranks then dump their
+stacks; one of them reads all reports and names the ranks that are behind or silent, and every rank
+ends with this message. The training loop itself only sets a variable.
 """
 
 from __future__ import annotations

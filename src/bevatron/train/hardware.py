@@ -1,4 +1,4 @@
-"""What a device can do and what is used of it."""
+"""What a device can do, and how much of it a run uses: peak FLOPs, MFU and memory."""
 
 from __future__ import annotations
 

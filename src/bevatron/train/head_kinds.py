@@ -1,5 +1,8 @@
-"""Objectives on heads: the settings of those on heads of labels and answers, and the head that any
-objective needs, which is the model's own or a new one above a language model's body."""
+"""The settings of objectives on classification and question answering heads.
+
+Here is also decided which head a run trains: the model's own head, or a new one on top of a
+language model's body.
+"""
 
 from __future__ import annotations
 

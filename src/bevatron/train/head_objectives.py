@@ -1,10 +1,10 @@
 """Objectives on the heads that are not over the vocabulary, with transformers' losses.
 
-All of a micro-batch's scores are few, so every tensor-parallel rank computes the same sums from the
-whole of them, and the first rank's gradient is the one that counts. Scores are taken as fp32.
+A micro-batch has few scores, so every tensor-parallel rank computes the same sums from all of them,
+and only the first rank's gradient counts. Scores are computed with in fp32.
 
-Samples that are not to count (a validation set's last batch is filled up with them) have IGNORE for
-all their labels, NaN where labels are numbers.
+The last batch of a validation set is filled up with samples that do not count: all their labels are
+IGNORE, or NaN where labels are numbers.
 """
 
 from __future__ import annotations

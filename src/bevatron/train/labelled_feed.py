@@ -1,4 +1,4 @@
-"""Feeds of labelled examples, each of which comes once an epoch."""
+"""Feeds of labelled examples; every example comes once per epoch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""`bevatron train`: check everything that can be checked, then run, or start the processes that do.
+"""`bevatron train`: it checks everything that it can, then trains or starts processes that do.
 
-The same command runs in one process, starts N of its own (`--nproc`), or is one of torchrun's.
+The command trains in its own process, starts N processes (`--nproc`), or is itself one of the
+processes that torchrun started.
 """
 
 from __future__ import annotations

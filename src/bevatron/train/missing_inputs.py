@@ -1,4 +1,7 @@
-"""What a configuration names that is not there: a dry run does without, a recipe says all of it."""
+"""Files that a configuration names and that do not exist.
+
+A dry run does without them; a recipe lists all of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model a run changes on purpose without changing a weight: its context and its rope."""
+"""Changes that a run makes to a model without changing a weight: its context and its rope."""
 
 from __future__ import annotations
 

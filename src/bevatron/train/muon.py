@@ -4,10 +4,10 @@ Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024),
 which NanoChat trains: Nesterov momentum that warms up, five Newton-Schulz iterations, and decoupled
 weight decay.
 
-A fused weight is several matrices, each made orthogonal on its own and whole: Q [H*D, h], K and V
-[G*D, h] (not one QKV, not per head), gate and up [f, h]. The momentum is cut like the parameter.
-For the rest of the update every matrix is put together on one rank (`parallel/whole_tensors.py`),
-which computes exactly what one process would.
+A fused weight consists of several matrices. Each is made orthogonal as a whole and on its own: Q
+[H*D, h], K and V [G*D, h] (not one QKV, not per head), gate and up [f, h]. The momentum is cut like
+the parameter. For the rest of the update every matrix is gathered on one rank
+(`parallel/whole_tensors.py`), which computes exactly what one process would compute.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a run minimises. The trainer knows nothing of losses; an objective knows nothing of layouts.
 
-An objective says what a batch holds, which sums the last stage computes from its hidden states, and
-how many units the differentiated ones have, known before the forward, so that micro-batches, ranks
-and packing never change a gradient.
+An objective says what a batch holds, and which sums the last stage computes from its hidden states.
+It also says over how many units a differentiated sum is averaged. This number is known before the
+forward, so micro-batches, ranks and packing never change a gradient.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How parameters are updated: by which rule, at which learning rate, by which algorithm.
 
-- A parameter's role decides its rule, for the whole model and before anything is placed: AdamW or
-  Muon, how much weight decay, at which multiple of the learning rate.
+- A parameter's role decides its rule, for the whole model and before anything is placed. A rule
+  says AdamW or Muon, the weight decay, and a multiple of the learning rate.
 - The learning rate is a pure function of the update's number. Update 1 is the first; with a warmup
   its rate is lr / warmup_steps, never zero. (transformers counts from zero, so its first update
   changes nothing; ours is its second.) Every shape but `constant` reaches `min_lr` at update

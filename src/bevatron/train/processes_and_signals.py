@@ -3,11 +3,11 @@
 A launcher starts them through torch's elastic agent (what `torchrun` uses), passes SIGTERM, SIGUSR1
 and Ctrl-C on to them, gives them the time that they need to save, and shows their last words.
 
-In a process of a run, a signal (SIGUSR1 comes before a time limit) only leaves a note. The loop
-looks at it before every batch; a rank that was asked brings no samples, which all ranks learn by
-the exchange that a step begins with (`Trainer.step`), so all stop after the same step. Waiting for
-data ends at once; a step, an evaluation batch or a save under way is finished first. A second
-Ctrl-C ends the process on the spot.
+In a process of a run, a signal (SIGUSR1 comes before a time limit) only sets a flag. The loop
+looks at the flag before every batch. A rank that was asked to stop brings no samples, and all ranks
+learn this by the exchange at the beginning of a step (`Trainer.step`), so all stop after the same
+step. Waiting for data ends at once; a step, an evaluation batch or a save that has begun is
+finished first. A second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What a restart changes: every key of the configuration, what its change does to the numbers, and
-whether it may change at all.
+"""What a restart may change: for every key of the configuration, what a change does to numbers.
 
-A run that goes on is either bit for bit the one that it would have been, or its start says in one
-line what each change does, or it is refused.
+A run that continues gives the same numbers, bit for bit, as without the restart; or its start says
+in one line what each change does; or the start is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What produced a run: versions, code, machine, layout, configuration, data."""
+"""The record of what produced a run: versions, code, machine, layout, configuration, data."""
 
 from __future__ import annotations
 

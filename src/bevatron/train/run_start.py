@@ -1,4 +1,4 @@
-"""Where a run starts: its own newest good step, other weights, or random ones."""
+"""Starting a run from its own newest good step, from other weights, or from random ones."""
 
 from __future__ import annotations
 

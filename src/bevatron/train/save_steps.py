@@ -1,9 +1,9 @@
-"""Saving a run's steps, while it goes on if asked.
+"""Saving a run's steps, at once or in the background while training goes on.
 
-Every rank copies its boxes to host memory, and a thread writes them; a thread of rank 0 waits for
-the tables that all ranks leave beside their files, and commits. No thread takes part in a
-collective. A failure in one is raised on all ranks by the next call here, each of which is
-collective.
+Every rank copies its boxes to host memory, and a thread writes them. A thread of rank 0 waits for
+the tables that all ranks leave beside their files, and commits the step. No thread takes part in a
+collective. The functions here are collective: a failure in a thread is raised on all ranks by the
+next call.
 """
 
 from __future__ import annotations

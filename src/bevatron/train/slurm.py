@@ -1,9 +1,9 @@
 """`bevatron launch slurm`: the batch script of a run that outlives time limits and failed machines.
 
-One task per node runs `bevatron train --nproc G --nnodes N`, which is torchrun's agent; these meet
-on the first node. Before the time limit Slurm signals the script, which passes it on: the run
-saves, and the job is put back into the queue, to continue from there. A job in which nothing was
-saved is not: the next one would end as it did.
+One task per node runs `bevatron train --nproc G --nnodes N`, which is torchrun's agent; the agents
+meet on the first node. Before the time limit Slurm signals the script, which passes the signal on:
+the run saves, and the job is put back into the queue, to continue from the saved step. A job that
+saved nothing is not put back, because the next one would end in the same way.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Experiment trackers beside metrics.jsonl: tensorboard, trackio, wandb. All optional; none of them
-may stop a run.
+"""Experiment trackers beside metrics.jsonl: tensorboard, trackio and wandb.
 
-A run that was killed does steps again that trackers have already. Each has a step once all the
-same: what was logged after the step that the run goes on from is taken back where that can be, else
-the run is logged anew from its beginning, as metrics.jsonl has it.
+All of them are optional, and none of them may stop a run.
+
+A run that was killed repeats steps that the trackers already have. Each tracker shows every step
+once all the same: what was logged after the step that the run continues from is removed if the
+tracker can do so; else the run is logged anew from its beginning, with the lines of metrics.jsonl.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One rank's share of training: parameters placed, gradients accumulated, clipped and applied.
 
-No files and no loop here; `training_loop.py` has those.
+There are no files and no loop here: `training_loop.py` has both.
 """
 
 from __future__ import annotations

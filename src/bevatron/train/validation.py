@@ -1,4 +1,4 @@
-"""When a run validates, on how much of the validation data, and doing it."""
+"""Validating a run: when it is done, on how much of the validation data, and how."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Architecture search by Minitron's recipe (arXiv 2407.14679): all shapes near a parameter count
-are pruned and their loss measured; the best are distilled for a few steps, the best of these for
-more; the loss on held-out text decides.
+"""Architecture search by Minitron's recipe (arXiv 2407.14679).
 
-Every result goes into `search.json` before the next thing begins (see `search_results`), and what
-is computed lies in folders that appear as a whole, so a search that is killed at any moment goes on
+The model is pruned to all shapes near a parameter count, and the loss of each is measured. The best
+shapes are distilled for a few steps, and the best of those for more steps. The loss on held-out
+text decides.
+
+Every result is written to `search.json` before the next computation begins (see `search_results`),
+and models lie in folders that appear whole. So a search that was killed at any moment continues
 where it was. Distillations are ordinary runs: they save steps and continue from them.
 """
 

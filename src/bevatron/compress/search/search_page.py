@@ -1,5 +1,8 @@
-"""A search on one HTML page that needs nothing else: losses against sizes, how ranks change from
-stage to stage, the distillations' curves, and all candidates with their numbers."""
+"""The results of a search on one self-contained HTML page.
+
+The page shows losses against sizes, how the order of candidates changes from stage to stage, the
+curves of the distillations, and a table of all candidates.
+"""
 
 from __future__ import annotations
 

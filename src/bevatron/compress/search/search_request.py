@@ -1,5 +1,8 @@
-"""A search before it begins: every check of what it is asked for, the configuration of its
-distillations, and the dry run, for which a spec is enough."""
+"""What is decided before a search begins.
+
+All options are checked, and the configuration of the distillations is made. The dry run is here
+too; it needs only the spec of the model.
+"""
 
 from __future__ import annotations
 

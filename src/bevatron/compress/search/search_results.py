@@ -1,8 +1,8 @@
-"""What a search has found so far: `search.json`, plain and written as a whole after every result.
+"""What a search has found so far: `search.json`, which is written anew after every result.
 
-It is the state that a search goes on from and its result in one. It holds no times and no paths
-but those that were given, so that a search that was killed ends with the file of one that was not.
-The table that people read of it on a terminal is made here as well.
+The file is both the state that a killed search continues from and the final result. It holds no
+times, and no paths but those that the user gave, so a search that was killed and continued ends
+with the same file as one that was not. The table for the terminal is made here as well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which shapes an architecture search compares: every combination of sizes near a parameter count.
 
-No weights and no torch. Sizes and counts come from the code that prunes (`pruned_spec.shape`), so a
-candidate is exactly what `bevatron prune` would make of the same options.
+No weights and no torch are needed. Sizes and counts come from the code that prunes
+(`pruned_spec.shape`), so a candidate is exactly what `bevatron prune` makes of the same options.
 """
 
 from __future__ import annotations

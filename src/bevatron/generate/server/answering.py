@@ -1,4 +1,4 @@
-"""From a request to the engine and back: submitting, waiting, streaming, and hanging up."""
+"""Answering a request with the engine: submitting it, waiting, streaming, and cancelling it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat page: files that are read once, and the headers under which a browser runs them."""
+"""The chat page: its files, which are read once, and the security headers of its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every answer that is not the one asked for has one shape: OpenAI's error object."""
+"""The server's error answers: all of them have the shape of OpenAI's error object."""
 
 from __future__ import annotations
 

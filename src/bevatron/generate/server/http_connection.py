@@ -1,5 +1,8 @@
-"""uvicorn's HTTP connection, with a time limit on what it leaves open: headers that never end, an
-answer that is never read, more connections than the process can hold."""
+"""uvicorn's HTTP connection, with a time limit for clients and a limit on their number.
+
+The limits guard against headers that never end, clients that never read their answer, and more
+connections than the process can hold.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server has seen, for Prometheus. Touched by the event loop alone."""
+"""The server's metrics for Prometheus. Only the event loop changes them."""
 
 from __future__ import annotations
 

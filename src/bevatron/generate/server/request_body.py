@@ -1,4 +1,4 @@
-"""A request's JSON, checked before anything uses it."""
+"""Reading the JSON body of a request, and checking it before anything uses it."""
 
 from __future__ import annotations
 

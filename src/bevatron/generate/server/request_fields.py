@@ -1,5 +1,8 @@
-"""The requests that are understood, field by field. A field that is not here is refused by name:
-an answer that silently ignores what was asked for is worse than an error."""
+"""The fields of the requests that the server understands.
+
+A field that is not here is refused by name: an answer that silently ignores a part of the request
+is worse than an error.
+"""
 
 from __future__ import annotations
 

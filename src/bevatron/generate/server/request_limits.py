@@ -1,4 +1,4 @@
-"""What every request passes before the application sees it: Host, API key, size, time."""
+"""Checks on every request before the application sees it: Host, API key, size and time."""
 
 from __future__ import annotations
 

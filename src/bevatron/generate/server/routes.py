@@ -1,4 +1,4 @@
-"""The routes."""
+"""The server's application and its routes: which function answers which URL."""
 
 from __future__ import annotations
 

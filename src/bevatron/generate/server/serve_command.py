@@ -1,4 +1,4 @@
-"""The verb `serve`, up to the point where FastAPI and uvicorn are needed."""
+"""The verb `serve`, up to the point where FastAPI and uvicorn are imported."""
 
 from __future__ import annotations
 

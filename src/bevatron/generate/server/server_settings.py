@@ -1,4 +1,4 @@
-"""What `bevatron serve` can be told."""
+"""The settings of `bevatron serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /v1/completions: text goes on where a prompt ends."""
+"""POST /v1/completions: the continuation of a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bevatron report`: what runs did, on one HTML page that needs nothing else."""
+"""`bevatron report`: what runs did, on one self-contained HTML page."""
 
 from __future__ import annotations
 

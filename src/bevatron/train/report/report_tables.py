@@ -1,5 +1,7 @@
-"""What stands below the curves: tables of a run's events, checkpoints, model, configuration and
-starts. Everything that comes from a run is escaped here."""
+"""The tables of a report: a run's events, checkpoints, model, configuration and starts.
+
+Everything that comes from a run is escaped here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run folder says about its run, read without torch and without trusting it."""
+"""Reading what a run folder says about its run, without torch and without trusting its files."""
 
 from __future__ import annotations
 
