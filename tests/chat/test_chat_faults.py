@@ -28,9 +28,11 @@ def refused(source: str, *words: str, chat: Any = USER, **variables: Any) -> str
     with pytest.raises(ChatError) as caught:
         ChatTemplate({"default": source}, tokenizer(), where="hf/t.jinja").render(chat, **variables)
     assert time.thread_time() - start < 15
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MEMORY
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert own - before < MEMORY
+    # A child begins with the size of its parent, which therefore counts as its largest.
     stopped = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert stopped <= max(largest, MEMORY // 2)
+    assert stopped <= max(largest, own, MEMORY // 2) + (1 << 20)
     message = str(caught.value)
     assert message.startswith("hf/t.jinja: ") and message.isprintable() and len(message) < 600
     assert all(word in message for word in words), message

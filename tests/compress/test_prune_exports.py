@@ -273,7 +273,7 @@ def test_one_layers_width_leaves_all_others_as_they_are(tmp_path: Path, changes:
         assert not gate_up.view(2, 768, -1)[:, 704:].any() and not down[:, 704:].any()
     x = torch.randn(1, 5, spec.hidden_size)
     with torch.no_grad():
-        assert (old.layers["0"].mlp(x) - new.layers["0"].mlp(x)).abs().max() <= 1e-6
+        assert (old.layers["0"].mlp(x, {}) - new.layers["0"].mlp(x, {})).abs().max() <= 1e-6
     export_checkpoint(tmp_path / "small", tmp_path / "out", show_progress=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=True, dtype=torch.float32

@@ -19,7 +19,7 @@ from bevatron.checkpoint.rank_boxes import local
 from bevatron.checkpoint.run_folder import RunFolder
 from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.errors import BevatronError
-from bevatron.generate.engine import stop_tokens
+from bevatron.generate.sampling_options import defaults_of
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.train.config import RunConfig
@@ -191,6 +191,6 @@ def test_a_random_model_ends_where_its_tokenizer_says(pool: Pool, tmp_path: Path
     """Here and in transformers, of a tokenizer without a generation_config.json."""
     prepare(tmp_path)
     pool.run(1, train, tmp_path, "train.steps=2")
-    assert stop_tokens(open_weights(tmp_path / "run")) == {2}
+    assert defaults_of(open_weights(tmp_path / "run")).stop_tokens == {2}
     export_checkpoint(tmp_path / "run", tmp_path / "out", show_progress=False)
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2
