@@ -584,7 +584,7 @@ def test_wrong_tensors_in_a_file(nt):
     file = nt / QKV / "model_weight_pp-rank-0-of-1_tp-rank-0-of-2.safetensors"
     good = file.read_bytes()
     edit(file, data=torch.zeros(64, 65))
-    refused(nt, "shape [64, 65] is no part of [128, 64]")
+    refused(nt, "shape [64, 65] does not fit into [128, 64]")
     file.write_bytes(good)
     edit(file, data=torch.zeros(64, 64, dtype=torch.bfloat16))
     refused(nt, "dtype BF16 and F32")

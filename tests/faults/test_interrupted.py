@@ -160,7 +160,7 @@ def test_fault_35_sources_of_the_wrong_kind(model, tmp_path: Path) -> None:
     refused(tmp_path / "work" / "no such", "does not exist")
     refused(source, "is a Hugging Face folder", verb="export")
     refused(tmp_path / "work" / "native", "native checkpoint already")
-    refused(source / "config.json", "is no folder")
+    refused(source / "config.json", "is not a folder")
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_conversations_are_saved_loaded_and_forgotten(screen: Screen, tmp_path: 
     assert json.loads((tmp_path / "chat.json").read_text())["messages"] == old[:1]
     assert "nowhere.json" in screen.say("/load nowhere.json")
     (tmp_path / "precious.json").write_text("[5]")
-    assert "exists and is no conversation" in screen.say("/save precious.json")
+    assert "exists and is not a conversation" in screen.say("/save precious.json")
     screen.type("/quit\n")
     assert screen.end() == 0
 

@@ -283,5 +283,7 @@ def test_the_command_counts_and_refuses(tmp_path: Path) -> None:
     status, said = command(folder, "train", "run.yaml", "--dry-run", FROZEN)
     assert status == 0 and "frozen      7 of 15 tensors" in said, said
     status, said = command(folder, "train", "run.yaml", "train.freeze=[layer.0.*]")
-    assert status == 2 and said.startswith("error: train.freeze: layer.0.* is no parameter"), said
+    assert status == 2 and said.startswith("error: train.freeze: layer.0.* is not a parameter"), (
+        said
+    )
     assert not (folder / "run").exists()

@@ -163,8 +163,8 @@ def folder_on_disk(dst: str | Path) -> Path:
     """`dst`, refused if it is a URL."""
     if is_url(str(dst)):
         raise BevatronError(
-            f"{dst}: an export goes into a folder on disk, since other programs are to read it; "
-            "name one, and copy it from there"
+            f"{dst}: an export is written to a folder on disk, where other programs can read "
+            "it; name such a folder, and copy it to the URL from there"
         )
     return Path(dst)
 

@@ -144,7 +144,7 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[Path, str |
     path = Path(source)
     if os.path.lexists(path):
         if not path.is_dir():
-            raise SourceError(f"{path}: is no folder; expected a Hugging Face model folder")
+            raise SourceError(f"{path}: is not a folder; expected a Hugging Face model folder")
         if revision is not None:
             raise SourceError(f"{path}: is a folder on disk, so --revision has no meaning; drop it")
         return path, _cache_commit(path)

@@ -109,7 +109,7 @@ def open_nanotron(source: str | Path) -> Foreign:
 
 def _step_folder(path: Path) -> Path:
     if not path.is_dir():
-        what = "is no folder" if os.path.lexists(path) else "does not exist"
+        what = "is not a folder" if os.path.lexists(path) else "does not exist"
         raise SourceError(f"{path}: {what}; expected a Nanotron checkpoint")
     if (path / CONFIG).exists() or (path / "model").is_dir():
         return path
@@ -229,7 +229,9 @@ def _shard(path: Path, parameter: Parameter, name: str) -> _Shard:
             for d, (n, m) in enumerate(zip(stored.shape, shape, strict=True))
         )
         if not fits:
-            raise FormatError(f"a shard of shape {list(stored.shape)} is no part of {list(shape)}")
+            raise FormatError(
+                f"a shard of shape {list(stored.shape)} does not fit into {list(shape)}"
+            )
         cuts = parse_slices(header.metadata[SLICES], stored.shape, shape, parameter.split)
         if parameter.split == 1 and len(cuts) != 1:
             raise FormatError(f"{SLICES} cut columns in {len(cuts)} pieces, expected one")

@@ -70,7 +70,7 @@ class Provenance:
         found = {}
         for file, text in self.headers.items():
             if file != Path(file).name or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{FILE_NAME}: {file!r} is no plain safetensors file name")
+                raise CheckpointError(f"{FILE_NAME}: {file!r} is not a plain safetensors file name")
             found[file] = parse_header(text.encode(), Path(FILE_NAME) / file, None)
         return found
 

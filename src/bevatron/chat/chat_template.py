@@ -316,5 +316,5 @@ def _json(opened: Opened, name: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ChatError(f"{opened.source}/{name}: is no JSON ({error})") from error
+        raise ChatError(f"{opened.source}/{name}: is not JSON ({error})") from error
     return found if isinstance(found, dict) else {}

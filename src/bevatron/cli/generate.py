@@ -269,7 +269,7 @@ def eval_(
     unknown = [argument for argument in context.args if argument.startswith("-")]
     if unknown:
         raise BevatronError(
-            f"eval has no option {unknown[0]} of its own, and those of lm-evaluation-harness need "
+            f"eval has no option {unknown[0]}, and options of lm-evaluation-harness need "
             "--tasks; see `bevatron eval --help`"
         )
     paths = [*(data or ()), *context.args]

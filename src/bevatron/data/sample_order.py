@@ -183,7 +183,7 @@ class Sampler:
         if self.stages and begin <= self.stages[-1].begin:
             raise BevatronError(
                 f"a stage begins at sample {begin}, the one before at {self.stages[-1].begin}; "
-                "expected ascending ones"
+                "expected ascending numbers"
             )
         before = self.counts(begin) if self.stages else [0] * len(self.stores)
         shares = Shares(list(weights.values()), rounded=self.rounded)

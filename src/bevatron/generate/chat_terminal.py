@@ -296,4 +296,4 @@ def _tools(file: Path | None) -> list[dict[str, Any]] | None:
     try:
         return checked_tools(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
-        raise BevatronError(f"{file}: is no JSON ({error}); expected a list of tools") from error
+        raise BevatronError(f"{file}: is not JSON ({error}); expected a list of tools") from error

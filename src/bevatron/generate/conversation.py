@@ -135,7 +135,7 @@ class Conversation:
                 read_messages(file)
             except BevatronError as error:
                 raise BevatronError(
-                    f"{file}: exists and is no conversation; choose another name"
+                    f"{file}: exists and is not a conversation; choose another name"
                 ) from error
         saved = {"messages": self.messages, "settings": self.settings()}
         text = json.dumps(saved, indent=1, ensure_ascii=False) + "\n"
@@ -158,7 +158,7 @@ def read_messages(file: Path) -> list[Message]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BevatronError(f"{file}: is no JSON ({error}); expected a saved chat") from error
+        raise BevatronError(f"{file}: is not JSON ({error}); expected a saved chat") from error
     if isinstance(value, dict):
         value = value.get("messages")
     try:

@@ -114,7 +114,9 @@ class Engine:
         check_layout(opened.spec, str(opened.folder), tp, pp)
         where = choose_device(None if device is None else str(device))
         if tp * pp > 1 and ":" in str(device):
-            raise BevatronError(f"device {device} is one, tp {tp} x pp {pp} need {tp * pp}")
+            raise BevatronError(
+                f"device {device} is a single one, but tp {tp} x pp {pp} need {tp * pp}"
+            )
         kind = DTYPES[parse_dtype(dtype)] if isinstance(dtype, str) else dtype
         group = open_group(opened, str(ckpt), tp, pp, where, kind, int8, batches=max_batch > 1)
         try:
@@ -343,7 +345,6 @@ def load_tokenizer(opened: Opened) -> Any:
         return read_encoder(path)
     older = missing([opened.source] if opened.source else [])
     raise BevatronError(
-        f"{opened.folder}: has no tokenizer.json among its source files{older}, and text goes "
-        "in and out through one; put it beside config.json (of a native checkpoint: into its "
-        "source/ folder)"
+        f"{opened.folder}: has no tokenizer.json among its source files{older}, and text needs "
+        "a tokenizer; put it beside config.json (of a native checkpoint: into its source/ folder)"
     )

@@ -72,7 +72,7 @@ def _standard_input(what: str) -> str:
         data = sys.stdin.buffer.read()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BevatronError(f"standard input is no UTF-8 ({error}); expected {what}") from error
+        raise BevatronError(f"standard input is not UTF-8 ({error}); expected {what}") from error
     if not text.strip():
         raise BevatronError(f"standard input is empty; {MISSING}")
     return text.removesuffix("\n").removesuffix("\r")
@@ -82,7 +82,7 @@ def _lines(file: Path) -> list[Prompt]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise BevatronError(f"{file}: is no UTF-8 text ({error})") from error
+        raise BevatronError(f"{file}: is not UTF-8 text ({error})") from error
     found = [
         _from_json(line, f"{file}:{number}", text_allowed=True)
         for number, line in enumerate(lines, 1)
@@ -99,7 +99,7 @@ def _from_json(text: str, where: str, *, text_allowed: bool) -> Prompt:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BevatronError(
-            f"{where}: is no JSON ({error}); expected {expected}"
+            f"{where}: is not JSON ({error}); expected {expected}"
             + ("" if text_allowed else "; for plain text pass --prompt -")
         ) from error
     if isinstance(value, str) and text_allowed:
@@ -113,4 +113,4 @@ def _from_json(text: str, where: str, *, text_allowed: bool) -> Prompt:
             return Prompt(messages=[value])
         if isinstance(value.get("prompt"), str):
             return Prompt(value["prompt"])
-    raise BevatronError(f"{where}: is no prompt; expected {expected} or {{'prompt': '...'}}")
+    raise BevatronError(f"{where}: is not a prompt; expected {expected} or {{'prompt': '...'}}")

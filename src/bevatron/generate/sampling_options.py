@@ -66,9 +66,9 @@ def _read(opened: Opened, name: str) -> tuple[str, dict[str, Any]]:
     try:
         found = json.loads(text) if text is not None else {}
     except ValueError as error:
-        raise BevatronError(f"{where}: is no JSON ({error})") from error
+        raise BevatronError(f"{where}: is not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise BevatronError(f"{where}: is no JSON object")
+        raise BevatronError(f"{where}: is not a JSON object")
     return where, found
 
 

@@ -39,10 +39,12 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of init (weights) and spec (random weights)")
         if self.like is not None and self.init is None:
             raise ValueError(
-                "like says what the weights at init are, but there is no init; drop it"
+                "like says what the weights at init are, but init is not given; drop like"
             )
         if self.spec is None and (self.init_std is not None or self.depth_scaled is not None):
-            raise ValueError("init_std and depth_scaled are for random weights, but init is given")
+            raise ValueError(
+                "init_std and depth_scaled are for random weights, but init is given; drop them"
+            )
         return self
 
 
@@ -84,7 +86,7 @@ class DataConfig(Section):
     def _ascending(self) -> DataConfig:
         steps = [stage.from_step for stage in self.stages]
         if steps != sorted(set(steps)):
-            raise ValueError(f"stages begin at steps {steps}, expected ascending ones")
+            raise ValueError(f"stages begin at steps {steps}, expected ascending steps")
         return self
 
     def sources(self) -> list[SourceConfig]:
@@ -387,7 +389,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _rewinds_have_a_target(self) -> RunConfig:
         if self.safety.rewinds and not self.checkpoint.every:
-            raise ValueError("safety says rewind, which needs saved steps: set checkpoint.every")
+            raise ValueError(
+                "safety asks for a rewind, which needs saved steps: set checkpoint.every"
+            )
         return self
 
     @model_validator(mode="after")

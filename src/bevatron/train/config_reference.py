@@ -99,7 +99,7 @@ def known_keys(names: Sequence[str], where: str) -> frozenset[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise BevatronError(f"{where}: {name!r} is no key of a run configuration{hint}")
+            raise BevatronError(f"{where}: {name!r} is not a key of a run configuration{hint}")
     return frozenset(names)
 
 

@@ -28,7 +28,7 @@ def frozen_parameters(spec: ModelSpec, patterns: Sequence[str]) -> frozenset[str
     for pattern in patterns:
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
-            raise BevatronError(f"{KEY}: {pattern} is no parameter; {_instead(spec, pattern)}")
+            raise BevatronError(f"{KEY}: {pattern} is not a parameter; {_instead(spec, pattern)}")
         found |= set(matched)
     if found == set(names):
         raise BevatronError(f"{KEY}: {', '.join(patterns)} leaves no parameter to train; name less")

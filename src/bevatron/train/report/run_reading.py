@@ -84,7 +84,7 @@ class Record:
 def read_run(path: Path) -> Record:
     """Raises BevatronError if `path` holds neither metrics nor checkpoints of a run."""
     if not path.is_dir():
-        raise BevatronError(f"{path}: is no folder; expected a run's folder (its run.dir)")
+        raise BevatronError(f"{path}: is not a folder; expected a run's folder (its run.dir)")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and _FOLDER.fullmatch(p.name))
     if not folders and not (path / METRICS).is_file():
         raise BevatronError(
