@@ -105,9 +105,16 @@ class PretrainKind(Kind):
 
 
 def load(place: str) -> Any:
-    """What stands at "module:name"."""
+    """What stands at "module:name". Raises BevatronError if there is no such thing."""
     module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):
+            raise  # of something that the module itself imports
+        raise BevatronError(f"{place}: there is no module {error.name}") from error
+    except AttributeError as error:
+        raise BevatronError(f"{place}: the module has no {name}") from error
 
 
 def kind_named(name: str) -> type[Kind]:

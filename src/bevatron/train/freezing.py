@@ -7,6 +7,7 @@ no gradient of its own, no moments and no fp32 master: it is held, and saved, in
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
@@ -17,15 +18,23 @@ from bevatron.train.optimizer_and_schedule import MATRICES
 
 KEY = "train.freeze"
 NEAR = 3  # names that an error lists
+RANGE = re.compile(r"\[[^\]]*\d\d[^\]]*\]")  # [0-11], which would be 0 and 1
 
 
 def frozen_parameters(spec: ModelSpec, patterns: Sequence[str]) -> frozenset[str]:
-    """The parameters that any of the patterns names; `*` stands for anything, dots included.
+    """The parameters that any of the patterns names: `*` stands for anything, dots included, `?` for
+    one character, and `[0-7]` for one digit of these.
 
-    Raises BevatronError for a pattern that names nothing, and if nothing is left to train."""
+    Raises BevatronError for a pattern that names nothing or has a range of larger numbers, and if
+    nothing is left to train."""
     names = [p.name for p in spec.parameters()]
     found: set[str] = set()
     for pattern in patterns:
+        if ranged := RANGE.search(pattern):
+            raise BevatronError(
+                f"{KEY}: {ranged[0]} in {pattern} stands for one character, not for numbers; layers "
+                "0 to 11 are two patterns, layers.[0-9].* and layers.1[01].*"
+            )
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             raise BevatronError(f"{KEY}: {pattern} is not a parameter; {_instead(spec, pattern)}")

@@ -26,7 +26,7 @@ from bevatron.train import restart
 from bevatron.train.bad_steps import Guard, event
 from bevatron.train.config import RunConfig
 from bevatron.train.feed import Batches
-from bevatron.train.freezing import frozen_parameters
+from bevatron.train.freezing import describe, frozen_parameters
 from bevatron.train.hang_watch import Watch
 from bevatron.train.objectives import Objective
 from bevatron.train.optimizer_and_schedule import learning_rate
@@ -280,6 +280,8 @@ class Run:
             self.saver.export(self.is_main)
             return
         self._say_changes(say)
+        if self.trainer.frozen:
+            say(f"frozen: {describe(self.start.spec, self.trainer.frozen)}")
         for line in (*self.feed.summary(steps), self.validation.line(), self.saver.line()):
             if line is not None:
                 say(line)

@@ -31,5 +31,7 @@ def report(
     target = output or (records[0].path if len(records) == 1 else Path()) / "report.html"
     if target.is_dir():
         raise BevatronError(f"{target}: is a folder; name a file, such as {target / 'report.html'}")
+    if not target.parent.is_dir():
+        raise BevatronError(f"{target}: there is no folder {target.parent}")
     replace_text(target, page(records))
     return target
