@@ -185,6 +185,7 @@ def test_losses_are_those_of_a_loop_over_transformers_with_requires_grad_off(
         ("homogeneous", "layer.2.*", "near it are layers.2.*"),
         ("heterogeneous", "head.*", "the head is tied to embed.weight"),
         ("homogeneous", "*", "leaves no parameter to train"),
+        ("homogeneous", "layers.[0-11].*", "[0-11] in layers.[0-11].* stands for one character"),
     ],
 )
 def test_a_pattern_that_cannot_be_is_refused(spec: str, pattern: str, says: str) -> None:

@@ -40,7 +40,7 @@ from bevatron.parallel.forward_pass import (
 )
 from bevatron.spec import ModelSpec
 from bevatron.train.config_file import load_config
-from bevatron.train.config_objective import KINDS, Kind
+from bevatron.train.config_objective import KINDS, Kind, load
 from bevatron.train.feed import Batch, Memory
 from bevatron.train.objectives import BLANK, Samples, Stored, Taps, Vector, mean_over
 from bevatron.train.run_start import spec_named
@@ -219,6 +219,15 @@ def test_it_is_the_same_at_every_layout_and_after_a_restart(
     assert state["feed"] == {"mean": pytest.approx(-np.log(300), rel=0.1)}, "of 300 tokens"
     for got, wanted in zip(lines(folder / name), alone, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_a_place_where_nothing_is_is_named() -> None:
+    for place, says in (
+        ("tests.train.nowhere:LikedKind", "there is no module tests.train.nowhere"),
+        ("tests.train.test_own_objective:Lyked", "the module has no Lyked"),
+    ):
+        with pytest.raises(BevatronError, match=f"^{place}: {says}$"):
+            load(place)
 
 
 def test_its_settings_are_checked_like_any_others(folder: Path) -> None:

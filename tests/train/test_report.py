@@ -231,3 +231,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(BevatronError, match="expected a run's folder"):
             report([path])
+
+
+def test_a_page_in_a_folder_that_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(BevatronError, match=f"there is no folder {tmp_path / 'no'}$"):
+        report([run], tmp_path / "no" / "page.html")
