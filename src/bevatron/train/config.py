@@ -143,8 +143,8 @@ class TrainConfig(Section):
     where there are none that can train."""
     freeze: list[str] = Field([])
     """Parameters that are held still, by their native names, as in [embed.*, layers.0.*]; `*`
-    stands for anything, `[0-7]` for one digit. They have no gradient, no moments and no masters, and are held in the dtype
-    of `precision`."""
+    stands for anything, `[0-7]` for one digit. They have no gradient, no moments and no masters,
+    and are held in the dtype of `precision`."""
     seed: int = Field(0, ge=0)
     """Of random weights and the order of samples."""
     val_every: int | None = Field(None, ge=0)

@@ -18,12 +18,12 @@ from bevatron.train.optimizer_and_schedule import MATRICES
 
 KEY = "train.freeze"
 NEAR = 3  # names that an error lists
-RANGE = re.compile(r"\[[^\]]*\d\d[^\]]*\]")  # [0-11], which would be 0 and 1
+RANGE = re.compile(r"\[[^\]]*(-\d\d|\d\d-)[^\]]*\]")  # [0-11], which would be 0 and 1
 
 
 def frozen_parameters(spec: ModelSpec, patterns: Sequence[str]) -> frozenset[str]:
-    """The parameters that any of the patterns names: `*` stands for anything, dots included, `?` for
-    one character, and `[0-7]` for one digit of these.
+    """The parameters that any of the patterns names: `*` stands for anything, dots included, `?`
+    for one character, and `[0-7]` for one digit of these.
 
     Raises BevatronError for a pattern that names nothing or has a range of larger numbers, and if
     nothing is left to train."""
@@ -32,8 +32,8 @@ def frozen_parameters(spec: ModelSpec, patterns: Sequence[str]) -> frozenset[str
     for pattern in patterns:
         if ranged := RANGE.search(pattern):
             raise BevatronError(
-                f"{KEY}: {ranged[0]} in {pattern} stands for one character, not for numbers; layers "
-                "0 to 11 are two patterns, layers.[0-9].* and layers.1[01].*"
+                f"{KEY}: {ranged[0]} in {pattern} stands for one character, not for numbers; "
+                "layers 0 to 11 are two patterns, layers.[0-9].* and layers.1[01].*"
             )
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
