@@ -156,7 +156,14 @@ def test_what_cannot_be_scored_is_named(model: Path, store: Path, tmp_path: Path
     refused("the limit is 1 tokens, expected at least 2", native, "--data", store, "--limit=1")
     refused("absent: does not exist", native, "--data", tmp_path / "absent")
     refused("absent: does not exist", tmp_path / "no model", "--data", tmp_path / "absent")
-    refused("no option --num_fewshot of its own", native, "--data", store, "--num_fewshot", "5")
+    refused(
+        "no option --num_fewshot, and options of lm-evaluation-harness need --tasks",
+        native,
+        "--data",
+        store,
+        "--num_fewshot",
+        "5",
+    )
     refused("CKPT comes first", "--num_fewshot", "5", native)
     info = json.loads((store / FILE_NAME).read_text())
     for file in store.iterdir():

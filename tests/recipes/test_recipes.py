@@ -250,7 +250,7 @@ def test_weights_of_other_sizes_than_like_says_are_refused(tmp_path: Path) -> No
     said = r"its layers\.3\.\S+ is absent, expected \["
     with pytest.raises(BevatronError, match=said):
         prepared(tmp_path / "run.yaml", [f"model.like={tmp_path}/deeper.json"], 1)
-    with pytest.raises(BevatronError, match="there is no init"):
+    with pytest.raises(BevatronError, match="init is not given"):
         overrides = ["model.init=null", "model.spec=llama3-8b", "model.like=llama3-8b"]
         prepared(tmp_path / "run.yaml", overrides, 1)
 
