@@ -65,16 +65,21 @@ class Pool:
             return self._run(Path(folder), world, function, *args)
 
     def _run(self, folder: Path, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        pipes = [pipe for _, pipe in self.workers[:world]]
-        for rank, pipe in enumerate(pipes):
+        workers = self.workers[:world]
+        for rank, (_, pipe) in enumerate(workers):
             pipe.send((folder / "store", rank, world, function, args))
         outcomes = []
         failures = []
-        for rank, pipe in enumerate(pipes):
+        for rank, (process, pipe) in enumerate(workers):
             if not pipe.poll(TIMEOUT_S if not failures else 10):
                 failures.append(f"rank {rank} did not answer within {TIMEOUT_S} s")
                 continue
-            value, failure = pipe.recv()
+            try:
+                value, failure = pipe.recv()
+            except EOFError:
+                process.join()
+                failures.append(f"rank {rank} died with status {process.exitcode}")
+                continue
             outcomes.append(value)
             if failure:
                 failures.append(f"rank {rank}:\n{failure}")

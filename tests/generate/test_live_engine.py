@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -65,9 +66,10 @@ def ask(engine: Engine | LiveEngine) -> Found:
     return engine.complete(REQUESTS), engine.loglikelihoods(PROMPTS)
 
 
+# Several rounds, and some of a single parameter. Other tests use this process too: not for good.
+@patch.object(box_exchange, "ROUND", 3000)
 def rollouts(case: Case, engines: list[At], folder: Path) -> tuple[list[float], list[list[Found]]]:
     """The losses of two steps, and each engine's answers before, between and after them."""
-    box_exchange.ROUND = 3000  # several rounds, and some of a single parameter
     trainer = make_trainer(case)
     live = [
         LiveEngine(
