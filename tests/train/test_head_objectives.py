@@ -15,11 +15,11 @@ from bevatron.parallel.layout import Layout
 from bevatron.parallel.process_groups import mesh
 from bevatron.spec import Head, ModelSpec
 from bevatron.train.config import OptimizerConfig, TrainConfig
-from bevatron.train.config_objective import kind_of
 from bevatron.train.head_objectives import best_span
 from bevatron.train.trainer import Trainer
 from tests.processes import Pool
 from tests.specs import HETEROGENEOUS, HOMOGENEOUS
+from tests.train.tiny_run import configuration
 
 T, PAD, N = 16, 3, 8
 LABELS = ("a", "b", "c")
@@ -75,12 +75,12 @@ def samples(head: str, step: int = 0) -> dict[str, torch.Tensor]:
 
 def make(case: Case) -> Trainer:
     spec = replace(case.spec, head=HEADS[case.head], tie_word_embeddings=False)
-    objective = kind_of({"name": HEADS[case.head].kind})
+    config = configuration(objective={"name": HEADS[case.head].kind})
     trainer = Trainer(
         spec,
         case.layout,
         mesh(case.layout, torch.device("cpu")),
-        objective.make(spec),
+        config.objective.make(spec, config),
         seq_len=T,
         train=TrainConfig(steps=3, global_batch=N, micro_batch=2, precision=case.precision),
         optimizer=OptimizerConfig(lr=1e-2),
@@ -204,14 +204,15 @@ def test_every_layout_equals_one_process(pool: Pool, case: Case) -> None:
 def test_metrics_count_what_they_say() -> None:
     """By hand: scores whose best labels and spans are known."""
     spec = replace(HOMOGENEOUS, head=SEQUENCE)
-    single = kind_of({"name": "sequence_classification"}).make(spec)
+    config = configuration(objective={"name": "sequence_classification"})
+    single = config.objective.make(spec, config)
     scores = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 2.0, 0]])[:, None]
     last = torch.zeros(3, dtype=torch.int64)
     batch = {"labels": torch.tensor([0, 2, -100]), "last": last}
     sums = np.array([float(x) for x in single.sums(scores, batch)])
     assert single.report(sums, np.array(single.count(batch)))["accuracy"] == 0.5
 
-    multi = kind_of({"name": "sequence_classification"}).make(replace(spec, head=HEADS["multi"]))
+    multi = config.objective.make(replace(spec, head=HEADS["multi"]), config)
     scores = torch.tensor([[1.0, -1, 1], [1, 1, 1]])[:, None]
     labels = torch.tensor([[1.0, 1, 0], [torch.nan] * 3])
     batch = {"labels": labels, "last": last[:2]}
@@ -219,7 +220,8 @@ def test_metrics_count_what_they_say() -> None:
     assert multi.count(batch) == (3,), "the blank sample counts for nothing"
     assert multi.report(sums, np.array([3.0]))["micro_f1"] == 0.5, "1 hit, 2 said, 2 true"
 
-    answers = kind_of({"name": "question_answering"}).make(spec)
+    config = configuration(objective={"name": "question_answering"})
+    answers = config.objective.make(spec, config)
     scores = torch.zeros(3, 8, 2)
     scores[0, 4, 0] = scores[0, 5, 1] = 9  # says 4 to 5
     scores[1, 0] = 9  # says there is none

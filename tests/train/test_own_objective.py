@@ -39,6 +39,7 @@ from bevatron.parallel.forward_pass import (
     token_log_probabilities,
 )
 from bevatron.spec import ModelSpec
+from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.config_objective import KINDS, Kind, load
 from bevatron.train.feed import Batch, Memory
@@ -63,7 +64,7 @@ class LikedKind(Kind):
     beta: float = 0.1
     """How steep the curve is."""
 
-    def make(self, spec: ModelSpec, compiled: bool = False) -> Liked:
+    def make(self, spec: ModelSpec, config: RunConfig) -> Liked:
         reference = spec_named(self.reference)
         asked = Companion(reference, None, self.reference_seed, at_end=token_log_probabilities)
         return Liked(asked, self.beta)
@@ -122,7 +123,7 @@ class Liked:
     mean is reported."""
 
     name = "liked"
-    entries, counted = 2, 1
+    rows, entries, counted = 1, 2, 1
     stored: Stored | None = None
     taps: Taps | None = None
 

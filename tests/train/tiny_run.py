@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,6 +16,7 @@ from bevatron.checkpoint.save_and_load import verify_share
 from bevatron.data.tokenize import tokenize
 from bevatron.spec import MLP, Attention, LayerSpec, ModelSpec
 from bevatron.spec.json import to_json
+from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.launch import layout_of, work
 
@@ -45,6 +47,15 @@ def prepare(folder: Path) -> Path:
     (folder / "spec.json").write_text(to_json(SPEC))
     (folder / "run.yaml").write_text(CONFIG)
     return folder
+
+
+def configuration(**sections: Any) -> RunConfig:
+    """A whole configuration, for what asks for one and reads no files: one's own sections, and the
+    least of the others."""
+    least: dict[str, Any] = {"model": {"spec": "spec.json"}}
+    least["data"] = {"train": [{"path": "none"}], "seq_len": 16}
+    least |= {"train": {"steps": 1, "global_batch": 4}, "optimizer": {"lr": 1e-3}}
+    return RunConfig.model_validate(least | {"run": {"dir": "run"}} | sections)
 
 
 def train(folder: Path, *overrides: str) -> None:

@@ -19,6 +19,7 @@ from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.parallel.companion import Companion
 from bevatron.spec import ModelSpec
+from bevatron.train.config import RunConfig
 from bevatron.train.objectives import BLANK, Pretrain, Samples, Vector, mean_over
 from bevatron.train.run_start import check_like, spec_named
 
@@ -53,7 +54,7 @@ class Distill(Pretrain):
 
     @classmethod
     def of(  # type: ignore[override]  # of another kind
-        cls, config: DistillKind, student: ModelSpec, compiled: bool
+        cls, config: DistillKind, student: ModelSpec, run: RunConfig
     ) -> Distill:
         """The configured objective, its teacher opened and not yet read.
 

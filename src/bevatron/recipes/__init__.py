@@ -54,13 +54,13 @@ class Recipe:
         """What it is, in numbers."""
         config = self.config
         assert config.recipe is not None
-        batch = config.train.global_batch * config.data.seq_len
+        sequences = config.train.global_batch * config.objective.sequences
         return {
             "name": config.recipe.name,
             "what": config.recipe.what,
             "from": config.recipe.from_,
             "parameters": parameter_count(self.spec),
-            "tokens": config.train.steps * batch,
+            "tokens": config.train.steps * sequences * config.data.seq_len,
             "objective": config.objective.name,
             "source": config.recipe.source,
         }

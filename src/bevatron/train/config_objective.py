@@ -20,6 +20,7 @@ from bevatron.spec import Head, ModelSpec
 from bevatron.spec.model import HeadKind
 
 if TYPE_CHECKING:
+    from bevatron.train.config import RunConfig
     from bevatron.train.feed import Feed
     from bevatron.train.objectives import Objective
 
@@ -56,7 +57,7 @@ class Kind(Section):
     head: ClassVar[HeadKind] = "causal_lm"
     # The feed's class, a `train.feed.Feed`:
     reads: ClassVar[str] = TOKENS
-    # The objective's class, whose `of(kind, spec, compiled)` makes it (or `make` is its own):
+    # The objective's class, whose `of(kind, spec, config)` makes it (or `make` is its own):
     minimises: ClassVar[str]
     # Those of its keys that name models or folders. A dry run can do without one for which the key
     # `..._like` says the sizes:
@@ -83,15 +84,21 @@ class Kind(Section):
         )
 
     @property
+    def sequences(self) -> int:
+        """How many make a sample: the `rows` of the objective."""
+        return 1
+
+    @property
     def feed(self) -> type[Feed]:
         """The class of what it reads."""
         found: type[Feed] = load(self.reads)
         return found
 
-    def make(self, spec: ModelSpec, compiled: bool = False) -> Objective:
-        """The objective for a model with the head that it needs. `compiled`: whether its loss is to
-        be compiled, where it can be."""
-        made: Objective = load(self.minimises).of(self, spec, compiled)
+    def make(self, spec: ModelSpec, config: RunConfig) -> Objective:
+        """The objective for a model with the head that it needs. `config`: the whole configuration
+        of the run, of which this is a section: what it starts from, its adapter, whether it
+        compiles."""
+        made: Objective = load(self.minimises).of(self, spec, config)
         return made
 
 

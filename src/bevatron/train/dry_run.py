@@ -129,15 +129,16 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
     start = find_start(config)
     spec, train = start.spec, config.train
     held = frozen_parameters(spec, train.freeze)
+    sequences = train.micro_batch * objective.rows  # of a micro-batch
     micro_batches = train.global_batch // (layout.dp * train.micro_batch)
-    times = _times(config, spec, layout, held)
+    times = _times(config, spec, layout, held, sequences)
     frozen = [c.spec for c in objective.companions.values()]
     whole = sum(times) + sum(sum(_forward_times(other, config)) for other in frozen)
     ranges = stage_ranges(
         spec,
         layout,
         config.data.seq_len,
-        micro_batch=train.micro_batch,
+        micro_batch=sequences,
         recompute=train.recompute,
     )
     split = [len(layers) for layers in ranges]
@@ -150,7 +151,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
             seen = paper_mesh(layout) if number else mesh(layout, cpu)
             trainer = _trainer(config, start, layout, seen, objective)
             stages.append(_stage(trainer, config, micro_batches, times, whole))
-    tokens = train.global_batch * config.data.seq_len
+    tokens = train.global_batch * objective.rows * config.data.seq_len
     flops = [s.flops for s in stages]
     seq_len = config.data.seq_len
     teachers = tokens * sum(forward_flops_per_token(s, seq_len, causal=True) for s in frozen)
@@ -178,10 +179,11 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
 
 
 def _times(
-    config: RunConfig, spec: ModelSpec, layout: Layout, frozen: Collection[str]
+    config: RunConfig, spec: ModelSpec, layout: Layout, frozen: Collection[str], sequences: int
 ) -> list[float]:
-    """FLOPs per token of each layer in a step, and the head's, last."""
-    seq_len, tokens = config.data.seq_len, config.train.micro_batch * config.data.seq_len
+    """FLOPs per token of each layer in a step of micro-batches of so many sequences, and the
+    head's, last."""
+    seq_len, tokens = config.data.seq_len, sequences * config.data.seq_len
     again = config.train.recompute
     times = [
         layer_load(spec, i, layout, seq_len, tokens, again).time for i in range(len(spec.layers))
@@ -233,7 +235,8 @@ def _stage(
         if placed.tied.head.requires_grad:
             trained["head.weight"] = placed.tied.head
     itemsize = 4 if train.precision == "fp32" else 2
-    tokens = train.micro_batch * config.data.seq_len // layout.cp
+    sequences = train.micro_batch * trainer.objective.rows
+    tokens = sequences * config.data.seq_len // layout.cp
     flights = [
         micro_batches if layout.schedule == "gpipe" else min(n, micro_batches)
         for n in in_flight(layout)

@@ -20,6 +20,7 @@ from bevatron.nn.output_heads import Compute, at, last_token
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE
 from bevatron.spec import Head, ModelSpec
+from bevatron.train.config import RunConfig
 from bevatron.train.config_objective import Kind
 from bevatron.train.head_kinds import problem_type
 from bevatron.train.objectives import NONE, Samples, Stored, Taps, Vector, mean_over
@@ -30,12 +31,13 @@ Batch = dict[str, Tensor]
 class _OnScores:
     """What the three have in common: `sums` of whole fp32 scores [B, T, labels]."""
 
+    rows = 1
     companions = NONE
     stored: Stored | None = None
     taps: Taps | None = None
 
     @classmethod
-    def of(cls, kind: Kind, spec: ModelSpec, compiled: bool) -> Self:
+    def of(cls, kind: Kind, spec: ModelSpec, config: RunConfig) -> Self:
         return cls()
 
     def sums(self, scores: Tensor, batch: Batch) -> list[Tensor]:
@@ -73,7 +75,7 @@ class SequenceClassification(_OnScores):
         }[self.kind]
 
     @classmethod
-    def of(cls, kind: Kind, spec: ModelSpec, compiled: bool) -> Self:
+    def of(cls, kind: Kind, spec: ModelSpec, config: RunConfig) -> Self:
         return cls(spec.head)
 
     def batch(self, samples: Samples) -> tuple[Tensor, Batch]:

@@ -146,7 +146,7 @@ def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     notes += [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
-    objective = config.objective.make(start.spec)
+    objective = config.objective.make(start.spec, config)
     notes += _beyond_contexts(config, start, objective)
     plan = make_plan(config, layout, objective, notes)
     if init is not None and config.model.init is None:
@@ -174,7 +174,8 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
     )
     if config.data.document_mask:
         check_documents(start.spec, config.data.seq_len)
-    _check_companions(config, layout, start)
+    objective = config.objective.make(start.spec, config)
+    _check_companions(config, layout, start, objective)
     from bevatron.parallel.stage_split import stage_ranges
     from bevatron.train.freezing import frozen_parameters
 
@@ -184,7 +185,7 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
         start.spec,
         layout,
         config.data.seq_len,
-        micro_batch=config.train.micro_batch,
+        micro_batch=config.train.micro_batch * objective.rows,
         recompute=config.train.recompute,
     )
     if absent is not None:
@@ -195,14 +196,15 @@ def _check(config: RunConfig, layout: Layout, absent: list[str] | None = None) -
     return start
 
 
-def _check_companions(config: RunConfig, layout: Layout, start: Start) -> None:
+def _check_companions(
+    config: RunConfig, layout: Layout, start: Start, objective: Objective
+) -> None:
     """The frozen models that the objective brings must run at the layout and read the same ids;
     what one of them said before must be of this run's samples."""
     from bevatron.data.tokenizer import TOKENIZER
     from bevatron.train.token_feed import check_companion, own_tokenizer
 
     own = None if config.data.allow_other_tokenizer else own_tokenizer(config, start)
-    objective = config.objective.make(start.spec)
     if objective.stored is not None:
         try:
             objective.stored.check(config)
@@ -316,7 +318,7 @@ def _run(
         opened_run(config, say) as start,
     ):
         made: list[Objective] = []
-        on_all(lambda: made.append(config.objective.make(start.spec, config.train.compile)))
+        on_all(lambda: made.append(config.objective.make(start.spec, config)))
         objective = made[0]
         run = Run(
             config,

@@ -28,7 +28,8 @@ from bevatron.train.config_objective import PretrainKind
 # What the feed delivers of a step, all [n, ...] on the device: `tokens` [n, T + 1] int64, and, if
 # `data.document_mask` is set, `documents` [n, T + 1] int64, the number of each token's document
 # within its sample, from 0. In a validation's last batch perhaps BLANK [n] bool: samples that count
-# for nothing. Of labelled examples `tokens` [n, T] and what `head_objectives` names.
+# for nothing. Of labelled examples `tokens` [n, T] and what `head_objectives` names. Samples of
+# several sequences have them in the second dimension, [n, rows, T].
 Samples = dict[str, Tensor]
 BLANK = "blank"
 Vector = NDArray[np.float64]
@@ -93,6 +94,8 @@ class Taps(Protocol):
 
 class Objective(Protocol):
     """Attributes:
+    rows: how many sequences make a sample, such as 2 of a pair. Every `micro_batch` samples
+        are that many times as many sequences for the models.
     entries: how many sums `compute` gives. The first ones, `counted` of them, are divided by
         the numbers of `count` and added up: that is the loss that is differentiated. The others
         are metrics' sums without a gradient.
@@ -103,6 +106,7 @@ class Objective(Protocol):
     """
 
     name: str
+    rows: int
     entries: int
     counted: int
     companions: Mapping[str, Companion]
@@ -110,7 +114,9 @@ class Objective(Protocol):
     taps: Taps | None
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        """Samples -> token ids [B, T] and what the stages and `compute` will need, all [B, ...].
+        """n samples -> token ids [B, T] of their B = n * `rows` sequences, those of a sample behind
+        each other; and what the stages and `compute` will need, all [B, ...], or [n, ...] of
+        samples.
 
         `positions` and `documents` [B, T] among them go to the decoder. Of all that is [B, T], a
         context-parallel rank gets its own tokens."""
@@ -139,7 +145,7 @@ class Pretrain:
     """
 
     name = "pretrain"
-    counted = 1
+    rows = counted = 1
     companions = NONE
     stored: Stored | None = None
     taps: Taps | None = None
@@ -149,8 +155,8 @@ class Pretrain:
         self.entries = 2 if z_loss else 1
 
     @classmethod
-    def of(cls, kind: PretrainKind, spec: ModelSpec, compiled: bool) -> Pretrain:
-        return cls(kind.z_loss, compiled)
+    def of(cls, kind: PretrainKind, spec: ModelSpec, config: RunConfig) -> Pretrain:
+        return cls(kind.z_loss, config.train.compile)
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, documents = samples["tokens"], samples.get("documents")

@@ -33,6 +33,7 @@ class Meter:
     Args:
         step: that the run goes on from, -1 for a run that begins: what was logged later is not
             this run's.
+        rows: sequences that make a sample.
         beside: models that are not trained and take every token through their forward, teachers.
     """
 
@@ -45,11 +46,12 @@ class Meter:
         device: torch.device,
         folder: RunFolder | None,
         step: int,
+        rows: int = 1,
         beside: Sequence[ModelSpec] = (),
     ) -> None:
         self.config, self.layout, self.device, self.folder = config, layout, device, folder
         seq_len = config.data.seq_len
-        self.tokens_per_step = seq_len * config.train.global_batch
+        self.tokens_per_step = seq_len * config.train.global_batch * rows
         frozen = frozen_parameters(spec, config.train.freeze)
         self.flops = [
             sum(training_flops(spec, seq_len, causal, frozen))

@@ -63,6 +63,7 @@ class Trainer:
         if self.taps is not None:
             self.taps.place(device)
         self.frozen = frozen_parameters(spec, train.freeze)
+        micro_batch = train.micro_batch * objective.rows  # sequences
         self.placed = place(
             spec,
             layout,
@@ -71,7 +72,7 @@ class Trainer:
             device=device,
             precision=train.precision,
             seq_len=seq_len,
-            micro_batch=train.micro_batch,
+            micro_batch=micro_batch,
             recompute=train.recompute,
             compile_layers=train.compile,
             make_tap=self.taps.tap if self.taps is not None else None,
@@ -85,13 +86,13 @@ class Trainer:
                 device=device,
                 precision=train.precision,
                 seq_len=seq_len,
-                micro_batch=train.micro_batch,
+                micro_batch=micro_batch,
                 compile_layers=train.compile,
                 stages=self.placed.stages,
             )
         self.runner = Runner(
             self.placed,
-            micro_batch=train.micro_batch,
+            micro_batch=micro_batch,
             seq_len=seq_len // layout.cp,
             count=train.global_batch // (layout.dp * train.micro_batch),
             entries=objective.entries,

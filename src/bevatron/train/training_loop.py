@@ -109,6 +109,7 @@ class Run:
             device=self.device,
             folder=self.folder if self.is_main else None,
             step=-1 if self.begins else self.step,
+            rows=self.trainer.objective.rows,
             beside=[c.spec for c in self.trainer.objective.companions.values()],
         )
 
@@ -385,7 +386,7 @@ class Run:
             self._rewind_or_stop(number, loss, norm)
             return True
         self.step += 1
-        self.tokens += config.train.global_batch * config.data.seq_len
+        self.tokens += self.meter.tokens_per_step
         if self.guard.decision.action == "skip":
             self._record("skipped", loss, norm)
             advance(1)
@@ -429,7 +430,7 @@ class Run:
         self._continue(opened[0], read_state(newest, opened[0].manifest.step))
         first = self.step + 1
         self.guard.rewound.append((first, bad))
-        self.tokens += (bad - self.step) * self.config.train.global_batch * self.config.data.seq_len
+        self.tokens += (bad - self.step) * self.meter.tokens_per_step
         self.step = bad
         if self.is_main:
             self.folder.drop_metrics_after(first - 1)
