@@ -39,10 +39,7 @@ run: {dir: run}
 
 @pytest.fixture(scope="module")
 def hf() -> Path:
-    try:
-        return smollm2.folder()
-    except smollm2.Unavailable as why:
-        pytest.skip(f"SmolLM2 cannot be had here: {why}")
+    return smollm2.folder()
 
 
 @pytest.fixture(scope="module")
