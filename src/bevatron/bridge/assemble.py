@@ -2,21 +2,21 @@
 
 For every parameter of the new model the caller names a checkpoint and a cut of one tensor there:
 which rows and columns stay, and how values change before the cut. Without a cut the tensor is
-copied as it is. The parts are streamed a few megabytes at a time, checked and hashed; the new
-folder appears whole or not at all. No torch is needed: a tensor is a set of boxes in files
-(`checkpoint/read_boxes.py`). Memory holds one block, or one whole tensor where its rows are
-reordered or its values change.
+copied as it is. Several such cuts with weights are added up (`Share`). The parts are streamed a few
+megabytes at a time, checked and hashed; the new folder appears whole or not at all. No torch is
+needed: a tensor is a set of boxes in files (`checkpoint/read_boxes.py`). Memory holds one block of
+each part, or one whole tensor where its rows are reordered or its values change.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from bevatron.bridge.open_weights import Opened
 from bevatron.bridge.provenance import fingerprint
 from bevatron.bridge.source_changes import Stamp, stamps, unchanged
 from bevatron.bridge.write_native import commit, write_tensors
-from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, Converter, NonFinite
+from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, KINDS, Converter, NonFinite
 from bevatron.checkpoint.manifest import Manifest, TensorEntry
 from bevatron.checkpoint.new_folder import check_space, check_target, new_folder
 from bevatron.checkpoint.read_boxes import read_box, verify_chunk
@@ -36,9 +36,12 @@ from bevatron.errors import BevatronError
 from bevatron.families.registry import FamilyError
 from bevatron.spec import ModelSpec, ParameterSpec
 
-BLOCK = 16 << 20  # bytes
+BLOCK = 4 << 20  # elements
 RECORD = "assembly.json"
 PAD = -1  # in an index: not an entry of the old tensor but zeros; at its end only
+
+# What the values of several parts are added up in, before they are rounded once.
+SUM = {"BF16": "F32", "F16": "F32", "F32": "F64", "F64": "F64"}
 
 Bits = NDArray[Any]
 Index = NDArray[np.int64]
@@ -70,7 +73,15 @@ class Cut:
         return tuple(n if i is None else len(i) for n, i in zip(old, index, strict=True))
 
 
-Parts = Callable[[ParameterSpec], tuple[Opened, Cut]]
+class Share(NamedTuple):
+    """A cut out of a checkpoint, and what it is multiplied with where several are added up."""
+
+    opened: Opened
+    cut: Cut
+    weight: float = 1.0
+
+
+Parts = Callable[[ParameterSpec], tuple[Opened, Cut] | list[Share]]
 
 
 def assemble(
@@ -91,7 +102,8 @@ def assemble(
 
     Args:
         parts: parameter of `spec` -> the checkpoint that it comes from, and how it is cut out of
-            the one there. Every parameter keeps the dtype that it has there.
+            the one there, or several of these, which are added up. Every parameter keeps the dtype
+            that it has there, in the first one of several.
         origin: whose tokenizer, other files and provenance the result takes along.
         family: that the result belongs to, and the `config` of that; if absent the origin's own, or
             the first family that can say the spec, and the origin's config.json with its sizes.
@@ -99,21 +111,25 @@ def assemble(
         before: folder of a checkpoint -> its files as they were when it was first looked at; they
             may not have changed by the end.
     Returns what reading everything back showed. Where the parts come from several checkpoints,
-    assembly.json lists those and which parameter is whose.
+    assembly.json lists those and which parameter is whose, with the weights of sums.
 
     Raises BevatronError; nothing is left at `dst` then, and an old one stays as it was: for a part
     that does not exist or has not the parameter's shape, for damaged sources, for sources that
     change meanwhile, and for values among those that stay that are NaN or infinite.
     """
     dst = located(dst)
-    plan = {p.name: parts(p) for p in spec.parameters()}
-    entries = {p.name: _checked(p, *plan[p.name]) for p in spec.parameters()}
-    table = [(f"model/{p.name}", entries[p.name].dtype, p.shape) for p in spec.parameters()]
-    nbytes = sum(p.numel * ITEMSIZE[entries[p.name].dtype] for p in spec.parameters())
+    plan = {p.name: _shares(parts(p)) for p in spec.parameters()}
+    entries = {
+        p.name: [_checked(p, share.opened, share.cut) for share in plan[p.name]]
+        for p in spec.parameters()
+    }
+    dtypes = {name: of[0].dtype for name, of in entries.items()}
+    table = [(f"model/{p.name}", dtypes[p.name], p.shape) for p in spec.parameters()]
+    nbytes = sum(p.numel * ITEMSIZE[dtypes[p.name]] for p in spec.parameters())
     check_space(dst, nbytes)
     if family is None:
         family, config = _said(spec, origin)
-    checkpoints = {opened.folder: opened for opened, _ in plan.values()}
+    checkpoints = {s.opened.folder: s.opened for shares in plan.values() for s in shares}
     folders = dict.fromkeys((origin.folder, *checkpoints))
     seen = {folder: before.get(folder) or stamps(folder) for folder in folders}
     with ExitStack() as stack:
@@ -122,14 +138,13 @@ def assemble(
         new = stack.enter_context(new_folder(dst, overwrite=overwrite, apart_from=origin.folder))
         for folder, stamp in seen.items():
             stack.enter_context(unchanged(folder, stamp))
-        read = sum(entry.nbytes for entry in entries.values())
+        read = sum(entry.nbytes for of in entries.values() for entry in of)
         with shown_progress(title, read, show_progress) as advance:
 
             def content(name: str) -> Iterator[memoryview]:
-                opened, cut = plan[name.removeprefix("model/")]
-                entry = entries[name.removeprefix("model/")]
-                yield from _content(opened, entry, cut)
-                advance(entry.nbytes)
+                own = name.removeprefix("model/")
+                yield from _content(plan[own], entries[own])
+                advance(sum(entry.nbytes for entry in entries[own]))
 
             written = write_tensors(new, table, content)
         with shown_progress("verifying", nbytes, show_progress) as advance:
@@ -186,8 +201,14 @@ def _said(spec: ModelSpec, origin: Opened) -> tuple[str, dict[str, Any] | None]:
         return family.name, None
 
 
-def _record(plan: Mapping[str, tuple[Opened, Cut]], checkpoints: Mapping[Path, Opened]) -> str:
-    """assembly.json: the checkpoints, and by their number what each parameter is made of."""
+def _shares(part: tuple[Opened, Cut] | list[Share]) -> list[Share]:
+    """One cut as the only one of a sum."""
+    return part if isinstance(part, list) else [Share(*part)]
+
+
+def _record(plan: Mapping[str, Sequence[Share]], checkpoints: Mapping[Path, Opened]) -> str:
+    """assembly.json: the checkpoints, and by their number what each parameter is made of; of a sum
+    every part with its weight."""
     folders = [
         {
             "path": str(opened.folder),
@@ -197,25 +218,73 @@ def _record(plan: Mapping[str, tuple[Opened, Cut]], checkpoints: Mapping[Path, O
         for opened in checkpoints.values()
     ]
     number = {folder: i for i, folder in enumerate(checkpoints)}
-    made = {name: [number[opened.folder], cut.source] for name, (opened, cut) in plan.items()}
-    return json.dumps({"checkpoints": folders, "parameters": made}, indent=1) + "\n"
+
+    def told(shares: Sequence[Share]) -> list[Any]:
+        made = [[number[s.opened.folder], s.cut.source, s.weight] for s in shares]
+        return made if len(made) > 1 else made[0][:2]
+
+    parameters = {name: told(shares) for name, shares in plan.items()}
+    return json.dumps({"checkpoints": folders, "parameters": parameters}, indent=1) + "\n"
 
 
-def _content(opened: Opened, entry: TensorEntry, cut: Cut) -> Iterator[memoryview]:
-    """The bytes of a part. Raises CheckpointError for damage, AssemblyError for values."""
+def _content(shares: Sequence[Share], entries: Sequence[TensorEntry]) -> Iterator[memoryview]:
+    """The bytes of a part, or of the sum of several. Raises CheckpointError for damage,
+    AssemblyError for values."""
+    found = [_part(share, entry) for share, entry in zip(shares, entries, strict=True)]
+    if len(shares) == 1:
+        for block in found[0]:
+            yield block.view("u1").data
+        return
+    dtype = entries[0].dtype
+    wide = SUM[dtype]
+    read = [Converter(entry.dtype, wide) for entry in entries]
+    write, watch = Converter(wide, dtype), NonFinite(dtype)
+    for blocks in _side_by_side(found):
+        total = np.zeros(len(blocks[0]), KINDS[wide].numpy)
+        for share, convert, block in zip(shares, read, blocks, strict=True):
+            values = np.frombuffer(convert(block.view("u1").data), total.dtype)
+            total += total.dtype.type(share.weight) * values
+        data = write(total.view("u1").data)
+        watch.update(data)
+        yield data
+    if watch.count:
+        raise AssemblyError(
+            f"{watch.count} values of the sum of {shares[0].cut.source} are too large for "
+            f"{FLOATS[dtype]}; give weights that are nearer to each other, or take checkpoints in "
+            "another dtype"
+        )
+
+
+def _part(share: Share, entry: TensorEntry) -> Iterator[Bits]:
+    """What is cut out of one checkpoint, as flat blocks of bits, verified."""
+    opened, cut, _ = share
     for chunk in entry.chunks:
         if chunk.hash:  # a Hugging Face folder has none
             verify_chunk(opened.folder, chunk, ITEMSIZE[entry.dtype], cut.source)
     watch = NonFinite(entry.dtype)
     for block in _blocks(opened.folder, entry, cut):
-        data = np.ascontiguousarray(block).reshape(-1).view("u1").data
-        watch.update(data)
-        yield data
+        flat = np.ascontiguousarray(block).reshape(-1)
+        if flat.size:
+            watch.update(flat.view("u1").data)
+        yield flat
     if watch.count:
         raise AssemblyError(
             f"{opened.folder}: {cut.source} holds {watch.count} NaN or infinite values among those "
             "that would stay; take a checkpoint from before they came"
         )
+
+
+def _side_by_side(parts: Sequence[Iterator[Bits]]) -> Iterator[list[Bits]]:
+    """The same elements of every part at a time, however each is cut into blocks."""
+    empty = np.zeros(0, "u1")
+    rest: list[Bits] = [empty] * len(parts)
+    while True:
+        rest = [r if len(r) else next(p, empty) for r, p in zip(rest, parts, strict=True)]
+        n = min(map(len, rest))
+        if not n:
+            return
+        yield [r[:n] for r in rest]
+        rest = [r[n:] for r in rest]
 
 
 def _blocks(folder: Path, entry: TensorEntry, cut: Cut) -> Iterator[Bits]:
@@ -258,7 +327,7 @@ def _matrix(
         box: Bits = read_box(folder, entry, (lead, first, 0), (1, last - first, width))[0]
         return box
 
-    per_block = max(1, BLOCK // max(1, width * ITEMSIZE[entry.dtype]))
+    per_block = max(1, BLOCK // max(1, width))
     if rows is None:
         rows = np.arange(height)
     if change is not None or (np.diff(rows) < 0).any():

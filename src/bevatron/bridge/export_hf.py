@@ -182,9 +182,12 @@ def _facts(
     pruned = record.pruned if record else {}
     if pruned:
         done.append(f"pruned from {pruned['from']:,} to {pruned['to']:,} parameters")
+    merged = record.merged if record else {}
+    if merged:
+        done.append("merged of " + " + ".join(f"{w:.4g} x {path}" for path, w in merged.items()))
     if native.manifest.step:
         done.append(f"trained for {native.manifest.step} steps")
-    elif record and not pruned and not unmodified(native):
+    elif record and not pruned and not merged and not unmodified(native):
         done.append("weights changed")
     replaced = native.replaced_head()
     if replaced is not None:

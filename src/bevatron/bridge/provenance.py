@@ -38,6 +38,7 @@ class Provenance:
         non_finite: HF tensor -> how many of its values were NaN or infinite, if any.
         accepted: fields of config.json that the user said do nothing, with their values.
         pruned: from how many parameters to how many, if the model was pruned since.
+        merged: checkpoint -> its share, if the weights are an average of these.
         folders: of source/, empty ones too; `skipped`: tensors and files not taken, with why.
     """
 
@@ -56,6 +57,7 @@ class Provenance:
     accepted: Mapping[str, Any] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     pruned: Mapping[str, int] = field(default_factory=dict)
+    merged: Mapping[str, float] = field(default_factory=dict)
     verified: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

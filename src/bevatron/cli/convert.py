@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bevatron.cli.app import (
     CONVERT,
@@ -20,7 +21,7 @@ from bevatron.cli.app import (
     no_blas,
     show,
 )
-from bevatron.errors import CheckFailed
+from bevatron.errors import BevatronError, CheckFailed
 
 
 @app.command("import", rich_help_panel=CONVERT)
@@ -120,3 +121,53 @@ def inspect(
     from bevatron.bridge.inspect import inspect as look
 
     show(look(path, accept_field or ()), as_json)
+
+
+class _Merge(TyperCommand):
+    """`--weights` takes all numbers that follow it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        out: list[str] = []
+        taking = False
+        for arg in args:
+            taking = arg == "--weights" or (taking and _is_number(arg))
+            out += [] if arg == "--weights" else ["--weights", arg] if taking else [arg]
+        return super().parse_args(ctx, out)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command(cls=_Merge, rich_help_panel=CONVERT)
+def merge(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT... DST",
+            help="Native checkpoints, runs or HF folders of one shape; then the native checkpoint "
+            "to make.",
+        ),
+    ],
+    weights: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="W...", help="One for each, divided by their sum; default: all equal."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Average checkpoints of one shape: a weighted mean of every tensor, rounded once."""
+    no_blas()
+    from bevatron.bridge.merge import merge as make
+
+    if len(paths) < 2:
+        raise BevatronError("merge needs checkpoints and a target: CKPT... DST")
+    *checkpoints, target = paths
+    report = make(checkpoints, target, weights=weights or (), overwrite=overwrite)
+    show(report.to_dict(), as_json)
