@@ -13,7 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from bevatron.nn import vocabulary_loss
 from bevatron.nn.rank_communication import LOCAL, Comm, Context
-from bevatron.nn.vocabulary_loss import IGNORE, cross_entropy_sum, log_probabilities
+from bevatron.nn.vocabulary_loss import (
+    IGNORE,
+    cross_entropy_sum,
+    log_probabilities,
+    log_probabilities_and_entropies,
+)
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.tensor_parallel import TensorParallel
 from tests.processes import Pool
@@ -30,6 +35,7 @@ class Case:
     chunk: int = 7 * ROWS
     tp: int = 1
     cp: int = 1
+    temperature: float = 1.0
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,12 +51,18 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.requires_grad_(), weight.requires_grad_(), labels, factors
 
 
-def plain(x: Tensor, weight: Tensor, labels: Tensor, cap: float | None) -> Tensor:
-    logits = x @ weight.T
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+def plain(
+    x: Tensor, weight: Tensor, labels: Tensor, cap: float | None, temperature: float = 1.0
+) -> Tensor:
     kept = labels != IGNORE
     chosen = torch.where(kept, labels, 0)[..., None]
-    return logits.log_softmax(-1).gather(-1, chosen)[..., 0] * kept
+    return distribution(x, weight, cap, temperature).gather(-1, chosen)[..., 0] * kept
+
+
+def distribution(x: Tensor, weight: Tensor, cap: float | None, temperature: float) -> Tensor:
+    logits = x @ weight.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return (logits / temperature).log_softmax(-1)
 
 
 def loss_of(found: Tensor, factors: Tensor, context: Context) -> Tensor:
@@ -62,11 +74,13 @@ def loss_of(found: Tensor, factors: Tensor, context: Context) -> Tensor:
 
 
 def distances(case: Case) -> list[float]:
-    """From torch's own: of the values, the loss, and both gradients."""
+    """From torch's own: of the values, both gradients, the entropies, and the loss."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(vocabulary_loss, "CHUNK_LOGITS", case.chunk)
     x, weight, labels, factors = inputs(case.dtype)
-    want = plain(x, weight, labels, case.cap)
+    want = plain(x, weight, labels, case.cap, case.temperature)
+    each = distribution(x, weight, case.cap, case.temperature).detach()
+    want_entropies = -(each.exp() * each).sum(-1)
     want_loss = loss_of(want, factors, Context())
     want_dx, want_dw = torch.autograd.grad(want_loss, (x, weight))
 
@@ -78,8 +92,10 @@ def distances(case: Case) -> list[float]:
     at = torch.cat([torch.arange(*run) for run in context.runs(T // case.cp)])
     first, last = comm.bounds(ROWS)
     mine, part = (v.detach().requires_grad_() for v in (x[:, at], weight[first:last]))
-    got = log_probabilities(mine, part, labels[:, at], comm, case.cap, ROWS)
-    assert got.dtype == case.dtype
+    arguments = (mine, part, labels[:, at], comm, case.cap, ROWS, case.temperature)
+    got, entropies = log_probabilities_and_entropies(*arguments)
+    assert got.dtype == entropies.dtype == case.dtype and not entropies.requires_grad
+    assert torch.equal(got, log_probabilities(*arguments))
     loss = loss_of(got, factors[:, at], context)
     dx, dw = torch.autograd.grad(loss, (mine, part))
     if case.tp > 1:  # a rank has a partial sum, as what is entered wants it
@@ -91,6 +107,7 @@ def distances(case: Case) -> list[float]:
         return float((a.detach() - b.detach()).norm() / b.detach().norm())
 
     own = [far(got, want[:, at]), far(dx, want_dx[:, at]), far(dw, want_dw[first:last])]
+    own.append(far(entropies, want_entropies[:, at]))
     return [*own, far(context.sum(loss.detach()), want_loss)]
 
 
@@ -99,7 +116,9 @@ CASES = [
     Case(cap=5.0),
     Case(torch.float32, chunk=1),
     Case(torch.float32, cap=5.0, chunk=10**9),
+    Case(cap=5.0, temperature=0.7),
     Case(tp=2, cap=5.0),
+    Case(tp=2, temperature=1.7),
     Case(cp=2),
     Case(torch.float32, tp=2, cp=2),
 ]

@@ -77,18 +77,59 @@ def cross_entropy_and_z(
 
 
 def log_probabilities(
-    hidden: Tensor, weight: Tensor, labels: Tensor, comm: Comm, softcap: float | None, rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    comm: Comm,
+    softcap: float | None,
+    rows: int,
+    temperature: float = 1.0,
 ) -> Tensor:
     """log p(label) of every token, [B, T] fp32 (fp64 of fp64), and 0 where the label is IGNORE.
 
     It is the same on all ranks that share the vocabulary, and so must be what is computed from it:
-    each token may get any gradient. Arguments as of `cross_entropy_sum`."""
+    each token may get any gradient. Arguments as of `cross_entropy_sum`; `temperature`: what the
+    logits are divided by."""
+    return _log_probabilities(hidden, weight, labels, comm, softcap, rows, temperature, False)[0]
+
+
+def log_probabilities_and_entropies(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    comm: Comm,
+    softcap: float | None,
+    rows: int,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy [B, T] in nats of each token's distribution, without a gradient."""
+    return _log_probabilities(hidden, weight, labels, comm, softcap, rows, temperature, True)
+
+
+def _log_probabilities(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    comm: Comm,
+    softcap: float | None,
+    rows: int,
+    temperature: float,
+    entropies: bool,
+) -> tuple[Tensor, Tensor]:
     first, _ = comm.bounds(rows)
     flat, targets = hidden.flatten(0, 1), labels.flatten()
-    found: Tensor = _LogProbabilities.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets, first, comm, softcap, chunk_tokens(rows, comm)
+    found, spread = _LogProbabilities.apply(  # type: ignore[no-untyped-call]
+        flat,
+        weight,
+        targets,
+        first,
+        comm,
+        softcap,
+        chunk_tokens(rows, comm, 1 + entropies),
+        temperature,
+        entropies,
     )
-    return found.view(labels.shape)
+    return found.view(labels.shape), spread.view(labels.shape if entropies else (0,))
 
 
 def sums_of_chunks(x: Tensor, weight: Tensor, tokens: int, entries: int, chunk: Chunk) -> Tensor:
@@ -110,6 +151,12 @@ def capped_logits(
     squashed = torch.tanh(logits / cap)
     slope = 1 - squashed.square() if keep else None
     return squashed.mul_(cap), slope
+
+
+def _cool(logits: Tensor, temperature: float) -> None:
+    """Divide by the temperature, in place."""
+    if temperature != 1:
+        logits /= temperature
 
 
 class _Gradients:
@@ -173,33 +220,46 @@ class _LogProbabilities(torch.autograd.Function):
         comm: Comm,
         cap: float | None,
         tokens: int,
-    ) -> Tensor:
-        found, normalisers = [], []
+        temperature: float,
+        entropies: bool,
+    ) -> tuple[Tensor, Tensor]:
+        found, normalisers, spread = [], [], []
         for piece in _pieces(len(x), tokens):
             logits, _ = capped_logits(x[piece], weight, cap, False)
+            _cool(logits, temperature)
             chosen = _chosen(labels[piece], first, len(weight))
-            _, denominator, target, highest = _normalised(logits, chosen, comm)
+            kept = logits.clone() if entropies else None
+            exponentials, denominator, target, highest = _normalised(logits, chosen, comm)
             relative = denominator.log()
             found.append((target - relative) * (labels[piece] != IGNORE))
             normalisers.append(relative + highest)
+            if kept is not None:  # log sum - sum of p * logit, both relative to the highest
+                weighted = kept.sub_(highest[:, None]).mul_(exponentials).sum(-1)
+                spread.append(relative - comm.sum_(weighted) / denominator)
+            del logits, kept, exponentials  # before the next chunk's
         ctx.save_for_backward(x, weight, labels, torch.cat(normalisers))
-        ctx.first, ctx.cap, ctx.tokens = first, cap, tokens
-        return torch.cat(found)
+        ctx.first, ctx.cap, ctx.tokens, ctx.temperature = first, cap, tokens, temperature
+        out, spreads = torch.cat(found), torch.cat(spread) if entropies else x.new_empty(0)
+        ctx.mark_non_differentiable(spreads)
+        return out, spreads
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         """No rank needs another one here: each has its columns of the probabilities."""
         x, weight, labels, normalisers = ctx.saved_tensors
         gradients = _Gradients(x, weight, ctx.needs_input_grad)
         factor = -grad * (labels != IGNORE)  # of probabilities - what was chosen
+        if ctx.temperature != 1:
+            factor = factor / ctx.temperature
         for piece in _pieces(len(x), ctx.tokens):
             logits, slope = capped_logits(x[piece], weight, ctx.cap, True)
+            _cool(logits, ctx.temperature)
             probabilities = logits.sub_(normalisers[piece, None]).exp_()
             chosen = _chosen(labels[piece], ctx.first, len(weight))
             dlogits = _towards(probabilities, chosen, factor[piece], slope)
             gradients.add(dlogits.to(x.dtype), piece)
             del logits, slope, probabilities, dlogits  # before the next chunk's
-        return *gradients.both(), *[None] * 5
+        return *gradients.both(), *[None] * 7
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
