@@ -289,7 +289,8 @@ def test_advantages_are_trls(scale: Any) -> None:
     rewards = rewards.double()
     wanted = trl_advantages(rewards, 4, scale)
     got = advantages(rewards, 4, RULES["grpo"], scale)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    # TRL's n / (n - 1) is an fp32 number.
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-7)
     assert got[:4].abs().min() > 0.4 and not got[4:8].any() and not got[12:].any()
 
 

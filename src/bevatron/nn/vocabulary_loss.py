@@ -125,7 +125,7 @@ def _log_probabilities(
         first,
         comm,
         softcap,
-        chunk_tokens(rows, comm, 1 + entropies),
+        chunk_tokens(rows, comm),  # the same pieces, so the same bits, with and without
         temperature,
         entropies,
     )
