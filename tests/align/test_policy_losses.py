@@ -22,7 +22,6 @@ from bevatron.align.policy_losses import (
     mean_count,
     mean_sum,
     policy_terms,
-    soft_overlong,
 )
 
 B, T, LONGEST = 6, 7, 9
@@ -232,7 +231,7 @@ def test_equal_rewards_have_no_gradient_at_all(name: str) -> None:
 
 
 def trl_advantages(rewards: Tensor, size: int, scale: str) -> Tensor:
-    """What GRPOTrainer makes of rewards [n, 1], by its own code behind a generation that is none."""
+    """What GRPOTrainer makes of rewards [n], by its own code behind a generation that is none."""
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     n = len(rewards)
@@ -299,15 +298,6 @@ def test_the_baseline_of_rloo_is_the_others_mean() -> None:
     got = advantages(rewards, 3, RULES["rloo"])
     wanted = [1.0, -0.5, -0.5, 3.0, -3.0, 0.0]
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
-
-
-def test_overlong_answers_are_punished_as_trl_does() -> None:
-    from trl.rewards import get_soft_overlong_punishment
-
-    lengths = list(range(70, 101))
-    theirs = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
-    wanted = theirs(completion_ids=[[1] * n for n in lengths])
-    assert soft_overlong(torch.tensor(lengths), 100, 20).tolist() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(

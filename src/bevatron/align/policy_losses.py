@@ -96,13 +96,6 @@ def advantages(rewards: Tensor, size: int, rule: Rule, scale: Scale | None = Non
     return torch.where(known & (std > 0)[:, None], found, 0.0).flatten()
 
 
-def soft_overlong(lengths: Tensor, longest: int, cache: int) -> Tensor:
-    """What answers of these lengths [n] are punished with: 0 up to longest - cache, then falling to
-    -1 at `longest` (DAPO, equation 13)."""
-    over = lengths.double() - (longest - cache)
-    return -(over / max(1, cache)).clamp(0.0, 1.0)
-
-
 def importance_weights(
     old: Tensor, sampled: Tensor, mask: Tensor, mode: Correction, most: float | None
 ) -> Tensor:
@@ -156,6 +149,9 @@ class Clip:
     dual: float | None = None
 
 
+DEFAULT_CLIP = Clip()
+
+
 def policy_terms(
     rule: Rule,
     ours: Tensor,
@@ -164,7 +160,7 @@ def policy_terms(
     advantage: Tensor,
     lengths: Tensor,
     *,
-    clip: Clip = Clip(),
+    clip: Clip = DEFAULT_CLIP,
     importance: Tensor | None = None,
     reference: Tensor | None = None,
     beta: float = 0.0,
