@@ -116,6 +116,29 @@ def test_logprobs_are_those_of_the_model(llama: tuple[Path, Any], engine: Engine
         assert values == pytest.approx(wanted, abs=1e-4)
 
 
+def test_a_request_may_ask_for_logprobs_at_its_temperature(
+    llama: tuple[Path, Any], engine: Engine
+) -> None:
+    """As a policy gradient needs them; beside others, and before top-k."""
+    prompt = prompts(12)[0]
+    asked = [
+        Request(prompt, 6, Sampling(0.7, top_k=5, seed=1), logprobs=2, tempered=True),
+        Request(prompt, 6, Sampling(0.7, top_k=5, seed=1), logprobs=1),
+        Request(prompt, 6, logprobs=0, tempered=True),  # greedy: there is nothing to divide by
+    ]
+    for request, answer, divisor in zip(asked, engine.complete(asked), (0.7, 1, 1), strict=True):
+        ids = [*prompt, *answer.tokens]
+        with torch.no_grad():
+            logits = llama[1](torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / divisor).log_softmax(-1)
+        assert answer.logprobs is not None
+        for row, token, found in zip(expected, answer.tokens, answer.logprobs, strict=True):
+            assert found.token == token and len(found.top) == request.logprobs
+            values = [found.logprob, *(value for _, value in found.top)]
+            wanted = [float(row[token]), *row.topk(request.logprobs or 0).values.tolist()]
+            assert values == pytest.approx(wanted, abs=1e-4)
+
+
 def test_loglikelihoods_are_those_of_the_model(
     llama: tuple[Path, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,11 @@ class Sampling:
             _in("seed", self.seed, -LARGEST_SEED, LARGEST_SEED)
 
     @property
+    def divisor(self) -> float:
+        """Of the logits: the temperature, where there is one."""
+        return self.temperature or 1.0
+
+    @property
     def penalises(self) -> bool:
         """Whether the choice depends on tokens seen before."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
@@ -89,6 +94,8 @@ class Request:
             beginning of one is held back.
         logprobs: None for none; n for that of each new token and of the n likeliest beside it.
         prompt_logprobs: the same of the prompt's tokens.
+        tempered: whether the new tokens' logprobs are of the distribution at the sampling's
+            temperature (as long as that is not 0) and not at 1; top_k and its like never count.
         skip_special_tokens: leave special tokens out of the text, but for `kept_tokens`.
     """
 
@@ -99,6 +106,7 @@ class Request:
     stop_strings: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    tempered: bool = False
     skip_special_tokens: bool = True
     kept_tokens: frozenset[int] = frozenset()
 
@@ -116,8 +124,9 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithm of a token's probability under the model, before temperature, penalties and
-    bias; `top`: the likeliest tokens and theirs, likeliest first."""
+    """Natural logarithm of a token's probability under the model, before temperature (unless the
+    request is `tempered`), penalties and bias; `top`: the likeliest tokens and theirs, likeliest
+    first."""
 
     token: int
     logprob: float

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from bevatron.generate.answer_stream import Stream
@@ -256,7 +257,7 @@ class Scheduler:
 
     def _choose(self, sequences: list[Sequence], logits: Tensor) -> None:
         tokens = choose(logits, [s.chooser for s in sequences])
-        logprobs = token_logprobs(logits, tokens, [s.request.logprobs for s in sequences])
+        logprobs = token_logprobs(logits, tokens, [s.request for s in sequences])
         for sequence, token, found in zip(sequences, tokens, logprobs, strict=True):
             sequence.tokens.append(token)
             sequence.chooser.chose(token)
@@ -337,17 +338,22 @@ def _add_scores(sequence: Sequence, segment: Segment, scores: Scores) -> None:
 
 
 def token_logprobs(
-    logits: Tensor, tokens: list[int], wanted: list[int | None]
+    logits: Tensor, tokens: list[int], requests: list[Request]
 ) -> list[TokenLogprob | None]:
-    """Of the tokens chosen from logits [B, V], with as many likeliest ones as each row wants."""
+    """Of the tokens chosen from logits [B, V], with as many likeliest ones as a request wants."""
     out: list[TokenLogprob | None] = [None] * len(tokens)
-    rows = [i for i, n in enumerate(wanted) if n is not None]
+    rows = [i for i, request in enumerate(requests) if request.logprobs is not None]
     if not rows:
         return out
-    logprobs = logits[rows].float().log_softmax(-1)
-    best = logprobs.topk(min(max(n for n in wanted if n is not None), logits.shape[-1]))
+    wide = logits[rows].float()
+    if any(requests[i].tempered for i in rows):
+        divisors = [requests[i].sampling.divisor if requests[i].tempered else 1.0 for i in rows]
+        wide /= torch.tensor(divisors, device=wide.device)[:, None]
+    logprobs = wide.log_softmax(-1)
+    most = max(request.logprobs for request in requests if request.logprobs is not None)
+    best = logprobs.topk(min(most, logits.shape[-1]))
     for i, row, top in zip(rows, logprobs, _pairs(best.indices, best.values), strict=True):
-        out[i] = TokenLogprob(tokens[i], float(row[tokens[i]]), top[: wanted[i]])
+        out[i] = TokenLogprob(tokens[i], float(row[tokens[i]]), top[: requests[i].logprobs])
     return out
 
 
