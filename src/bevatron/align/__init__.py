@@ -1,0 +1,1 @@
+"""Alignment: supervised fine-tuning, adapters, rewards, preferences, reinforcement learning."""
