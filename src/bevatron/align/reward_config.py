@@ -53,6 +53,22 @@ class RewardConfig(Section):
         """What metrics call it."""
         return self.name
 
+    @classmethod
+    def documented(cls) -> Mapping[str, FieldInfo]:
+        if cls is not RewardConfig:
+            return cls.model_fields
+        found: dict[str, FieldInfo] = {}
+        for key in dict.fromkeys(key for kind in REWARDS.values() for key in kind.model_fields):
+            takers = [name for name, kind in REWARDS.items() if key in kind.model_fields]
+            found[key] = copy(REWARDS[takers[0]].model_fields[key])
+            said = found[key].description or ""
+            if key == "name":
+                said = f"{', '.join(takers[:-1])} or {takers[-1]}."
+            elif len(takers) < len(REWARDS):
+                said = f"{', '.join(takers)}: {said[:1].lower()}{said[1:]}"
+            found[key].description = said
+        return found
+
 
 def _known_pattern(value: str | None) -> str | None:
     if value is not None and value not in PATTERNS:
@@ -217,24 +233,6 @@ def reward_of(given: Any) -> Any:
     if given["name"] not in REWARDS:
         raise ValueError(f"name {given['name']!r} is unknown; known are {', '.join(REWARDS)}")
     return REWARDS[given["name"]].model_validate(given)
-
-
-def reward_fields() -> dict[str, FieldInfo]:
-    """The keys of all rewards, and whose they are: for the reference of configurations."""
-    found: dict[str, FieldInfo] = {}
-    for kind in REWARDS.values():
-        for key, field in kind.model_fields.items():
-            if key in found:
-                continue
-            found[key] = copy(field)
-            takers = [name for name, other in REWARDS.items() if key in other.model_fields]
-            said = field.description or ""
-            if key == "name":
-                said = f"{', '.join(REWARDS)}."
-            elif len(takers) < len(REWARDS):
-                said = f"{', '.join(takers)}: {said[:1].lower() + said[1:]}"
-            found[key].description = said
-    return found
 
 
 OneReward = Annotated[SerializeAsAny[RewardConfig], BeforeValidator(reward_of)]

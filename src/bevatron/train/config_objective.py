@@ -48,6 +48,12 @@ class Section(BaseModel):
         use_attribute_docstrings=True,  # what a key means: docs/configuration.md is made of it
     )
 
+    @classmethod
+    def documented(cls) -> Mapping[str, FieldInfo]:
+        """The keys that the section may have. One that stands for several kinds says all keys, and
+        whose they are."""
+        return cls.model_fields
+
 
 class Kind(Section):
     """What is minimised. Keys that mean nothing to the objective are refused."""
@@ -166,7 +172,7 @@ def _takers(key: str) -> dict[str, FieldInfo]:
 def fields_of(section: type[BaseModel]) -> Mapping[str, FieldInfo]:
     """The keys that a section may have; of `Kind` those of all objectives, and whose they are."""
     if section is not Kind:
-        return section.model_fields
+        return section.documented() if issubclass(section, Section) else section.model_fields
     *others, last = KINDS
     found: dict[str, FieldInfo] = {}
     for name in KINDS:

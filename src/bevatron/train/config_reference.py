@@ -187,6 +187,8 @@ def _flow(value: Any) -> str:
 def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     """The section that a type stands for, and whether it is a list of them."""
     for one in _alternatives(annotation):
+        if typing.get_origin(one) is Annotated:
+            return _section(typing.get_args(one)[0])
         if isinstance(one, type) and issubclass(one, BaseModel):
             return one, False
         if typing.get_origin(one) is list:
