@@ -92,6 +92,7 @@ NUMBERS = {
     "4.5B": "316k",
     "4000": "2",
     "29,30,32": "30,32",
+    "65536": "270",
 }
 TRAINING = "train.steps=2 train.global_batch=2 train.micro_batch=1 data.seq_len=16 parallel.tp=1"
 TRAINING += " train.precision=fp32 parallel.pp=1 schedule.warmup_steps=1 train.val_batches=1"

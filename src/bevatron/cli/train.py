@@ -75,6 +75,63 @@ def tokenize(
     show({**shown, "skipped": dict(info.skipped), "engine": dict(info.engine or {})}, as_json)
 
 
+@app.command("tokenizer", rich_help_panel=TRAIN)
+def tokenizer_(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT... DST", help="What `tokenize` takes as text; then the folder to make."
+        ),
+    ],
+    vocab_size: Annotated[int, typer.Option(help="Tokens in all, special ones included.")],
+    style: Annotated[
+        str,
+        typer.Option(help="nanochat: its special tokens and chat template; plain: GPT-4's split."),
+    ] = "nanochat",
+    max_characters: Annotated[
+        int, typer.Option(min=1, help="No more text is read.")
+    ] = 2_000_000_000,
+    max_document: Annotated[
+        int | None,
+        typer.Option(min=1, help="No more characters of a document; NanoChat: 10000."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    split: Annotated[
+        str | None, typer.Option(help="Of a dataset (train); makes a folder be read as one.")
+    ] = None,
+    as_text: Annotated[
+        list[str] | None, typer.Option(help="Files of this suffix are plain text, such as .json.")
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None, typer.Option(help="Below folders, names to leave out, such as '*.zip'.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on text; transformers and every verb here take the
+    result."""
+    from bevatron.data.tokenizer_training import STYLES, train_tokenizer
+
+    known("--style", style, *STYLES)
+    if len(paths) < 2:
+        raise BevatronError("tokenizer needs at least one text and a target: TEXT... DST")
+    *sources, target = paths
+    made = train_tokenizer(
+        list(sources),
+        Path(target),
+        vocab_size=vocab_size,
+        style=style,
+        max_characters=max_characters,
+        max_document=max_document,
+        overwrite=overwrite,
+        text_field=text_field,
+        split=split,
+        as_text=as_text or [],
+        leave_out=leave_out or [],
+    )
+    show(made.to_dict(), as_json)
+
+
 ALLOW = "--allow-changed"
 ALL = "all"
 
