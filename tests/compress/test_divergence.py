@@ -27,6 +27,7 @@ CASES = [Divergence(kind, 1.0) for kind in KINDS]  # type: ignore[arg-type]
 CASES += [Divergence(kind, 2.5, ce=0.3) for kind in KINDS]  # type: ignore[arg-type]
 CASES += [Divergence(kind, 0.7, top_k=5, ce=0.3) for kind in KINDS]  # type: ignore[arg-type]
 CASES += [Divergence(top_k=40)]
+CASES += [Divergence("jsd", 1.3, top_k, 0.1, share) for top_k in (None, 6) for share in (0.1, 0.9)]
 
 
 def models(dtype: torch.dtype = torch.float32) -> tuple[Output, Output, Tensor]:
@@ -57,13 +58,16 @@ def naive(student: Output, teacher: Output, labels: Tensor, options: Divergence)
         p, q = (torch.cat((x.gather(1, best), 1 - x.gather(1, best).sum(-1, True)), 1)
                 for x in (p, q))  # fmt: skip
 
+    share = options.mixture
+    mean = share * p + (1 - share) * q
+
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a / b).log()).sum(-1)
 
     found = {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
-        "jsd": lambda: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2,
+        "jsd": lambda: share * kl(p, mean) + (1 - share) * kl(q, mean),
     }[options.kind]()
     divergence = found[labels.flatten() != IGNORE].sum()
     chosen = probabilities(student, 1.0).log()

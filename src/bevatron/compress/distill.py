@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -59,23 +60,17 @@ class Distill(Pretrain):
         """The configured objective, its teacher opened and not yet read.
 
         Raises BevatronError if there is no such teacher, or the student cannot learn from it."""
-        options = Divergence(config.divergence, config.temperature, config.top_k, config.ce)
+        options = divergence_of(config)
         if config.logits is not None:
             stored = StoredLogits.open(Path(config.logits))
             _check_stored(config, stored, student)
             return cls(stored, options)
-        try:
-            opened = open_teacher(config)
-        except BevatronError as error:
-            raise BevatronError(f"objective.teacher: {error}") from error
-        where = f"objective.teacher: {config.teacher or config.teacher_like}"
-        check_teacher(where, opened, config.top_k)
-        _check_vocabulary(where, opened.spec.vocab_size, student)
+        teacher = teacher_of(config, student, "top_k", config.top_k)
         if config.states is None:
-            return cls(Companion(opened.spec, opened), options)
-        loss = states_of(config.states, student, opened.spec)
-        states = States(loss, student, opened.spec)
-        return cls(Companion(opened.spec, opened, pairs=loss.pairs), options, states)
+            return cls(teacher, options)
+        loss = states_of(config.states, student, teacher.spec)
+        states = States(loss, student, teacher.spec)
+        return cls(Companion(teacher.spec, teacher.weights, pairs=loss.pairs), options, states)
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         ids, batch = super().batch(samples)
@@ -135,7 +130,39 @@ class Distill(Pretrain):
             self.states.settle(*self._parts(sums, counts)[1:])
 
 
-def open_teacher(config: DistillKind) -> Opened:
+def divergence_of(config: DistillKind) -> Divergence:
+    """The settings as the loss takes them."""
+    return Divergence(
+        config.divergence, config.temperature, config.top_k, config.ce, config.mixture
+    )
+
+
+class Taught(Protocol):
+    """The settings of an objective with a teacher. Either is given."""
+
+    @property
+    def teacher(self) -> str | None: ...
+    @property
+    def teacher_like(self) -> str | None: ...
+
+
+def teacher_of(config: Taught, student: ModelSpec, key: str, top_k: int | None) -> Companion:
+    """The configured teacher, opened and not yet read, with the student's vocabulary.
+
+    Args:
+        key: of the objective's section, in which `top_k` stands, how many of its tokens count.
+    Raises BevatronError if there is no such teacher, or the student cannot learn from it."""
+    try:
+        opened = open_teacher(config)
+    except BevatronError as error:
+        raise BevatronError(f"objective.teacher: {error}") from error
+    where = f"objective.teacher: {config.teacher or config.teacher_like}"
+    check_teacher(where, opened, top_k, key)
+    _check_vocabulary(where, opened.spec.vocab_size, student)
+    return Companion(opened.spec, opened)
+
+
+def open_teacher(config: Taught) -> Opened:
     """The teacher's weights. They lie nowhere if there are only the sizes that it will have (see
     `train.missing_inputs`)."""
     if config.teacher is None:
@@ -146,7 +173,7 @@ def open_teacher(config: DistillKind) -> Opened:
     return opened
 
 
-def check_teacher(where: str, teacher: Opened, top_k: int | None) -> None:
+def check_teacher(where: str, teacher: Opened, top_k: int | None, key: str = "top_k") -> None:
     """Refuse what cannot teach. `where`: begins the message."""
     spec = teacher.spec
     if spec.head.kind != "causal_lm":
@@ -156,7 +183,7 @@ def check_teacher(where: str, teacher: Opened, top_k: int | None) -> None:
         )
     if top_k is not None and top_k >= spec.vocab_size:
         raise BevatronError(
-            f"objective.top_k is {top_k}, expected less than the vocabulary's "
+            f"objective.{key} is {top_k}, expected less than the vocabulary's "
             f"{spec.vocab_size} tokens; drop it to compare all of them"
         )
 

@@ -69,6 +69,8 @@ class DistillKind(Kind):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """Between the two distributions: KL(teacher || student), KL(student || teacher), or
     Jensen-Shannon."""
+    mixture: float = Field(0.5, gt=0, lt=1)
+    """Of jsd: the teacher's share of the distribution that both are compared with (TRL's beta)."""
     temperature: float = Field(1.0, gt=0)
     """Both models' logits are divided by it."""
     top_k: int | None = Field(None, ge=1)

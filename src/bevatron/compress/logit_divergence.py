@@ -30,8 +30,9 @@ class Divergence:
     """Which one, between softmax(teacher / temperature) and softmax(student / temperature).
 
     Attributes:
-        kind: forward_kl, KL(teacher || student); reverse_kl, KL(student || teacher); jsd, half of
-            KL(teacher || m) and half of KL(student || m), where m is the mean of both.
+        kind: forward_kl, KL(teacher || student); reverse_kl, KL(student || teacher); jsd,
+            mixture * KL(teacher || m) + (1 - mixture) * KL(student || m), where m is mixture *
+            teacher + (1 - mixture) * student (Agarwal et al., arXiv 2306.13649, equation 1).
         top_k: compare the teacher's k likeliest tokens, and the mass of all others as one more;
             None compares all tokens.
         ce: weight of the cross-entropy with the data's own next token, at temperature 1.
@@ -41,6 +42,7 @@ class Divergence:
     temperature: float = 1.0
     top_k: int | None = None
     ce: float = 0.0
+    mixture: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,9 @@ def _chunk(
     if not isinstance(t, Top) and options.top_k is not None:
         t = _top(t, options.top_k, first, comm)
     if isinstance(t, Top):
-        value, towards = _compare_top(s, t, first, options.kind, comm, keep)
+        value, towards = _compare_top(s, t, first, options, comm, keep)
     else:
-        value, towards = _compare(s, t, options.kind, comm, keep)
+        value, towards = _compare(s, t, options, comm, keep)
     value, entropy = (value * valid).sum(), (entropy * valid).sum()
     sums = torch.stack((temperature**2 * value + options.ce * entropy, value, entropy))
     if towards is None:
@@ -226,30 +228,34 @@ def _cross_entropy(s: Tensor, label: Own, comm: Comm, keep: bool) -> tuple[Tenso
     return value, e.div_(denominator[:, None]).scatter_add_(1, columns, -mine.to(e.dtype))
 
 
-def _slopes(s: Tensor, t: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+def _slopes(s: Tensor, t: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
     """Of log-probabilities: the terms whose sum is the divergence D, and g = dD / ds with each
     probability on its own, up to a constant times exp(s). Through the softmax, the gradient is
     g - exp(s) * sum(g)."""
-    if kind == "forward_kl":
+    if options.kind == "forward_kl":
         p = t.exp()
         return p * (t - s), p.neg()
-    if kind == "reverse_kl":
+    if options.kind == "reverse_kl":
         terms = s.exp() * (s - t)
         return terms, terms
-    mean = torch.logaddexp(s, t) - math.log(2)
-    g = 0.5 * s.exp() * (s - mean)
-    return 0.5 * t.exp() * (t - mean) + g, g
+    share = options.mixture
+    if share == 0.5:
+        mean = torch.logaddexp(s, t) - math.log(2)
+    else:
+        mean = torch.logaddexp(s + math.log1p(-share), t + math.log(share))
+    g = (1 - share) * s.exp() * (s - mean)
+    return share * t.exp() * (t - mean) + g, g
 
 
 def _compare(
-    s: Tensor, t: Tensor, kind: Kind, comm: Comm, keep: bool
+    s: Tensor, t: Tensor, options: Divergence, comm: Comm, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence [n] of log-probabilities, and its gradient [n, V]."""
-    terms, g = _slopes(s, t, kind)
+    terms, g = _slopes(s, t, options)
     value, total = comm.sum_(torch.stack((terms.sum(-1), g.sum(-1))))
     if not keep:
         return value, None
-    return value, g - s.exp() * _total(total, kind)[:, None]
+    return value, g - s.exp() * _total(total, options.kind)[:, None]
 
 
 def _total(total: Tensor, kind: Kind) -> Tensor:
@@ -259,7 +265,7 @@ def _total(total: Tensor, kind: Kind) -> Tensor:
 
 
 def _compare_top(
-    s: Tensor, t: Top, first: int, kind: Kind, comm: Comm, keep: bool
+    s: Tensor, t: Top, first: int, options: Divergence, comm: Comm, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`_compare` of k + 1 probabilities: of the teacher's k likeliest tokens and of all others
     together."""
@@ -269,8 +275,8 @@ def _compare_top(
     chosen = comm.sum_(s.gather(1, columns).mul_(mine))
     few_s = torch.cat((chosen, tail.log()[:, None]), 1)  # [n, k + 1]
     few_t = torch.cat((t.values, t.tail[:, None]), 1)
-    terms, g = _slopes(few_s, few_t, kind)
-    value, total = terms.sum(-1), _total(g.sum(-1), kind)
+    terms, g = _slopes(few_s, few_t, options)
+    value, total = terms.sum(-1), _total(g.sum(-1), options.kind)
     if not keep:
         return value, None
     # The tail's g falls to its tokens by their probabilities.
