@@ -192,6 +192,7 @@ def test_a_printed_configuration_holds_every_key_absent_ones_too(
         "prune.",
         "run.branch_from.",
         "model.override.",
+        "model.spec.",
         "objective.states.",
     )  # sections that are not there
     for key in every_key():

@@ -85,11 +85,13 @@ def _nemotron(h: int, heads: int, f: int) -> ModelSpec:
     )
 
 
-def _nanochat(depth: int) -> ModelSpec:
-    h, heads = 64 * depth, depth // 2
+def nanochat(depth: int, vocab_size: int = 65536) -> ModelSpec:
+    """64 channels per layer, rounded up to whole heads of 128."""
+    heads = (depth + 1) // 2
+    h = 128 * heads
     mlp = MLP(4 * h, "relu2", gated=False)
     return ModelSpec(
-        vocab_size=65536,
+        vocab_size=vocab_size,
         hidden_size=h,
         layers=(LayerSpec(Attention(heads, heads, 128, qk_norm=True), mlp),) * depth,
         norm=Norm("rms", 1e-6, weight=False),
@@ -163,8 +165,8 @@ PRESETS: dict[str, Callable[[], ModelSpec]] = {
     "minitron-4b": lambda: _nemotron(3072, 24, 9216),
     "minitron-8b": lambda: _nemotron(4096, 48, 16384),
     "nemotron4-15b": lambda: _nemotron(6144, 48, 24576),
-    "nanochat-d20": lambda: _nanochat(20),
-    "nanochat-d32": lambda: _nanochat(32),
+    "nanochat-d20": lambda: nanochat(20),
+    "nanochat-d32": lambda: nanochat(32),
     "llama-nemotron-nano-4b": lambda: _llama(3072, 32, 32, 8, 9216, _LLAMA31, 131072),
     "llama-nemotron-nano-8b": lambda: _llama(4096, 32, 32, 8, 14336, _LLAMA31, 131072),
     "llama-nemotron-70b": lambda: _llama(8192, 80, 64, 8, 28672, _LLAMA31, 131072),

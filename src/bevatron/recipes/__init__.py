@@ -20,6 +20,7 @@ from bevatron.spec import ModelSpec
 from bevatron.spec.count import parameter_count
 from bevatron.train.config import PruneConfig, RunConfig
 from bevatron.train.config_file import load_config
+from bevatron.train.nanochat_depth import DepthConfig
 
 HERE = Path(__file__).parent
 COMMAND = re.compile(r"#   (bevatron .*)")
@@ -48,6 +49,8 @@ class Recipe:
     def spec(self) -> ModelSpec:
         """Of the model that it makes."""
         model = self.config.model
+        if isinstance(model.spec, DepthConfig):
+            return model.spec.model
         return preset(str(model.spec or model.like))
 
     def to_dict(self) -> dict[str, object]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bevatron.spec import Role
 from bevatron.train.config_objective import ObjectiveConfig, Section, kind_of
 from bevatron.train.model_override import OverrideConfig
+from bevatron.train.nanochat_depth import DepthConfig, filled, told
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 EVERY = 500  # steps between two saves, and between two validations, unless a run says otherwise
+
+
+def _spec(given: Any) -> Any:
+    """A name, or the dial. Raises ValueError for anything else."""
+    if isinstance(given, Mapping):
+        return DepthConfig.model_validate(dict(given))
+    if given is not None and not isinstance(given, (str, DepthConfig)):
+        raise ValueError("expected a preset, a spec file, or {depth: 20}")
+    return given
 
 
 class ModelConfig(Section):
@@ -23,8 +34,9 @@ class ModelConfig(Section):
     like: str | None = None
     """Preset or spec file whose sizes the weights at `init` have: a dry run takes its word where
     they are not on this disk, a run refuses others."""
-    spec: str | None = None
-    """Preset or spec file of a model with random weights. Give this or `init`."""
+    spec: Annotated[str | DepthConfig | None, BeforeValidator(_spec)] = None
+    """Preset or spec file of a model with random weights, or {depth: N} for NanoChat's of N layers.
+    Give this or `init`."""
     init_std: float | None = Field(None, ge=0)
     """Standard deviation of random weights; if absent, the spec's own."""
     depth_scaled: bool | None = None
@@ -386,6 +398,11 @@ class RunConfig(Section):
         bound = self.train.val_batches
         return whole if bound is None else min(whole, bound * self.train.global_batch)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_depth(cls, raw: Any) -> Any:
+        return filled(raw)
+
     @model_validator(mode="after")
     def _rewinds_have_a_target(self) -> RunConfig:
         if self.safety.rewinds and not self.checkpoint.every:
@@ -421,3 +438,9 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
     walk(config.model_dump(mode="json", by_alias=True), "")
     return out
+
+
+def depth_lines(config: RunConfig) -> list[str]:
+    """What `model.spec: {depth: N}` set of the configuration; nothing where there is no such."""
+    dial = config.model.spec
+    return told(dial, flat(config)) if isinstance(dial, DepthConfig) else []

@@ -27,7 +27,7 @@ from bevatron.parallel.process_groups import mesh
 from bevatron.parallel.stage_split import end_loads, in_flight, layer_cost, layer_load, stage_ranges
 from bevatron.spec import ModelSpec
 from bevatron.spec.count import forward_flops_per_token, parameter_count
-from bevatron.train.config import RunConfig
+from bevatron.train.config import RunConfig, depth_lines
 from bevatron.train.freezing import (
     describe,
     first_trained_layer,
@@ -89,8 +89,8 @@ class StagePlan:
 @dataclass(frozen=True)
 class Plan:
     """A whole run on paper. `flops_per_step` includes those of a teacher's forward, which
-    `teacher_flops_per_step` are; `busy`: share of a step in which the average rank has work, from
-    the bubble and the heaviest stage alone."""
+    `teacher_flops_per_step` are; `depth`: what `model.spec: {depth: N}` set; `busy`: share of a
+    step in which the average rank has work, from the bubble and the heaviest stage alone."""
 
     model: str
     start: str
@@ -109,6 +109,7 @@ class Plan:
     stages: list[StagePlan]
     optimizer: list[str]
     frozen: str
+    depth: list[str]
     warnings: list[str]
     seconds: float
 
@@ -173,6 +174,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
         stages=stages,
         optimizer=[str(group) for group in groups(spec, config.optimizer, held)],
         frozen=describe(spec, held) if held else "",
+        depth=[] if start.resumed else depth_lines(config),
         warnings=warnings,
         seconds=time.perf_counter() - began,
     )
@@ -288,6 +290,7 @@ def to_text(plan: Plan) -> str:
     lines = [
         f"model       {plan.model}, {plan.parameters:,} parameters, {plan.layers} layers",
         f"start       {plan.start}",
+        *(f"depth       {line}" for line in plan.depth),
         f"layout      {plan.layout}: {plan.ranks:,} processes",
         f"batch       {plan.tokens_per_step:,} tokens, {plan.micro_batches} micro-batches per rank",
         f"steps       {plan.steps:,}, {plan.steps * plan.tokens_per_step:,} tokens in all",

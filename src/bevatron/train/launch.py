@@ -301,6 +301,7 @@ def _run(
 
     from bevatron.parallel.on_all_ranks import on_all
     from bevatron.parallel.process_groups import job_store
+    from bevatron.train.config import depth_lines
     from bevatron.train.hang_watch import Watch
     from bevatron.train.hardware import why_on_cpu
     from bevatron.train.run_start import opened_run
@@ -340,6 +341,9 @@ def _run(
                 f"{origin} is a step of a run, of which the weights are taken as an export would "
                 "have them; run.branch_from goes on from it, with optimizer, fp32 masters and data"
             )
+        if start.resumed is None:
+            for line in depth_lines(config):
+                say(line)
         if config.train.device is None and (why := why_on_cpu()) is not None:
             say(f"on the CPU: {why}")
         for line in _beyond_contexts(config, start, objective):

@@ -42,7 +42,7 @@ def start_line(
     config: RunConfig, start: Start, made: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A line of starts.jsonl. `extra`: such as the data's fingerprints."""
-    origin = config.model.init or config.model.spec
+    origin = config.model.init or str(config.model.spec)
     if start.resumed is not None:
         origin = str(start.resumed) if start.branched else start.resumed.name
     line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -35,6 +35,7 @@ from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.head_kinds import with_head
 from bevatron.train.model_override import overridden
+from bevatron.train.nanochat_depth import DepthConfig
 
 Say = Callable[[str], None]
 FOREIGN_SHOWN = 3  # names of files that are not a run's
@@ -122,12 +123,13 @@ def _fresh(config: RunConfig, copies: bool = True) -> Start:
         where = f"model.init: {config.model.init}"
         check_like(where, "model.like", config.model.like, opened.spec)
         return _headed(config, Start(opened.spec, opened, None, opened.manifest.family))
-    name = str(config.model.spec)
-    spec = spec_named(name)
+    given = config.model.spec
+    spec = given.model if isinstance(given, DepthConfig) else spec_named(str(given))
     changes = {"std": config.model.init_std, "depth_scaled": config.model.depth_scaled}
-    given = {name: value for name, value in changes.items() if value is not None}
-    spec = replace(spec, init=replace(spec.init, **given))  # type: ignore[arg-type]
-    family = for_spec(spec) if Path(name).is_file() else family_of(name)
+    drawn = {name: value for name, value in changes.items() if value is not None}
+    spec = replace(spec, init=replace(spec.init, **drawn))  # type: ignore[arg-type]
+    named = isinstance(given, str) and not Path(given).is_file()
+    family = family_of(str(given)) if named else for_spec(spec)
     return _headed(config, Start(spec, None, None, family.name))
 
 
