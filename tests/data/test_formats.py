@@ -17,7 +17,7 @@ import pytest
 
 from bevatron.cli.main import app
 from bevatron.data import text_documents as text_module
-from bevatron.data.jsonl_rows import Rows
+from bevatron.data.dataset_rows import Rows
 from bevatron.data.token_store import TokenStore
 from bevatron.data.tokenize import tokenize
 from bevatron.errors import BevatronError
@@ -177,7 +177,7 @@ def test_what_is_not_read_is_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.csv", "x.json", "x.jsonl.gz", "x.zip"])
+@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.jsonl.gz", "x.zip"])
 def test_labelled_examples_in_another_format_are_refused_by_its_name(
     tmp_path: Path, name: str
 ) -> None:

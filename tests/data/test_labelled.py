@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from bevatron.data.jsonl_rows import Rows
+from bevatron.data.dataset_rows import Rows
 from bevatron.data.labelled_examples import Padded, SequenceLabels, TokenLabels
 from bevatron.data.question_answering import Answers
 from bevatron.data.tokenizer import open_tokenizer

@@ -7,13 +7,14 @@ trusted. `encode_chat.py` decides what happens to special tokens that stand in m
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bevatron.bridge.open_weights import Opened
 from bevatron.chat.chat_messages import (
     ChatError,
     Message,
@@ -32,7 +33,35 @@ NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # rendering. <|eom_id|> ends a message after which Llama 3.1 wants a tool's result.
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|assistant_end|>", "<|im_end|>")
 PROBE = "bevatron-probe"
+GENERATION = re.compile(r"{%[-+]?\s*generation\b")
 Chat = tuple[list[Message], Any, Any, dict[str, Any]]  # messages, tools, documents, variables
+
+
+class Files(Protocol):
+    """The small files that lie with a model, such as `bridge.open_weights.Opened`."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def source(self) -> Path | None: ...
+
+    def source_text(self, name: str) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Those of a folder that may have no weights, as a tokenizer's own."""
+
+    folder: Path
+
+    @property
+    def source(self) -> Path | None:
+        return self.folder
+
+    def source_text(self, name: str) -> str | None:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 class ChatTemplate:
@@ -59,7 +88,7 @@ class ChatTemplate:
         self._outlines: dict[str, Outline] = {}
 
     @classmethod
-    def of(cls, opened: Opened, tokenizer: Any) -> ChatTemplate | None:
+    def of(cls, opened: Files, tokenizer: Any) -> ChatTemplate | None:
         """The template among a checkpoint's source files, or None if there is none."""
         config = _json(opened, "tokenizer_config.json")
         tokens = special_tokens(_json(opened, "special_tokens_map.json") | config)
@@ -89,7 +118,7 @@ class ChatTemplate:
         return cls(found, tokenizer, tokens, where) if found else None
 
     @classmethod
-    def needed(cls, opened: Opened, tokenizer: Any, file: str | Path | None = None) -> ChatTemplate:
+    def needed(cls, opened: Files, tokenizer: Any, file: str | Path | None = None) -> ChatTemplate:
         """That of `file` if one is given, else the checkpoint's own; ChatError if there is none."""
         own = cls.of(opened, tokenizer)
         if file is not None:
@@ -124,7 +153,7 @@ class ChatTemplate:
 
         Raises ChatError for whatever is wrong with the template, messages or tools.
         """
-        chat = self._prepared(messages, tools, documents, template_kwargs)
+        chat = self.prepared(messages, tools, documents, template_kwargs)
         now = datetime.now()
         return self._render(chat, add_generation_prompt, continue_final_message, now).text
 
@@ -140,7 +169,7 @@ class ChatTemplate:
     ) -> list[int]:
         """The token ids of `render`: special tokens that the template writes are tokens, those in
         messages, tools and variables are text."""
-        chat = self._prepared(messages, tools, documents, template_kwargs)
+        chat = self.prepared(messages, tools, documents, template_kwargs)
         return self._encoded(chat, add_generation_prompt, continue_final_message)[0].ids
 
     def encode_with_mask(
@@ -149,9 +178,13 @@ class ChatTemplate:
         """The token ids of a whole conversation, and which of them the assistant says: those that
         overlap what the template has within `{% generation %}`, as transformers masks them. None
         does where the template has no such mark."""
-        chat = self._prepared(messages, tools, documents, template_kwargs)
+        chat = self.prepared(messages, tools, documents, template_kwargs)
         encoded, rendered = self._encoded(chat, False, False)
         return encoded.ids, encoded.overlapping(rendered.spans)
+
+    def marks_answers(self, tools: Any = None) -> bool:
+        """Whether the template says itself what the assistant says, by `{% generation %}`."""
+        return GENERATION.search(self._source(self._name(tools))) is not None
 
     @property
     def takes_tools(self) -> bool:
@@ -163,7 +196,7 @@ class ChatTemplate:
         """Whether a system message gets into the text, rather than lost or refused."""
         chat = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
         try:
-            return PROBE in self._evaluate((chat, None, None, {})).text
+            return PROBE in self.evaluate((chat, None, None, {})).text
         except ChatError:
             return False
 
@@ -176,7 +209,7 @@ class ChatTemplate:
             names.add("<|bos|>")
         chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
         try:
-            text = self._evaluate(([*chat, chat[0]], None, None, {})).text
+            text = self.evaluate(([*chat, chat[0]], None, None, {})).text
         except ChatError:
             text = ""
         after = text.partition(PROBE)[2].lstrip()
@@ -185,9 +218,10 @@ class ChatTemplate:
         ids = (self.tokenizer.token_to_id(name) for name in names)
         return frozenset(id for id in ids if id is not None)
 
-    def _prepared(
+    def prepared(
         self, messages: Any, tools: Any, documents: Any, variables: Mapping[str, Any]
     ) -> Chat:
+        """Messages and tools, checked, in the form that this template takes."""
         checked = checked_tools(tools)
         chat = checked_messages(messages, self._source(self._name(checked)))
         if checked is not None and not self.takes_tools:
@@ -213,13 +247,23 @@ class ChatTemplate:
         best, most = left_out, -1
         for form in (left_out, empty, chat):
             try:
-                text = self._evaluate((form, tools, documents, variables)).text
+                text = self.evaluate((form, tools, documents, variables)).text
             except ChatError:
                 continue
             written = sum(map(text.count, names))
             if written > most:
                 best, most = form, written
         return best
+
+    def encoded(self, chat: Chat, rendered: Rendered, now: datetime) -> EncodedChat:
+        """The token ids of a `prepared` conversation, of which this is the text at this time."""
+        known = [rendered.text]
+
+        def text(chat: Chat) -> str:
+            return known.pop() if known else self.evaluate(chat, False, now).text
+
+        literals = self._outline(self._name(chat[1])).literals
+        return Encoder.cached(self.tokenizer, literals).encode(chat, text)
 
     def _encoded(
         self, chat: Chat, add_generation_prompt: bool, continue_final: bool
@@ -238,14 +282,14 @@ class ChatTemplate:
         self, given: Chat, add_generation_prompt: bool, continue_final: bool, now: datetime
     ) -> Rendered:
         if not continue_final:
-            return self._evaluate(given, add_generation_prompt, now)
+            return self.evaluate(given, add_generation_prompt, now)
         chat, tools, documents, variables = given
         # As transformers: what the template writes after the last message is cut off.
         final, tag = chat[-1].get("content"), "CONTINUE_FINAL_MESSAGE_TAG "
         if not final:
             raise ChatError("continue_final_message: the last message has no text to continue")
         tagged = [*chat[:-1], {**chat[-1], "content": final + tag}]
-        text = self._evaluate((tagged, tools, documents, variables), False, now).text
+        text = self.evaluate((tagged, tools, documents, variables), False, now).text
         at = text.rfind(tag.strip())
         if at < 0 or final.strip() not in text:
             raise ChatError(
@@ -254,9 +298,10 @@ class ChatTemplate:
         kept = text[:at]
         return Rendered(kept if text[at : at + len(tag)] == tag else kept.rstrip(), [])
 
-    def _evaluate(
+    def evaluate(
         self, given: Chat, add_generation_prompt: bool = True, now: datetime | None = None
     ) -> Rendered:
+        """The text of a `prepared` chat."""
         chat, tools, documents, variables = given
         named = {**self.tokens, **variables, "messages": chat, "tools": tools}
         named |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
@@ -302,14 +347,14 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _text(opened: Opened, name: str) -> str | None:
+def _text(opened: Files, name: str) -> str | None:
     try:
         return opened.source_text(name)
     except (OSError, ValueError) as error:
         raise ChatError(f"{opened.source}/{name}: cannot be read ({error})") from error
 
 
-def _json(opened: Opened, name: str) -> dict[str, Any]:
+def _json(opened: Files, name: str) -> dict[str, Any]:
     text = _text(opened, name)
     if text is None:
         return {}

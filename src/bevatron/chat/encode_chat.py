@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from bevatron.chat.answer_parts import THINK, THINK_END
@@ -46,15 +46,22 @@ class EncodedChat:
         left = iter(self.tokens)
         return [next(left)[0] if id == self.break_id else id for id in self.encoding.ids]
 
-    def overlapping(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
-        """Which tokens have a character in one of the spans (from, to) of the text, which are in
-        order and apart."""
-        made, at, shift, left = [], 0, 0, iter(self.tokens)
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """Of each token the characters (from, to) of the text."""
+        made, shift, left = [], 0, iter(self.tokens)
         for id, offsets in zip(self.encoding.ids, self.encoding.offsets, strict=True):
             start = offsets[0] + shift
             if id == self.break_id:
                 shift += next(left)[1] - len(BREAK)
-            end = offsets[1] + shift
+            made.append((start, offsets[1] + shift))
+        return made
+
+    def overlapping(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Which tokens have a character in one of the spans (from, to) of the text, which are in
+        order and apart."""
+        made, at = [], 0
+        for start, end in self.places:
             while at < len(spans) and start >= spans[at][1]:
                 at += 1
             made.append(at < len(spans) and end > spans[at][0])

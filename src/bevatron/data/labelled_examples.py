@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from bevatron.checkpoint.strict_json import read_object
-from bevatron.data.jsonl_rows import Row
+from bevatron.data.dataset_rows import Row
 from bevatron.data.tokenizer import OpenTokenizer
 from bevatron.errors import BevatronError
 

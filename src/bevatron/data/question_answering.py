@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tokenizers import Encoding
 
-from bevatron.data.jsonl_rows import Row
+from bevatron.data.dataset_rows import Row
 from bevatron.data.labelled_examples import Arrays, Padded, is_text, text_of
 from bevatron.errors import BevatronError
 

@@ -134,6 +134,11 @@ def _documents(texts: Sequence[str | None], skipped: Counter[str]) -> Iterator[P
             yield from document(text)
 
 
+def check_parquet(path: Path) -> None:
+    """Raises BevatronError for a file that is none."""
+    _parquet(path).close()
+
+
 def _parquet(path: Path) -> Any:
     arrow = import_arrow(path)
     try:
@@ -181,8 +186,8 @@ class Dataset:
     def from_json(cls, text: str) -> Dataset:
         return cls(**json.loads(text))
 
-    def _open(self, field: str) -> Any:
-        """The streamed dataset with the one column."""
+    def rows(self, *, streaming: bool) -> Any:
+        """All of it, streamed, or as a table on this disk."""
         try:
             from datasets import load_dataset
             from datasets.utils.logging import disable_progress_bar
@@ -194,16 +199,23 @@ class Dataset:
                 self.path,
                 self.config,
                 split=self.split,
-                streaming=True,
+                streaming=streaming,
                 revision=None if self.local else self.revision,
             )
-            names = rows.column_names or list(next(iter(rows), {}))
+            if streaming and not rows.column_names:
+                next(iter(rows), {})
         except Exception as error:  # many kinds, from the network as well
             where = "as a dataset" if self.local else "no such path, and no dataset on the Hub"
             raise BevatronError(
                 f"{self.path}: cannot be read ({where}: {type(error).__name__}: "
                 f"{first_line(error)}); check the name, --split and the connection"
             ) from error
+        return rows
+
+    def _open(self, field: str) -> Any:
+        """The streamed dataset with the one column."""
+        rows = self.rows(streaming=True)
+        names = rows.column_names or list(next(iter(rows), {}))
         if field not in names:
             raise BevatronError(_no_column(self.path, names, field))
         return rows.select_columns([field])

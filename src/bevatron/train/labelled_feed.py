@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bevatron.checkpoint.read_boxes import hash_file
-from bevatron.data.jsonl_rows import Rows
+from bevatron.data.dataset_rows import Rows
 from bevatron.data.labelled_examples import Arrays, Labelled, Padded
 from bevatron.data.permutation import Permutation, derive
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
