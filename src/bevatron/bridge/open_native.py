@@ -91,8 +91,7 @@ class Native:
 
 
 def open_native(path: str | Path) -> Native:
-    """Open a native checkpoint or a run's latest step, and check that it holds its whole model, or
-    an adapter's step its whole adapter.
+    """Open a native checkpoint or a run's latest step, and check that it holds its whole model.
 
     Raises BevatronError naming the file that is damaged or says what is unknown, or parameters that
     are missing, unknown, or of another shape or no floating dtype."""
@@ -142,8 +141,7 @@ def family_of(
 
 def _check_weights(folder: Path, manifest: Manifest, spec: ModelSpec) -> None:
     weights = manifest.weights()
-    adapter = spec.adapter
-    wanted = {p.name: p for p in spec.parameters() if adapter is None or adapter.owns(p.name)}
+    wanted = {p.name: p for p in spec.parameters()}
     missing = [name for name in wanted if name not in weights]
     extra = [name for name in weights if name not in wanted]
     if missing or extra:

@@ -237,8 +237,7 @@ def _one_kind(annotation: Any, metadata: list[Any] | tuple[Any, ...]) -> str:
 
 def _plural(annotation: Any) -> str:
     first, _, rest = _kind(annotation).partition(" ")
-    plural = first if first == "text" or first.startswith("`") else first + "s"
-    return f"{plural} {rest}".strip()
+    return f"{first if first == 'text' else first + 's'} {rest}".strip()
 
 
 def _bounds(metadata: list[Any] | tuple[Any, ...]) -> Iterator[str]:
