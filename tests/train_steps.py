@@ -8,6 +8,7 @@ import torch
 
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.process_groups import mesh
+from bevatron.spec import Adapter
 from bevatron.train.config import MuonConfig, OptimizerConfig, TrainConfig
 from bevatron.train.objectives import Objective, Pretrain, Samples
 from bevatron.train.trainer import Trainer
@@ -35,6 +36,7 @@ class Case:
     documents: bool = False
     optimizer: str = "adamw"
     freeze: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
 
 def make_trainer(case: Case, objective: Objective | None = None) -> Trainer:
@@ -49,7 +51,7 @@ def make_trainer(case: Case, objective: Objective | None = None) -> Trainer:
         freeze=list(case.freeze),
     )
     trainer = Trainer(
-        ALL[case.spec],
+        ALL[case.spec].with_adapter(case.adapter),
         case.layout,
         mesh(case.layout, device),
         objective or Pretrain(),

@@ -91,7 +91,8 @@ class Native:
 
 
 def open_native(path: str | Path) -> Native:
-    """Open a native checkpoint or a run's latest step, and check that it holds its whole model.
+    """Open a native checkpoint or a run's latest step, and check that it holds its whole model, or
+    an adapter's step its whole adapter.
 
     Raises BevatronError naming the file that is damaged or says what is unknown, or parameters that
     are missing, unknown, or of another shape or no floating dtype."""
@@ -141,7 +142,8 @@ def family_of(
 
 def _check_weights(folder: Path, manifest: Manifest, spec: ModelSpec) -> None:
     weights = manifest.weights()
-    wanted = {p.name: p for p in spec.parameters()}
+    adapter = spec.adapter
+    wanted = {p.name: p for p in spec.parameters() if adapter is None or adapter.owns(p.name)}
     missing = [name for name in wanted if name not in weights]
     extra = [name for name in weights if name not in wanted]
     if missing or extra:

@@ -18,6 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from bevatron.bridge.adapter_base import (
+    RECORD,
+    Base,
+    BaseError,
+    model_fingerprint,
+    read_base,
+)
 from bevatron.bridge.byte_mover import Mover
 from bevatron.bridge.conversion_plan import Task, box_of_run, plan_import, row_elements
 from bevatron.bridge.hf_config import read_spec
@@ -38,7 +45,8 @@ from bevatron.bridge.provenance import Provenance, describe
 from bevatron.checkpoint.dtypes import ITEMSIZE, dtype_named, stated_dtype
 from bevatron.checkpoint.manifest import Chunk, Manifest, TensorEntry
 from bevatron.checkpoint.run_folder import is_native
-from bevatron.checkpoint.storage import copy_tree, located
+from bevatron.checkpoint.storage import copy_tree, is_remote, is_url, located
+from bevatron.errors import BevatronError
 from bevatron.families.published_models import PRESETS, family_of, preset
 from bevatron.families.registry import Family, for_config
 from bevatron.spec import ModelSpec
@@ -58,6 +66,7 @@ class Opened:
         provenance: what an import recorded, or would record but for hashes; None for a model made
             from random weights.
         made: file name -> text of what `source` lacks: the config.json of another format's model.
+        base: of an adapter's step, which holds no other weights, the model that it belongs to.
     """
 
     folder: Path
@@ -68,6 +77,7 @@ class Opened:
     native: bool
     provenance: Provenance | None
     made: Mapping[str, str] = field(default_factory=dict)
+    base: Opened | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -147,11 +157,10 @@ def open_weights(
     another one.
     """
     if is_native(located(path)):
-        native = open_native(path)
-        source = native.folder / "source"
-        found = source if source.is_dir() else None
-        record = native.provenance
-        return Opened(native.folder, native.spec, native.manifest, found, None, True, record)
+        step = open_step(path)
+        if step.spec.adapter is not None:
+            raise BevatronError(f"{path}: holds an adapter alone, which can only be trained on yet")
+        return step
     if is_nanotron(located(path)):
         foreign = open_nanotron(path)
         return Opened(
@@ -174,6 +183,49 @@ def open_weights(
     record = replace(describe(hf, family.name, plan, {}), accepted=accepted)
     manifest = Manifest(family.name, 0, tensors)
     return Opened(hf.path, spec, manifest, hf.path, hf.others, False, record)
+
+
+def open_step(path: str | Path) -> Opened:
+    """A native checkpoint as it is stored: an adapter's step is the adapter alone, of a spec that
+    has it."""
+    native = open_native(path)
+    source = native.folder / "source"
+    found = source if source.is_dir() else None
+    return Opened(native.folder, native.spec, native.manifest, found, None, True, native.provenance)
+
+
+def base_of(step: Opened, instead: str | None = None, *, copies: bool = True) -> Opened:
+    """The model that an adapter's step belongs to.
+
+    Args:
+        instead: where else it may lie, if it is no more where it was.
+        copies: as in `open_weights`.
+    Raises CheckpointError if it is in neither place, or is not the model that it was."""
+    record = read_base(step.folder)
+    path, url = record.path, is_url(record.path)
+    if not url and Path(path).is_absolute() and not os.path.lexists(path):
+        path = instead if instead is not None else path
+    try:
+        opened = open_weights(path, copies=copies)
+    except BevatronError as error:
+        raise BaseError(
+            f"{step.folder} holds an adapter, and its base cannot be opened: {error}; put the base "
+            f"back where it was, or name where it is now in {step.folder / RECORD}"
+        ) from error
+    if model_fingerprint(opened.spec, opened.folder, opened.manifest) != record.fingerprint:
+        raise BaseError(
+            f"{step.folder} holds an adapter, and its base {path} is another model than it was "
+            "trained beside (another fingerprint); put that one back"
+        )
+    return opened
+
+
+def base_record(opened: Opened, named: str) -> Base:
+    """What a step says of the base that it was trained beside. `named`: as the run names it."""
+    on_disk = os.path.lexists(named) or opened.native
+    path = str(opened.folder if is_remote(opened.folder) else opened.folder.absolute())
+    found = model_fingerprint(opened.spec, opened.folder, opened.manifest)
+    return Base(path if on_disk else named, found)
 
 
 def _chunks(task: Task) -> TensorEntry:

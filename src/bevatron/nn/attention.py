@@ -72,11 +72,11 @@ class Attention(nn.Module):
         groups = slice(first // q, -(-last // q))
 
         def mine(tensor: Tensor) -> Tensor:
-            t = comm.whole(tensor).unflatten(0, (-1, q + 2, spec.head_dim))  # [G, q+2, D, ...]
+            t = tensor.unflatten(0, (-1, q + 2, spec.head_dim))  # [G, q+2, D, ...]
             query = t[:, :q].flatten(0, 1)[first:last]
             return torch.cat((query, t[groups, q], t[groups, q + 1])).flatten(0, 1)
 
-        rows = self.qkv.product(x, mine)
+        rows = self.qkv.product(x, comm.whole, mine)
         heads = rows.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)  # [B, H + 2G, T, D]
         n = last - first
         m = (heads.shape[1] - n) // 2

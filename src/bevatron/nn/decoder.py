@@ -3,6 +3,7 @@
 - a token embedding, with an optional unweighted norm after it
 - layers, each by its own spec: pre-norm residual attention and MLP sublayers, either of which may
   be replaced by one matrix or absent
+- beside its linear maps perhaps an adapter
 - a final norm, and a head: logits, tied to the embedding or not, optionally softcapped; scores of a
   classification or question answering head; or no head
 - a pipeline stage is the same class over a slice of the layers
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bevatron.errors import BevatronError
+from bevatron.nn.adapted_map import adapt
 from bevatron.nn.attention import Attention
 from bevatron.nn.attention_kernels import Mask, make_mask
 from bevatron.nn.mlp import MLP, Linear
@@ -171,6 +173,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): Layer(spec.layers[i], spec, comm, variants.get(i, {})) for i in indices}
         )
+        adapt(self.layers, spec, comm)
         self.final_norm = Norm(spec.norm, spec.hidden_size, comm) if head else None
         self.head = self._head() if head else None
         self.tie()

@@ -1,8 +1,8 @@
 """The linear maps of a decoder: every weight that multiplies hidden states does it here.
 
 There are two products, one for each way in which tensor-parallel ranks share a weight. Both go
-through `product`, which an adapter (LoRA) overrides. `rows` makes the matrix
-to multiply with from the stored weight; it works as well on a matrix with the same rows and fewer
+through `product`, which an adapter overrides (`adapted_map.py`). How a rank finds its rows in the
+stored weight is said in two steps, which work as well on a matrix with the same rows and fewer
 columns. (The output matrix over the vocabulary is not here: the objective decides what is computed
 with it.)
 """
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bevatron.nn.rank_communication import Comm, empty
 
-Rows = Callable[[Tensor], Tensor]
+Here = Callable[[Tensor], Tensor]
+Chosen = Callable[[Tensor], Tensor]
 
 
 class LinearMap(nn.Module):
@@ -27,16 +28,23 @@ class LinearMap(nn.Module):
         self.weight = empty(*shape)
         self.bias = None if bias is None else empty(*bias)
 
-    def product(self, x: Tensor, rows: Rows, *, biased: bool = True) -> Tensor:
+    def product(
+        self, x: Tensor, here: Here, chosen: Chosen | None = None, *, biased: bool = True
+    ) -> Tensor:
         """x [..., in] times this rank's rows -> [..., out].
 
         Args:
-            rows: the stored weight -> the matrix [out, in] that this rank multiplies with; the
-                stored bias -> [out].
+            here: a stored parameter -> what this rank has of it to compute with.
+            chosen: of that, whose first dimensions are the weight's, the rows that this rank
+                multiplies with, as a matrix [out, in]; of the bias [out]. If absent, all as it is.
             biased: whether the bias is added, if there is one.
         """
-        bias = rows(self.bias) if biased and self.bias is not None else None
-        return F.linear(x, rows(self.weight), bias)
+        weight, bias = here(self.weight), None
+        if biased and self.bias is not None:
+            bias = here(self.bias)
+        if chosen is not None:
+            weight, bias = chosen(weight), None if bias is None else chosen(bias)
+        return F.linear(x, weight, bias)
 
     def reduced(self, x: Tensor, comm: Comm) -> Tensor:
         """The row-parallel product: x holds this rank's part of the input columns; the ranks'

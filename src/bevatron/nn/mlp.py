@@ -48,7 +48,7 @@ class MLP(nn.Module):
         comm = self.comm
         x = comm.enter(x)  # [B, T, h]
         if self.spec.gated:
-            rows = self.gate_up.product(x, lambda t: comm.view(t).flatten(0, 1))  # [B, T, 2f]
+            rows = self.gate_up.product(x, comm.view, lambda t: t.flatten(0, 1))  # [B, T, 2f]
         else:
             rows = self.up.product(x, comm.view)  # [B, T, f]
         y = between(rows, self.spec)  # [B, T, f]

@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from bevatron.bridge.adapter_base import model_fingerprint
 from bevatron.bridge.open_weights import Opened
-from bevatron.checkpoint.read_boxes import both_ends
-from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.nn.output_heads import Vocabulary
 from bevatron.parallel.forward_pass import forward, hidden_states, joined, micro_batches
 from bevatron.parallel.layout import Layout
-from bevatron.parallel.memory_footprint import unsharded
+from bevatron.parallel.memory_footprint import local_bytes, unsharded
 from bevatron.parallel.placed_weights import fill_random, stream
 from bevatron.parallel.placement import AtEnd, Batch, Placed, Stage, place, reshard, stage_of
 from bevatron.spec import ModelSpec
@@ -75,12 +74,14 @@ class Companion:
         micro_batch: int,
         compile_layers: bool,
         stages: Sequence[range] = (),
+        beside: Placed | None = None,
     ) -> None:
         """Build this rank's stages, without values. A split in `layout` is the trained model's:
         this one's stages are balanced by themselves.
 
         Args:
-            stages: the layers of every stage of the trained model; for `pairs`."""
+            stages: the layers of every stage of the trained model; for `pairs`.
+            beside: the trained model, of which this one needs nothing."""
         self.beside, self.micro_batch = stages, micro_batch
         self._placed = place(
             self.spec,
@@ -155,6 +156,11 @@ class Companion:
         """Forget what is gathered."""
         reshard(self.placed)
 
+    def held_bytes(self) -> int:
+        """Its shards on this rank."""
+        decoders = [stage.decoder for stage in self.placed.mine.values()]
+        return sum(local_bytes(list(decoder.parameters())) for decoder in decoders)
+
     def forget(self) -> None:
         """Give up the parameters; it may be placed again."""
         self._placed = None
@@ -180,18 +186,11 @@ class Companion:
         return kept + len(states) * tokens // shares * self.spec.hidden_size * placed.dtype.itemsize
 
     def fingerprint(self) -> str:
-        """Of the spec and of numbers at both ends of every tensor: another model, or the same one
-        trained on, has another one, while the same one in another format or place has not. Reads
-        little; not safe against intent."""
-        hasher = hashlib.sha256(to_json(self.spec).encode())
+        """See `model_fingerprint`."""
         if self.weights is None:
-            hasher.update(f"random {self.seed}".encode())
-            return hasher.hexdigest()
-        read = box_reader(self.weights.folder, self.weights.manifest, "model/")
-        for name, offset, size in both_ends(self.weights.shapes):
-            values = read(name, offset, size).float().contiguous()
-            hasher.update(name.encode() + values.numpy().tobytes())
-        return hasher.hexdigest()
+            text = to_json(self.spec) + f"random {self.seed}"
+            return hashlib.sha256(text.encode()).hexdigest()
+        return model_fingerprint(self.spec, self.weights.folder, self.weights.manifest)
 
     @property
     def _stage(self) -> Stage:

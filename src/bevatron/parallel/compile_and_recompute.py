@@ -54,7 +54,7 @@ def prepare(decoder: Decoder, recompute: Recompute, compiled: bool) -> None:
     layers: list[Any] = list(decoder.layers.values())
     if compiled:
         distinct = len(
-            {(decoder.spec.layers[int(i)], _frozen(m)) for i, m in decoder.layers.items()}
+            {(decoder.spec.layers[int(i)], _parameters(m)) for i, m in decoder.layers.items()}
         )
         _compile(layers, distinct, COMPILED_BUDGET if recompute == "selective" else 1.0)
     for layer in layers:
@@ -65,9 +65,9 @@ def prepare(decoder: Decoder, recompute: Recompute, compiled: bool) -> None:
             layer.run = partial(checkpoint, layer.run, use_reentrant=False, context_fn=contexts)
 
 
-def _frozen(layer: nn.Module) -> tuple[str, ...]:
-    """Which of a layer's parameters take no gradient, on which the compiled code depends."""
-    return tuple(name for name, p in layer.named_parameters() if not p.requires_grad)
+def _parameters(layer: nn.Module) -> tuple[tuple[str, bool], ...]:
+    """A layer's parameters, and whether they take a gradient: the compiled code depends on it."""
+    return tuple((name, p.requires_grad) for name, p in layer.named_parameters())
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -46,8 +46,17 @@ def stream(
 ) -> None:
     """Fill all ranks' parameters, but those to `leave`, from where they lie, after checking a
     native checkpoint's hashes, unless that was done. Collective; if it fails on one rank, all
-    raise its message."""
+    raise its message.
+
+    An adapter's step gives what it holds, and its base the rest, if that was opened with it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    adapter = weights.spec.adapter
+    if adapter is not None:
+        names = set(placed.parameters)
+        own = {name for name in names if adapter.owns(name)}
+        if weights.base is not None:
+            stream(placed, weights.base, leave={*leave, *own})
+        leave = {*leave, *(names - own)}
     if weights.native and not verified:
         on_all(lambda: verify_share(weights.folder, weights.manifest, rank, ranks))
     read = box_reader(weights.folder, weights.manifest, "model/")

@@ -306,8 +306,8 @@ def shard(stage: Stage, layout: Layout, mesh: DeviceMesh, precision: str) -> Non
     # [2, f, h] has too short a first dimension. Along f a rank's part is two long runs of a file,
     # along h a piece of every row; FSDP cuts either only evenly.
     cut = {}
-    for name, parameter in stage.named_parameters():
-        if name.endswith("gate_up.weight"):
+    for parameter in stage.parameters():
+        if parameter.ndim == 3:
             _, f, h = parameter.shape
             if f % (layout.tp * layout.shards) == 0:
                 cut[id(parameter)] = Shard(1)

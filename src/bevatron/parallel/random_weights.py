@@ -23,31 +23,39 @@ BLOCK_ELEMENTS = 2**22
 def fill(tensor: Tensor, parameter: ParameterSpec, spec: ModelSpec, seed: int) -> None:
     """Write this rank's part of a freshly initialised parameter, in place."""
     mine = local(tensor.detach())
-    if parameter.role == "bias" or parameter.name.endswith("norm.bias"):
+    offset, shape = box(tensor)
+    if parameter.role == "lora_a":  # as peft draws it, and torch the weight of a Linear
+        bound = 1 / math.sqrt(parameter.shape[-1])
+        _random(mine, parameter, 2 * bound, seed, offset, shape, uniform=True)
+    elif parameter.role in ("bias", "lora_b") or parameter.name.endswith("norm.bias"):
         mine.zero_()
     elif parameter.role == "norm":
         mine.fill_(0.0 if spec.norm.kind == "layernorm1p" else 1.0)
+    elif parameter.role == "magnitude":  # it follows from the weights
+        mine.fill_(math.nan)
     else:
         std = spec.init.std_of(parameter.role, spec.sublayers)
-        offset, shape = box(tensor)
-        _normal(mine, parameter, std, seed, offset, shape)
+        _random(mine, parameter, std, seed, offset, shape)
 
 
 def fill_normal(tensor: Tensor, name: str, std: float, seed: int) -> None:
     """Write this rank's part of normal random numbers that depend on the seed and the name alone,
     in place; a tensor of rows and columns."""
     parameter = ParameterSpec(name, tuple(tensor.shape), "linear", ("other", "other"))
-    _normal(local(tensor.detach()), parameter, std, seed, *box(tensor))
+    _random(local(tensor.detach()), parameter, std, seed, *box(tensor))
 
 
-def _normal(
+def _random(
     out: Tensor,
     parameter: ParameterSpec,
-    std: float,
+    scale: float,
     seed: int,
     offset: tuple[int, ...],
     shape: tuple[int, ...],
+    *,
+    uniform: bool = False,
 ) -> None:
+    """`scale` times standard normal numbers, or uniform ones from -1/2 to 1/2."""
     if 0 in shape:
         return
     *lead, columns = parameter.shape
@@ -64,8 +72,8 @@ def _normal(
             first = block * per_block
             count = min(per_block, rows_in_all - first)
             a, b = max(begin, first), min(end, first + count)
-            values = _draw(parameter.name, block, seed, count, columns)
-            target[a - begin : b - begin] = values[a - first : b - first, keep] * std
+            values = _draw(parameter.name, block, seed, count, columns, uniform)
+            target[a - begin : b - begin] = values[a - first : b - first, keep] * scale
 
 
 def _flat(where: tuple[int, ...], lead: list[int]) -> int:
@@ -76,7 +84,9 @@ def _flat(where: tuple[int, ...], lead: list[int]) -> int:
     return row
 
 
-def _draw(name: str, block: int, seed: int, rows: int, columns: int) -> Tensor:
+def _draw(name: str, block: int, seed: int, rows: int, columns: int, uniform: bool) -> Tensor:
     digest = blake2b(f"{seed}/{name}#{block}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    if uniform:
+        return torch.rand(rows, columns, generator=generator) - 0.5
     return torch.randn(rows, columns, generator=generator)

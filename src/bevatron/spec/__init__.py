@@ -1,5 +1,6 @@
 """What a model is, as plain data: `ModelSpec` and its parts, its JSON form, its exact counts."""
 
+from bevatron.spec.adapter import Adapter
 from bevatron.spec.attention import Attention
 from bevatron.spec.linear import Linear
 from bevatron.spec.mlp import MLP
@@ -10,6 +11,7 @@ from bevatron.spec.sublayer import Sublayer
 
 __all__ = [
     "MLP",
+    "Adapter",
     "Attention",
     "Head",
     "HeadKind",

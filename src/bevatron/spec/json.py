@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 _PLACES = ("attention", "mlp")
 _ADDED: dict[type, tuple[str, ...]] = {
-    ModelSpec: ("head",),
+    ModelSpec: ("head", "adapter"),
     Init: ("depth_scaled",),
     Rope: ("beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
@@ -39,6 +39,8 @@ def to_json(spec: ModelSpec) -> str:
     lines = []
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
+        if field.name == "adapter" and value is None:
+            continue
         if field.name == "layers":
             rows = ",\n".join(f"    {_dump(layer)}" for layer in layers)
             lines.append(f'  "layers": [\n{rows}\n  ]')
@@ -132,10 +134,10 @@ def _value(hint: Any, data: Any, path: str) -> Any:
         if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
             raise SpecError(f"{path}: found {_shown(data)}, expected a list of strings")
         return tuple(data)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _read(hint, data, path)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(option, type) and data is not None:
+            return _read(option, data, path)
         if option is type(None) and data is None:
             return None
         if option is bool and isinstance(data, bool):
@@ -144,6 +146,9 @@ def _value(hint: Any, data: Any, path: str) -> Any:
             return data
         if option is str and isinstance(data, str):
             return data
+        integers = isinstance(data, list) and all(type(item) is int for item in data)
+        if option == tuple[int, ...] and integers:
+            return tuple(data)
         if option is float and type(data) in (int, float) and math.isfinite(data):
             return float(data)
         if typing.get_origin(option) is typing.Literal and data in typing.get_args(option):
@@ -157,7 +162,8 @@ def _expected(option: Any) -> str:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(option))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     names[type(None)] = "null"
-    return names[option]
+    names[tuple[int, ...]] = "a list of integers"
+    return names.get(option, "an object {...}")
 
 
 def _object(data: Any, place: str) -> dict[str, Any]:

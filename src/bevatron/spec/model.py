@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from bevatron.spec.adapter import MAPS, NAMES, Adapter, adds_up_columns
 from bevatron.spec.parameter import ParameterSpec, Role, SpecError
 from bevatron.spec.rope import Rope
 from bevatron.spec.sublayer import Sublayer
@@ -150,6 +151,7 @@ class ModelSpec:
         embedding_norm: a norm of the model's kind right after the embedding, without weights.
         logit_softcap: logits become c * tanh(logits / c).
         max_position_embeddings: context length, in tokens, that the model was made for.
+        adapter: what is trained beside its linear maps, if anything is.
     """
 
     vocab_size: int
@@ -163,6 +165,7 @@ class ModelSpec:
     logit_softcap: float | None = None
     init: Init = Init()
     head: Head = Head()
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
@@ -174,6 +177,41 @@ class ModelSpec:
             for place, sublayer in layer.present:
                 if problem := sublayer.misfit(f"layers.{i}.{place}", self.hidden_size, self.rope):
                     raise SpecError(problem)
+        if self.adapter is not None:
+            self._check_adapter(self.adapter)
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        """That every target is a linear map somewhere, and everything named is there."""
+        for layer in adapter.layers or ():
+            if not 0 <= layer < len(self.layers):
+                raise SpecError(
+                    f"adapter: there is no layer {layer}; layers are 0 to {len(self.layers) - 1}"
+                )
+        base = self.base
+        weights = [(i, p) for i in range(len(self.layers)) for p in base.layer_parameters(i)]
+        for target in adapter.targets:
+            one = replace(adapter, targets=(target,))
+            if not any(one.parts(p, i) for i, p in weights):
+                there = {
+                    p.role: None for i, p in weights if replace(adapter, targets=MAPS).parts(p, i)
+                }
+                raise SpecError(
+                    f"adapter: targets names {target}, which no such layer has; there are "
+                    f"{', '.join(there) or 'none'}"
+                )
+        known = {p.name for p in base.parameters()}
+        for name in adapter.whole:
+            if name not in known:
+                raise SpecError(f"adapter: {name} is not a parameter of the model")
+
+    @property
+    def base(self) -> ModelSpec:
+        """The model without its adapter."""
+        return self if self.adapter is None else replace(self, adapter=None)
+
+    def with_adapter(self, adapter: Adapter | None) -> ModelSpec:
+        """The model with this adapter. Raises SpecError if it does not fit."""
+        return replace(self, adapter=adapter)
 
     @property
     def sublayers(self) -> int:
@@ -195,7 +233,10 @@ class ModelSpec:
         layer, h = self.layers[index], self.hidden_size
         for place, sublayer in layer.present:
             yield from self.norm.parameters(f"layers.{index}.{place}_norm", h)
-            yield from sublayer.parameters(f"layers.{index}.{place}", h)
+            for parameter in sublayer.parameters(f"layers.{index}.{place}", h):
+                yield parameter
+                if self.adapter is not None:
+                    yield from self.adapter.beside(parameter, index)
 
     def parameters(self) -> Iterator[ParameterSpec]:
         """Every parameter of the model, each once: a tied head is the embedding and not listed."""
@@ -221,5 +262,24 @@ class ModelSpec:
         if first == "layers":
             index, place, name = rest.split(".", 2)
             sublayer = dict(self.layers[int(index)].present).get(place)
-            return None if sublayer is None else sublayer.cut(name, tp)  # None: of its norm
+            if sublayer is None:  # of its norm
+                return None
+            linear_map, _, last = name.rpartition(".")
+            if last in NAMES:
+                return self._adapter_cut(sublayer, f"layers.{index}.{place}", linear_map, last, tp)
+            return sublayer.cut(name, tp)
         return {"embedding": 0, "head": 0, "score": 1}.get(parameter.role)
+
+    def _adapter_cut(
+        self, sublayer: Sublayer, place: str, linear_map: str, name: str, tp: int
+    ) -> int | None:
+        """Where ranks share a map's rows, B and the magnitude are cut with them (unless the map is
+        gathered for use), and every rank has A. Where they share its columns, A is cut with them,
+        and every rank has the rest, which is small: gathering it would cost a message per use."""
+        found = sublayer.parameters(place, self.hidden_size)
+        weight = next(p for p in found if p.name == f"{place}.{linear_map}.weight")
+        if adds_up_columns(weight):
+            return 1 if name == "lora_a" else None
+        dim = sublayer.cut(f"{linear_map}.weight", tp)
+        of_rows = dim is not None and dim < len(weight.shape) - 1
+        return dim if of_rows and name != "lora_a" else None

@@ -8,8 +8,9 @@ from typing import Literal
 from bevatron.errors import BevatronError
 
 Role = Literal[
-    "embedding", "head", "score", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear"
-]
+    "embedding", "head", "score", "norm", "bias", "qkv", "o", "gate_up", "up", "down", "linear",
+    "lora_a", "lora_b", "magnitude",
+]  # fmt: skip
 Shape = tuple[int, ...]
 # What one dimension of a parameter counts: channels of the residual stream; units of the sublayer
 # (see `Sublayer.units`), each of one entry or of several neighbouring ones; or something else.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from bevatron.spec import Role
+from bevatron.train.adapter_config import AdapterConfig
 from bevatron.train.config_objective import ObjectiveConfig, Section, kind_of
 from bevatron.train.model_override import OverrideConfig
 from bevatron.train.nanochat_depth import DepthConfig, filled, told
@@ -360,6 +361,9 @@ class RunConfig(Section):
     """Sizes for `bevatron prune --recipe`."""
     model: ModelConfig
     """What to start from."""
+    adapter: AdapterConfig | None = None
+    """What is trained beside the model, which is held still; if absent, the model itself is
+    trained."""
     tokenizer: str | None = None
     """A folder with tokenizer.json, or a Hub id; if absent, the model's own, where there is
     one."""
@@ -415,6 +419,14 @@ class RunConfig(Section):
     def _validation_has_data(self) -> RunConfig:
         if self.train.val_every and not self.data.validation:
             raise ValueError("train.val_every is set but data.validation is empty")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_a_base(self) -> RunConfig:
+        if self.adapter is not None and self.model.init is None:
+            raise ValueError(
+                "adapter needs weights to adapt, which its steps do not hold: give model.init"
+            )
         return self
 
     @model_validator(mode="after")

@@ -237,7 +237,8 @@ def _one_kind(annotation: Any, metadata: list[Any] | tuple[Any, ...]) -> str:
 
 def _plural(annotation: Any) -> str:
     first, _, rest = _kind(annotation).partition(" ")
-    return f"{first if first == 'text' else first + 's'} {rest}".strip()
+    plural = first if first == "text" or first.startswith("`") else first + "s"
+    return f"{plural} {rest}".strip()
 
 
 def _bounds(metadata: list[Any] | tuple[Any, ...]) -> Iterator[str]:

@@ -259,8 +259,7 @@ def _stage(
         per_token += max((kept(i, "none") for i in layers), default=0.0)
     weights = memory_footprint.local_bytes(list(parameters.values()))
     companions = list(trainer.objective.companions.values())
-    stages = [stage.decoder for c in companions for stage in c.placed.mine.values()]
-    frozen = sum(memory_footprint.local_bytes(list(decoder.parameters())) for decoder in stages)
+    frozen = sum(companion.held_bytes() for companion in companions)
     forward = sum(_mine(c.placed, _forward_times(c.spec, config)) for c in companions)
     states = {id(state): state for _, state in trainer.optimizer.states().values()}
     head = memory_footprint.head_bytes(spec, layout, tokens, itemsize, CHUNK_LOGITS)

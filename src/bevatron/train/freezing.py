@@ -25,6 +25,8 @@ def frozen_parameters(spec: ModelSpec, patterns: Sequence[str]) -> frozenset[str
     """The parameters that any of the patterns names: `*` stands for anything, dots included, `?`
     for one character, and `[0-7]` for one digit of these.
 
+    Of a model with an adapter also all that lies in its base, but for what is trained whole.
+
     Raises BevatronError for a pattern that names nothing or has a range of larger numbers, and if
     nothing is left to train."""
     names = [p.name for p in spec.parameters()]
@@ -39,6 +41,8 @@ def frozen_parameters(spec: ModelSpec, patterns: Sequence[str]) -> frozenset[str
         if not matched:
             raise BevatronError(f"{KEY}: {pattern} is not a parameter; {_instead(spec, pattern)}")
         found |= set(matched)
+    if spec.adapter is not None:
+        found |= {name for name in names if not spec.adapter.owns(name)}
     if found == set(names):
         raise BevatronError(f"{KEY}: {', '.join(patterns)} leaves no parameter to train; name less")
     return frozenset(found)
@@ -88,6 +92,7 @@ def training_flops(
         parameters, total = list(spec.layer_parameters(index)), 0
         products = {p.name: 2 * p.numel for p in parameters if p.role in MATRICES}
         scores = layer_flops(spec, index, seq_len, causal) - sum(products.values())
+        products |= {p.name: 2 * p.numel for p in parameters if p.role in ("lora_a", "lora_b")}
         for parameter in parameters:
             trained = parameter.name not in frozen
             total += products.get(parameter.name, 0) * (1 + reached + trained)

@@ -70,6 +70,7 @@ class Group:
 def rule(role: Role, spec: ModelSpec, config: OptimizerConfig) -> Rule:
     """How parameters of a role are updated.
 
+    A magnitude does not decay, for that would shrink the weights of the model that is adapted.
     Where `lr_scale` does not name a role it is 1; with Muon in NanoChat's scale, NanoChat's own
     multiple (a tied embedding takes the head's)."""
     muon = config.name == "muon"
@@ -79,7 +80,7 @@ def rule(role: Role, spec: ModelSpec, config: OptimizerConfig) -> Rule:
         scale = NANOCHAT_SCALES.get(known, 1.0)
     return Rule(
         "muon" if muon and role in MATRICES else "adamw",
-        0.0 if role in config.no_decay else config.weight_decay,
+        0.0 if role in (*config.no_decay, "magnitude") else config.weight_decay,
         config.lr_scale.get(role, scale),
     )
 

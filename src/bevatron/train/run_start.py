@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.bridge.open_weights import Opened, base_of, open_step, open_weights
 from bevatron.checkpoint.manifest import FILE_NAME, NewerFormatError, read_manifest
 from bevatron.checkpoint.run_folder import (
     LATEST,
@@ -30,7 +30,9 @@ from bevatron.families import for_spec
 from bevatron.families.published_models import family_of, preset
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.spec import ModelSpec, SpecError
+from bevatron.spec.adapter import NAMES
 from bevatron.spec.json import from_json
+from bevatron.train.adapter_config import adapted
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.head_kinds import with_head
@@ -47,7 +49,7 @@ class Start:
     """What a run starts from: a step of its own folder, other weights, or nothing (random).
 
     Attributes:
-        fresh: parameters of a new head, which the weights do not have.
+        fresh: parameters that the weights do not have: of a new head, of a new adapter.
         state: of the resumed step, its train_state.json.
         config: of the resumed step, the configuration that it was saved under.
         branched: whether that is a step of another run (`run.branch_from`).
@@ -75,7 +77,7 @@ def find_start(config: RunConfig) -> Start:
     failure: BevatronError | None = None
     for folder in reversed(folders):
         try:
-            opened = open_weights(folder)
+            opened = open_step(folder)
         except BevatronError as error:  # the run itself says what it is and goes on before it
             if not is_damage(error):
                 raise
@@ -85,7 +87,7 @@ def find_start(config: RunConfig) -> Start:
     if failure is not None:
         raise failure
     if (branch := branch_step(config)) is not None:
-        opened = open_weights(branch)
+        opened = open_step(branch)
         start = Start(opened.spec, opened, branch, opened.manifest.family, branched=True)
         return _headed(config, start)
     return _fresh(config)
@@ -122,7 +124,7 @@ def _fresh(config: RunConfig, copies: bool = True) -> Start:
         opened = open_weights(config.model.init, copies=copies)
         where = f"model.init: {config.model.init}"
         check_like(where, "model.like", config.model.like, opened.spec)
-        return _headed(config, Start(opened.spec, opened, None, opened.manifest.family))
+        return _headed(config, Start(opened.spec, opened, None, opened.manifest.family), copies)
     given = config.model.spec
     spec = given.model if isinstance(given, DepthConfig) else spec_named(str(given))
     changes = {"std": config.model.init_std, "depth_scaled": config.model.depth_scaled}
@@ -133,8 +135,9 @@ def _fresh(config: RunConfig, copies: bool = True) -> Start:
     return _headed(config, Start(spec, None, None, family.name))
 
 
-def _headed(config: RunConfig, start: Start) -> Start:
-    """The same with the head that the objective needs, and what the run changes of the model."""
+def _headed(config: RunConfig, start: Start, copies: bool = True) -> Start:
+    """The same with the head that the objective needs, what the run changes of the model, and its
+    adapter. `copies`: as in `open_weights`."""
     start = _overridden(config, start)
     objective, resumed = config.objective, start.resumed is not None
 
@@ -148,7 +151,42 @@ def _headed(config: RunConfig, start: Start) -> Start:
             f"objective.name {objective.name} needs a new head, which {start.resumed} has no "
             "optimizer state for; begin with its weights alone (model.init) in another run.dir"
         )
-    return replace(start, spec=spec, fresh=fresh)
+    return _with_adapter(config, replace(start, spec=spec, fresh=fresh), copies)
+
+
+def _with_adapter(config: RunConfig, start: Start, copies: bool) -> Start:
+    """The same with the run's adapter: a new one, or that of the step together with the base that
+    it belongs to. Raises BevatronError if the run has another one than the step."""
+    settings, old = config.adapter, start.spec.adapter
+    if start.resumed is None:
+        if settings is None:
+            return start
+        spec = adapted(start.spec, settings, start.fresh)
+        made = tuple(p.name for p in spec.parameters() if p.role in NAMES)
+        return replace(start, spec=spec, fresh=(*start.fresh, *made))
+    if settings is None and old is None:
+        return start
+    if settings is None or old is None:
+        has, wants = ("an adapter", "none") if settings is None else ("no adapter", "one")
+        raise BevatronError(
+            f"adapter: {start.resumed} has {has}, and the configuration {wants}; go on as the run "
+            "began, or begin with its weights (model.init, which merges an adapter into its base) "
+            "in another run.dir"
+        )
+    head = [name for name in old.whole if name.startswith("head.")]
+    spec = adapted(start.spec.base, settings, head)
+    shapes = [
+        {p.name: p.shape for p in s.parameters() if s.adapter and s.adapter.owns(p.name)}
+        for s in (start.spec, spec)
+    ]
+    if shapes[0] != shapes[1]:
+        raise BevatronError(
+            f"adapter: the one in {start.resumed} has other parameters (its rank, targets, layers, "
+            "kind, fused and whole are those of its start); use the old values, or another run.dir"
+        )
+    assert start.weights is not None
+    base = base_of(start.weights, config.model.init, copies=copies)
+    return replace(start, spec=spec, weights=replace(start.weights, base=base))
 
 
 def _overridden(config: RunConfig, start: Start) -> Start:
@@ -193,7 +231,9 @@ def opened_run(config: RunConfig, say: Say) -> Iterator[Start]:
         found: list[Start] = []
         if start is None:
             start = _branched(config)
-        on_all(lambda: found.append(_headed(config, start) if start else _fresh(config, main)))
+        on_all(
+            lambda: found.append(_headed(config, start, main) if start else _fresh(config, main))
+        )
         yield found[0]
 
 
@@ -282,7 +322,7 @@ def _examined(path: Path) -> tuple[Start | None, str]:
 
     def share() -> str | None:
         def check() -> None:
-            opened = open_weights(path)
+            opened = open_step(path)
             verify_share(path, opened.manifest, rank, ranks)
             state = read_state(path, opened.manifest.step)
             config = load_config(path / "config.yaml", [])
@@ -303,7 +343,7 @@ def _check_small(path: Path) -> None:
         raise CheckpointError(f"{path}: has no {FILE_NAME}")
     manifest = read_manifest(path)
     check_whole(path, manifest)
-    open_weights(path)
+    open_step(path)
     try:
         load_config(path / "config.yaml", [])
     except BevatronError as error:

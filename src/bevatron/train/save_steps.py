@@ -23,8 +23,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from bevatron.bridge.adapter_base import RECORD
 from bevatron.bridge.convert import export_checkpoint
-from bevatron.bridge.open_weights import Opened, copy_tokenizer
+from bevatron.bridge.open_weights import Opened, base_record, copy_tokenizer
 from bevatron.checkpoint import rank_tables
 from bevatron.checkpoint.run_folder import STEP, WEIGHTS, RunFolder
 from bevatron.checkpoint.save_and_load import (
@@ -95,12 +96,20 @@ class Saver:
         self.snapshot = Snapshot()
         self.in_flight: InFlight | None = None
         self.carried: list[Saved] = []
+        self.texts: dict[str, str] = {}
         on_all(self._read_carried)
 
     def _read_carried(self) -> None:
-        """Small tensors that are no parameters: kept, since the folder they lie in may go."""
-        if self.is_main and self.kept is not None:
+        """Small tensors that are no parameters: kept, since the folder they lie in may go. Those of
+        an adapter's base stay there; what is kept is which model that is."""
+        if not self.is_main or self.kept is None:
+            return
+        if self.start.spec.adapter is None:
             self.carried = carried(self.kept)
+        elif self.start.resumed is not None:
+            self.texts[RECORD] = (self.start.resumed / RECORD).read_text(encoding="utf-8")
+        else:
+            self.texts[RECORD] = base_record(self.kept, str(self.config.model.init)).to_json()
 
     def line(self) -> str:
         """What the start says of it."""
@@ -234,6 +243,7 @@ class Saver:
         merged = rank_tables.merge_tables(part.folder, self.ranks, self.start.family, step)
         self._copy_origin(part.folder)
         texts = {"spec.json": to_json(self.start.spec), "config.yaml": to_yaml(self.config)}
+        texts |= self.texts
         if part.kind == STEP:
             texts["train_state.json"] = json.dumps(state) + "\n"
         target = self.folder.commit(part.folder, step, merged, texts, part.kind)

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bevatron.checkpoint.rank_boxes import local
 from bevatron.checkpoint.save_and_load import ReadBox, Saved, load
+from bevatron.parallel.adapter_weights import fill_magnitudes
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.gradients import clip, drop, squared_norm
 from bevatron.parallel.layout import Layout
@@ -89,6 +90,7 @@ class Trainer:
                 micro_batch=micro_batch,
                 compile_layers=train.compile,
                 stages=self.placed.stages,
+                beside=self.placed,
             )
         self.runner = Runner(
             self.placed,
@@ -103,6 +105,7 @@ class Trainer:
     def fill_random(self, seed: int) -> None:
         """Initialise all parameters; the values depend on the seed and the spec alone."""
         fill_random(self.placed, seed)
+        fill_magnitudes(self.placed, self.placed.parameters)
         self.fill_added(seed)
 
     def fill_added(self, seed: int) -> None:
@@ -152,16 +155,19 @@ class Trainer:
         self.optimizer.set_step(step, later)
 
     def to_save(self) -> list[Saved]:
-        """Weights in the run's dtype, the optimizer's states, and fp32 masters where the weights
-        are rounded and trained. What is no part of the model is among the latter, from the first
-        rank."""
+        """Weights (with an adapter, its own) in the run's dtype, the optimizer's states, and fp32
+        masters where the weights are rounded and trained. What is no part of the model is among
+        the latter, from the first rank."""
         out, kept = [], set(self.placed.parameters)
         if dist.get_rank() == 0:
             kept |= set(self.placed.added)
             for name, whole in self.placed.added.items():
                 values = whole.detach()
                 out.append(Saved(f"optimizer/master/{name}", whole, values, torch.float32))
+        adapter = self.spec.adapter
         for name, p in self.placed.parameters.items():
+            if adapter is not None and not adapter.owns(name):
+                continue  # it stays as it is in the base
             out.append(Saved(f"model/{name}", p, local(p.detach()), self.placed.dtype))
             if self.placed.dtype != torch.float32 and p.requires_grad:
                 values = local(p.detach())

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.bridge.open_weights import Opened, open_step
 from bevatron.checkpoint.run_folder import STARTS, RunFolder, read_state
 from bevatron.checkpoint.save_and_load import box_reader
 from bevatron.errors import BevatronError, CheckpointError
+from bevatron.parallel.adapter_weights import fill_magnitudes
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.parallel.placed_weights import fill_random, stream
@@ -228,6 +229,7 @@ class Run:
             return
         stream(trainer.placed, weights, leave=self.start.fresh, verified=self.start.verified)
         fill_random(trainer.placed, self.config.train.seed, only=self.start.fresh)
+        fill_magnitudes(trainer.placed, only=self.start.fresh)
         if self.start.state is not None:
             self._continue(weights, self.start.state)
 
@@ -425,7 +427,7 @@ class Run:
                 "skip or rewind"
             )
         opened: list[Opened] = []
-        on_all(lambda: opened.append(open_weights(newest)))
+        on_all(lambda: opened.append(open_step(newest)))
         stream(self.trainer.placed, opened[0])
         self._continue(opened[0], read_state(newest, opened[0].manifest.step))
         first = self.step + 1

@@ -1,0 +1,101 @@
+"""Adapters: the base is held still, what is trained is small, and the layout changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bevatron.checkpoint.rank_boxes import local
+from bevatron.parallel.adapter_off import AdapterOff
+from bevatron.parallel.layout import Layout
+from bevatron.parallel.replica_check import check_replicas
+from bevatron.spec import Adapter
+from tests.processes import Pool
+from tests.train_steps import STEPS, Case, make_trainer, samples
+
+LORA = Adapter("lora", 3, 6.0, ("qkv", "o", "gate_up", "down"))
+DORA = Adapter("dora", 2, 4.0, ("qkv", "o", "gate_up", "down", "linear"))
+BOTH = Adapter("dora", 2, 4.0, ("qkv", "gate_up"), fused=True)
+SOME = Adapter("dora", 2, 4.0, ("q", "v", "up", "o"), rslora=True, layers=(0, 2, 3, 6))
+
+
+def adapted_run(case: Case) -> tuple[list[tuple[float, float]], list[str]]:
+    """(loss, gradient norm) of every step, and what is wrong on this rank afterwards."""
+    trainer = make_trainer(case)
+    placed, adapter = trainer.placed, trainer.spec.adapter
+    assert adapter is not None
+    before = {n: local(p.detach()).clone() for n, p in placed.parameters.items()}
+    steps = [trainer.step(samples(trainer, s), 3e-3) or (0.0, 0.0) for s in range(STEPS)]
+    wrong = []
+    for name, p in placed.parameters.items():
+        now = local(p.detach())
+        if not now.numel():
+            continue
+        moved = not torch.equal(now, before[name])
+        if moved != adapter.owns(name):
+            wrong.append(f"{name}: moved is {moved}")
+    saved = {s.name.split("/", 1)[1] for s in trainer.to_save() if s.name.startswith("model/")}
+    wrong += [f"{name} is saved" for name in saved if not adapter.owns(name)]
+    states = {n.rpartition("/")[2] for n in trainer.optimizer.states()}
+    wrong += [f"{name} has moments" for name in states if not adapter.owns(name)]
+    check_replicas(placed)
+    return steps, wrong
+
+
+CASES = [
+    ("homogeneous", LORA, Layout(tp=2, pp=2)),
+    ("homogeneous", LORA, Layout(tp=2, sequence_parallel=False)),
+    ("heterogeneous", DORA, Layout(tp=2, pp=2)),
+    ("heterogeneous", SOME, Layout(tp=2, cp=2)),
+    ("heterogeneous", LORA, Layout(dp_replicate=2, dp_shard=2)),
+    ("nemotron", BOTH, Layout(tp=2, dp_shard=2)),
+]
+
+
+@pytest.mark.parametrize(("spec", "adapter", "layout"), CASES)
+def test_an_adapter_run_equals_one_process_and_moves_the_adapter_alone(
+    pool: Pool, spec: str, adapter: Adapter, layout: Layout
+) -> None:
+    ((alone, wrong),) = pool.run(1, adapted_run, Case(spec, adapter=adapter))
+    assert not wrong
+    found = pool.run(layout.world_size, adapted_run, Case(spec, layout, 1, adapter=adapter))
+    for steps, wrong in found:
+        assert not wrong
+        for got, expected in zip(steps, alone, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+def off(case: Case) -> tuple[Tensor | None, Tensor | None, list[float]]:
+    """log p of a batch's tokens from the base, and with a trained adapter that is switched off, on
+    ranks that have them; and the losses."""
+    trainer = make_trainer(case)
+    ids = samples(trainer, 9)["tokens"]
+    ids, batch = ids[:, :-1], {"labels": ids[:, 1:]}
+    companion = AdapterOff(trainer.spec)
+    companion.place(
+        case.layout, trainer.mesh, device=trainer.device, precision="fp32", seq_len=16,
+        micro_batch=2, compile_layers=False, beside=trainer.placed,
+    )  # fmt: skip
+    before = companion.run(ids, batch, "reference").get("reference")
+    losses = [(trainer.step(samples(trainer, s), 3e-2) or (0.0,))[0] for s in range(3)]
+    after = companion.run(ids, batch, "reference").get("reference")
+    companion.release()
+    losses.append((trainer.step(samples(trainer, 3), 3e-2) or (0.0,))[0])
+    return before, after, losses
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_switched_off_it_is_the_base_and_training_goes_on_as_it_was(
+    pool: Pool, compiled: bool
+) -> None:
+    ((before, after, losses),) = pool.run(1, off, Case("heterogeneous", adapter=DORA))
+    assert before is not None and after is not None and torch.equal(before, after)
+    assert losses[3] < losses[0]
+    layout = Layout(tp=2, pp=2) if not compiled else Layout()
+    case = Case("heterogeneous", layout, adapter=DORA, compile=compiled)
+    for first, second, others in pool.run(layout.world_size, off, case):
+        assert others == pytest.approx(losses, rel=1e-5)
+        if first is not None and second is not None:
+            assert torch.equal(first, second)
+            torch.testing.assert_close(first, before, rtol=1e-4, atol=1e-5)
