@@ -130,6 +130,33 @@ def test_a_stale_reference_is_refused(folder: Path, pool: Pool) -> None:
     write(folder / "pairs.jsonl", pairs())
 
 
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "{}"), (4, "{tp: 2, pp: 2}")])
+def test_a_reference_answers_alike_from_an_adapter_off_beside_or_before(
+    folder: Path, pool: Pool, ranks: int, layout: str
+) -> None:
+    """`whole`: what an adapter run trains besides is not switched off, so the base is read."""
+    base = "alone-hinge"
+    if not (folder / base).is_dir():
+        pool.run(1, train, folder, OF_PAIRS["hinge"], PAIRS, *SHORT, f"run.dir={base}")
+    runs = {
+        "off": objective("dpo"),
+        "beside": objective("dpo", reference=base),
+        "before": objective("dpo", precompute_reference=True),
+    }
+    adapter = "adapter={kind: lora, rank: 2, alpha: 8, targets: [qkv, o, gate_up, down]}"
+    own = (PAIRS, *SHORT, f"model={{init: {base}}}", adapter, f"parallel={layout}")
+    pool.run(ranks, run_all, folder, f"adapter{ranks}", runs, *own)
+    off, *others = (lines(folder / f"adapter{ranks}-{name}", *KEYS) for name in runs)
+    for other in others:
+        assert off == other
+    assert off[0]["rewards/margins"] == 0 < off[-1]["rewards/margins"]
+    if ranks == 1:
+        whole = (*own, "adapter.whole=[final_norm.*]", "run.dir=whole")
+        pool.run(1, train, folder, objective("dpo"), *whole)
+        state = (folder / "whole/step-00000003/train_state.json").read_text("utf-8")
+        assert "switched off" not in state
+
+
 def test_another_model_may_be_the_reference(folder: Path, pool: Pool) -> None:
     """A step of a run; then the policy does not begin at the reference."""
     own = objective("dpo", reference="alone-hinge")

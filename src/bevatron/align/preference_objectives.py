@@ -109,10 +109,9 @@ class Preference:
     def of(cls, kind: Any, spec: ModelSpec, config: RunConfig) -> Self:
         reference: Companion | Precomputed | None = None
         if isinstance(kind, ReferencedKind):
-            companion = open_reference(kind, spec, config, sequence_log_probabilities)
-            reference = companion
-            if kind.precompute_reference:
-                reference = Precomputed.of(companion, config)
+            once, at_end = kind.precompute_reference, sequence_log_probabilities
+            companion = open_reference(kind, spec, config, at_end, alone=once)
+            reference = Precomputed.of(companion, config) if once else companion
         return cls(kind, reference)
 
     # What a kind of loss says of itself.

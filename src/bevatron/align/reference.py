@@ -26,6 +26,7 @@ from bevatron.bridge.open_weights import Opened, open_weights, paper
 from bevatron.checkpoint.new_folder import new_file
 from bevatron.errors import BevatronError
 from bevatron.families import for_spec
+from bevatron.parallel.adapter_off import AdapterOff
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.on_all_ranks import on_all
@@ -42,16 +43,25 @@ NAME = "reference"  # of the companion, and of the key that names it
 
 
 def open_reference(
-    kind: ReferenceKind, spec: ModelSpec, config: RunConfig, at_end: AtEnd
+    kind: ReferenceKind,
+    spec: ModelSpec,
+    config: RunConfig,
+    at_end: AtEnd,
+    *,
+    alone: bool = False,
 ) -> Companion:
-    """The configured reference, opened and not yet read.
+    """The configured reference, opened and not yet read. By default it is what the run starts from:
+    the trained model with its adapter switched off, if it trains an adapter and nothing else.
 
     Args:
         spec: of the model that is trained.
         at_end: what is asked of it.
+        alone: it must have weights of its own.
     Raises BevatronError if there is no such model, or it has another vocabulary."""
     if kind.reference is None and kind.reference_like is None:
-        return _where_it_began(spec, config, at_end)
+        if spec.adapter is not None and not spec.adapter.whole and not alone:
+            return AdapterOff(spec, at_end)
+        return _where_it_began(spec.base, config, at_end)
     where = f"objective.reference: {kind.reference or kind.reference_like}"
     try:
         opened = _open(kind)
