@@ -1,5 +1,5 @@
 """A real pretrained chat model, SmolLM2-135M-Instruct as published, through all that we are for:
-in, compared, talked to, trained and resumed at other layouts, pruned, and out again."""
+in, compared, talked to, trained at several layouts, pruned, and out again."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from tests.train.tiny_run import metrics, train
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
 PROMPTS = ("def fibonacci(n):\n", "In 1969, 3 men flew")
+ONE_STEP = ("train.steps=1", "train.micro_batch=1")  # two micro-batches for two stages
 CONFIG = """\
 model: {init: native}
 data: {train: [{path: tokens}], seq_len: 48}
-train: {steps: 4, global_batch: 4, micro_batch: 2, precision: bf16}
+train: {steps: 2, global_batch: 4, micro_batch: 2, precision: fp32}
 optimizer: {lr: 1.0e-4}
 schedule: {name: constant}
-checkpoint: {every: 2, keep: 1}
+checkpoint: {keep: 1}
 run: {dir: run}
 """
 
@@ -126,21 +127,26 @@ def test_chat_and_server_know_the_capital_of_france(work: Path) -> None:
     assert (choice["message"]["content"], choice["finish_reason"]) == (ANSWER, "stop")
 
 
-def test_trained_at_pp_2_and_resumed_at_tp_3_it_exports_to_what_transformers_computes(
+def test_trained_at_pp_2_x_dp_2_and_at_tp_3_as_in_one_process_and_exported_to_what_is_computed(
     hf: Path, work: Path, pool: Pool
 ) -> None:
     """9 query heads and 3 KV heads on 3 ranks."""
-    pool.run(2, train, work, "parallel.pp=2", "train.steps=2")
+    pool.run(1, train, work, "run.dir=alone")
+    shutil.rmtree(work / "alone" / "step-00000002")
+    pool.run(4, train, work, "parallel={pp: 2, dp_shard: 2}", *ONE_STEP)
     pool.run(3, train, work, "parallel.tp=3")
-    steps, losses, norms = zip(*metrics(work / "run"), strict=True)
-    assert steps == (1, 2, 3, 4)
-    assert all(0.5 < loss < 4 for loss in losses) and all(0 < norm < 100 for norm in norms)
+    alone, got = metrics(work / "alone"), metrics(work / "run")
+    assert [step for step, _, _ in alone] == [1, 2]
+    assert all(0.5 < loss < 4 and 0 < norm < 100 for _, loss, norm in alone)
+    for wanted, found in zip(alone, got, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)  # fp32: other sums in another order
     status, said = bevatron(work, "export", "run", "trained", "--json")
     assert status == 0, said
     before, after = loaded(hf).state_dict(), loaded(work / "trained").state_dict()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 200 and "model.embed_tokens.weight" in moved
-    assert (work / "trained" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    config = json.loads((hf / "config.json").read_text()) | {"torch_dtype": "float32"}
+    assert json.loads((work / "trained" / "config.json").read_text()) == config
     assert_same_logits(work / "run", work / "trained", hf)
 
 
