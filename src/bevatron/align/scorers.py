@@ -215,6 +215,7 @@ def soft_overlong(config: SoftOverlong) -> Scorer:
 
 def instructions(config: Instructions) -> Scorer:
     common = imported("if_verifiable.common", "the reward instructions")
+    imported("langdetect", "the reward instructions").DetectorFactory.seed = 0  # else it draws
     registry = imported(
         f"if_verifiable.{config.benchmark}.instructions_registry", "the reward instructions"
     ).INSTRUCTION_DICT

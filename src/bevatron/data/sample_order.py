@@ -57,6 +57,12 @@ class Shares:
         """Of each source, positions in the first so many blocks."""
         if self.quotas is not None:
             return [quota * blocks for quota in self.quotas]
+        return self.among(blocks * BLOCK)
+
+    def among(self, positions: int) -> list[int]:
+        """Of each source, positions among the first so many, where the shares are exact. As many
+        as `positions` in all, and none falls as `positions` grows, so each next position is one
+        source's."""
         out = [0] * len(self.exact)
 
         def halve(begin: int, end: int, positions: int) -> None:
@@ -69,7 +75,7 @@ class Shares:
             halve(begin, middle, part)
             halve(middle, end, positions - part)
 
-        halve(0, len(out), blocks * BLOCK)
+        halve(0, len(out), positions)
         return out
 
 

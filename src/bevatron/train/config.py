@@ -68,6 +68,8 @@ class SourceConfig(Section):
     """A token store of `bevatron tokenize`; for labelled objectives a .jsonl file."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples, relative to the others'."""
+    parameters: dict[str, Any] = Field({})
+    """Of a generator of problems, such as reasoning_gym:chain_sum: its own settings."""
 
 
 class StageConfig(Section):

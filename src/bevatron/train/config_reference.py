@@ -204,7 +204,13 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
+NAMES: dict[Any, str] = {
+    Any: "anything",
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+}
 
 
 def _kind(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
