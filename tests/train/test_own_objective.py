@@ -36,6 +36,7 @@ from bevatron.parallel.forward_pass import (
     joined,
     micro_batches,
     on_all_stages,
+    sequence_log_probabilities,
     token_log_probabilities,
 )
 from bevatron.spec import ModelSpec
@@ -68,12 +69,6 @@ class LikedKind(Kind):
         reference = spec_named(self.reference)
         asked = Companion(reference, None, self.reference_seed, at_end=token_log_probabilities)
         return Liked(asked, self.beta)
-
-
-def sequence_log_probabilities(comm: Comm, spec: ModelSpec, batch: dict[str, Tensor]) -> Compute:
-    """log p [B] of every sequence: what the feed asks the trained model for."""
-    each = token_log_probabilities(comm, spec, batch)
-    return lambda hidden, weight: comm.context.sum(each(hidden, weight).sum(1))
 
 
 class LikedFeed(TokenFeed):
@@ -110,7 +105,7 @@ class LikedFeed(TokenFeed):
         parts = micro_batches(ids, batch, 2)
         ends = [found.end for found in forward(placed, parts, sequence_log_probabilities)]
         end = joined(ends) if placed.is_last else None
-        whole = on_all_stages(placed, end, (n,), torch.float32)
+        whole = on_all_stages(placed, end, (n,), torch.float64)
         return whole.sum() / tokens[:, 1:].numel()
 
     def _liked(self, positions: range) -> Batch:
@@ -235,7 +230,7 @@ def test_its_settings_are_checked_like_any_others(folder: Path) -> None:
     for objective, says in (
         ("{name: liked}", "objective.reference: missing"),
         ("{name: liked, reference: a, betta: 1.0}", "did you mean objective.beta?"),
-        ("{name: pretrain, beta: 1.0}", "beta means nothing to pretrain, only to liked; drop it"),
+        ("{name: pretrain, beta: 1.0}", "beta means nothing to pretrain, only to dpo or ipo"),
         ("{name: like}", "name 'like' is unknown; known are pretrain, distill"),
         ("{name: 'tests.train.test_own_objective:LikedKind'}", "is unknown; known are"),
     ):

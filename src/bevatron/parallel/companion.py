@@ -161,6 +161,10 @@ class Companion:
         decoders = [stage.decoder for stage in self.placed.mine.values()]
         return sum(local_bytes(list(decoder.parameters())) for decoder in decoders)
 
+    def forget(self) -> None:
+        """Give up the parameters; it may be placed again."""
+        self._placed = None
+
     def kept_bytes(self, tokens: int) -> int:
         """What `run` leaves on this rank until `release`, its shards apart: the head, gathered, and
         hidden states of `tokens` tokens, this rank's before sequence parallelism cuts them. (What

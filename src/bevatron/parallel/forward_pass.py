@@ -12,7 +12,8 @@ is computed where it can be, and only that leaves the forward:
 Who asks what (T: this rank's tokens of a sequence; the batch has `labels` [B, T], `last` [B]):
 
 validation, importance      nothing new: the sums [entries] that the model was placed to compute
-DPO's reference model       `token_log_probabilities` -> [B, T], one number a token instead of h
+DPO's reference model       `sequence_log_probabilities` -> [B], one number a sequence
+GRPO's reference model      `token_log_probabilities` -> [B, T], one number a token instead of h
 a reward model              `sequence_scores` -> [B, labels]; per token `token_scores`
 distilling from a teacher   `hidden_states` -> [B, T, h], for the student's loss takes them through
                             the teacher's head in chunks (all logits would be larger)
@@ -178,6 +179,13 @@ def token_log_probabilities(comm: Comm, spec: ModelSpec, batch: Batch) -> Comput
         return log_probabilities(hidden, weight, labels, comm, cap, spec.vocab_size)
 
     return compute
+
+
+def sequence_log_probabilities(comm: Comm, spec: ModelSpec, batch: Batch) -> Compute:
+    """log p [B] of every sequence, float64: the sum of its tokens'. The same on all tensor- and
+    context-parallel ranks."""
+    each = token_log_probabilities(comm, spec, batch)
+    return lambda hidden, weight: comm.context.sum(each(hidden, weight).double().sum(1))
 
 
 def token_scores(comm: Comm, spec: ModelSpec, batch: Batch) -> Compute:

@@ -32,6 +32,11 @@ KINDS: dict[str, str] = {
     "sequence_classification": "bevatron.train.head_kinds:SequenceClassificationKind",
     "token_classification": "bevatron.train.head_kinds:TokenClassificationKind",
     "question_answering": "bevatron.train.head_kinds:QuestionAnsweringKind",
+    "dpo": "bevatron.align.preference_kinds:DpoKind",
+    "ipo": "bevatron.align.preference_kinds:IpoKind",
+    "hinge": "bevatron.align.preference_kinds:HingeKind",
+    "simpo": "bevatron.align.preference_kinds:SimpoKind",
+    "rpo": "bevatron.align.preference_kinds:RpoKind",
 }
 TOKENS = "bevatron.train.token_feed:TokenFeed"
 
@@ -169,6 +174,16 @@ def _takers(key: str) -> dict[str, FieldInfo]:
     return {name: field for name, field in fields.items() if field is not None}
 
 
+def _other_defaults(takers: Mapping[str, FieldInfo]) -> str:
+    """A sentence about objectives whose default is another than the first one's."""
+    first = next(iter(takers.values())).default
+    differ = {name: f.default for name, f in takers.items() if f.default != first}
+    if not differ:
+        return ""
+    listed = ", ".join(f"{value!r} of {name}" for name, value in differ.items())
+    return f" By default {listed}."
+
+
 def fields_of(section: type[BaseModel]) -> Mapping[str, FieldInfo]:
     """The keys that a section may have; of `Kind` those of all objectives, and whose they are."""
     if section is not Kind:
@@ -180,7 +195,9 @@ def fields_of(section: type[BaseModel]) -> Mapping[str, FieldInfo]:
             if key not in found:
                 whose = f"What is minimised: {', '.join(others)} or {last}."
                 if key != "name":
-                    whose = f"{', '.join(_takers(key))}: {_lower(field.description or '')}"
+                    takers = _takers(key)
+                    whose = f"{', '.join(takers)}: {_lower(field.description or '')}"
+                    whose += _other_defaults(takers)
                 found[key] = copy(field)
                 found[key].description = whose
     return found

@@ -8,23 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from bevatron.data.labelled_examples import Labelled, Padded, SequenceLabels, TokenLabels
 from bevatron.data.question_answering import Answers
+from bevatron.data.tokenizer import OpenTokenizer
 from bevatron.errors import BevatronError
 from bevatron.families import by_name
 from bevatron.spec import Head, ModelSpec
 from bevatron.spec.model import HeadKind
 from bevatron.train.config_objective import KINDS, Kind, kind_named
 
+if TYPE_CHECKING:
+    from bevatron.train.config import RunConfig
 
-class LabelledKind(Kind):
-    """What learns from labelled examples, each of which comes once an epoch."""
+
+class ExamplesKind(Kind):
+    """What learns from rows of files, each of which comes once an epoch."""
 
     reads = "bevatron.train.labelled_feed:LabelledFeed"
+
+    def labelled(self, opened: OpenTokenizer, config: RunConfig, spec: ModelSpec) -> Labelled:
+        """How rows become arrays, with this tokenizer and for this model. Raises BevatronError if
+        the run cannot read any."""
+        raise NotImplementedError
+
+
+class LabelledKind(ExamplesKind):
+    """What learns from labelled examples."""
 
     new_head: bool = False
     """Replace the head that the model has by a freshly initialised one."""
@@ -33,8 +46,17 @@ class LabelledKind(Kind):
     def replaces_head(self) -> bool:
         return self.new_head
 
+    def labelled(self, opened: OpenTokenizer, config: RunConfig, spec: ModelSpec) -> Labelled:
+        if config.parallel.cp > 1:
+            raise BevatronError(
+                f"objective.name {self.name} scores whole sequences, which "
+                f"parallel.cp={config.parallel.cp} cuts; use cp: 1"
+            )
+        padded = Padded.of(opened, config.data.seq_len, spec.head.pad_token_id)
+        return self.rows(padded, spec.head)
+
     def rows(self, padded: Padded, head: Head) -> Labelled:
-        """How rows of a .jsonl file become arrays."""
+        """How rows become arrays of this length, for this head."""
         raise NotImplementedError
 
 

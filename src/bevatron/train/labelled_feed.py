@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from bevatron.checkpoint.read_boxes import hash_file
-from bevatron.data.dataset_rows import Rows
-from bevatron.data.labelled_examples import Arrays, Labelled, Padded
+from bevatron.data.dataset_rows import Rows, hash_of_rows
+from bevatron.data.labelled_examples import Arrays, Labelled
 from bevatron.data.permutation import Permutation, derive
 from bevatron.data.tokenizer import TOKENIZER, open_tokenizer
 from bevatron.errors import BevatronError
 from bevatron.train.config import RunConfig, SourceConfig
 from bevatron.train.feed import Batch, Batches, Feed
-from bevatron.train.head_kinds import LabelledKind
+from bevatron.train.head_kinds import ExamplesKind
 from bevatron.train.objectives import Stored
 from bevatron.train.run_start import Start, tokenizer_of
 
@@ -26,7 +24,7 @@ SHUFFLE = 3  # tells these permutations from the sampler's
 
 
 class Examples:
-    """All examples of some .jsonl files, tokenized when asked for."""
+    """All examples of some files or datasets, tokenized when asked for."""
 
     def __init__(self, sources: Sequence[SourceConfig], labelled: Labelled) -> None:
         for source in sources:
@@ -36,7 +34,7 @@ class Examples:
                     "comes once an epoch, so weights mean nothing; drop them"
                 )
         self.labelled = labelled
-        self.rows = Rows([Path(source.path) for source in sources], labelled.check)
+        self.rows = Rows([source.path for source in sources], labelled.check)
         self.windows = self._count() if labelled.windows else None  # [examples, (row, window)]
 
     def __len__(self) -> int:
@@ -49,6 +47,11 @@ class Examples:
         encoded = self.labelled.encode([self.rows[row] for row, _ in places])
         made = [one[window] for one, (_, window) in zip(encoded, places, strict=True)]
         return made + [self.labelled.blank()] * (len(numbers) - len(found))
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The same as arrays [n, ...]."""
+        made = self[numbers]
+        return {name: np.stack([one[name] for one in made]) for name in made[0]}
 
     def _count(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         counts: list[int] = []
@@ -93,7 +96,7 @@ class LabelledFeed(Feed):
             global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device, batches=batches
         )
         self.seed, self.vocab_size = seed, start.spec.vocab_size
-        self._hashes = {s.path: hash_file(Path(s.path)) for s in config.data.train}
+        self._hashes = {s.path: hash_of_rows(s.path) for s in config.data.train}
         labelled = _labelled(config, start)
         self.training = Examples(config.data.train, labelled)
         validation = config.data.validation
@@ -114,11 +117,11 @@ class LabelledFeed(Feed):
     @classmethod
     def check(cls, config: RunConfig, start: Start) -> None:
         sources = [*config.data.train, *config.data.validation]
-        Rows([Path(source.path) for source in sources], _labelled(config, start).check)
+        Rows([source.path for source in sources], _labelled(config, start).check)
 
     @staticmethod
     def hash_of(path: str) -> str:
-        return hash_file(Path(path))
+        return hash_of_rows(path)
 
     def read_training(self, positions: range) -> Batch:
         return self._samples(self.training, [self._shuffled(p) for p in positions])
@@ -146,8 +149,7 @@ class LabelledFeed(Feed):
         return int(permutation(np.array([index]))[0])
 
     def _samples(self, examples: Examples, numbers: Sequence[int]) -> Batch:
-        made = examples[numbers]
-        rows: Batch = {name: np.stack([one[name] for one in made]) for name in made[0]}
+        rows = examples.batch(numbers)
         highest = int(rows["tokens"].max())
         if highest >= self.vocab_size:
             raise BevatronError(
@@ -159,11 +161,6 @@ class LabelledFeed(Feed):
 
 def _labelled(config: RunConfig, start: Start) -> Labelled:
     """How the objective's rows become arrays, for the head of the model that starts."""
-    if config.parallel.cp > 1:
-        raise BevatronError(
-            f"objective.name {config.objective.name} scores whole sequences, which "
-            f"parallel.cp={config.parallel.cp} cuts; use cp: 1"
-        )
     if config.data.document_mask:
         raise BevatronError(
             f"data.document_mask is for packed pretraining data; objective.name "
@@ -178,7 +175,5 @@ def _labelled(config: RunConfig, start: Start) -> Labelled:
                 f"tokenizer: {opened.file} is not the {TOKENIZER} that lies with the model and "
                 "that an export will hold; drop the key, or put this one into the model's folder"
             )
-    assert isinstance(config.objective, LabelledKind)
-    head = start.spec.head
-    padded = Padded.of(opened, config.data.seq_len, head.pad_token_id)
-    return config.objective.rows(padded, head)
+    assert isinstance(config.objective, ExamplesKind)
+    return config.objective.labelled(opened, config, start.spec)

@@ -48,6 +48,8 @@ EFFECTS: Mapping[str, Effect] = {
     "tokenizer": _ORIGIN,
     "objective": Effect("fixed", "another loss is minimised from here on"),
     "objective.teacher_like": _NOTHING,
+    "objective.reference_like": _NOTHING,
+    "objective.precompute_reference": _ROUNDING,
     "data.train": Effect("fixed", "samples are of another mixture from here on"),
     "data.stages": Effect("fixed", "samples are of other mixtures from the stages that differ on"),
     "data.validation": Effect("aside", "validation losses are of other data from here on"),
