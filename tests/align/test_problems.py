@@ -50,6 +50,8 @@ def test_rows_come_once_an_epoch_and_sources_in_their_shares(tmp_path: Path) -> 
     assert [again[i].prompt for i in (40, 3, 17)] == [found[i] for i in (40, 3, 17)]
     other = problems({"path": a, "weight": 2.0}, {"path": b, "weight": 1.0}, seed=1)
     assert [other[i].prompt for i in range(63)] != found
+    assert made.summary(21)[1] == f"{b}: 7 problems, 2.33 epochs of 3"
+    assert list(made.fingerprints()) == [a, b]
 
 
 def test_a_validation_is_one_pass_in_order(tmp_path: Path) -> None:

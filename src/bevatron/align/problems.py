@@ -8,11 +8,10 @@ all rows once, in order.
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -24,7 +23,8 @@ from bevatron.data.dataset_rows import Rows, hash_of_rows
 from bevatron.data.permutation import Permutation, derive
 from bevatron.data.sample_order import Shares
 from bevatron.errors import BevatronError
-from bevatron.train.config import SourceConfig
+from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.run_start import Start
 
 PERMUTED, GENERATED = 5, 6  # tell these draws from others of the seed
 HELD_OUT = 0x5EED  # the seed of validations, which are the same in every run
@@ -78,9 +78,23 @@ class Problems:
                 seed=self.seed,
             )
 
+    @classmethod
+    def open(cls, config: RunConfig, start: Start, *, validation: bool = False) -> Self:
+        """Those of a run: what it trains on, or what it is measured on, which may be none."""
+        del start
+        how = getattr(config.objective, "problems", ProblemsConfig())
+        if config.data.stages:
+            raise BevatronError("data.stages: problems have no stages; drop it, or order the "
+                                "problems by objective.problems.curriculum")  # fmt: skip
+        if validation:
+            return cls(config.data.validation, how, HELD_OUT, shuffled=False)
+        groups = getattr(config.objective, "num_generations", 1)
+        batch = max(1, config.train.global_batch // groups)
+        return cls(config.data.train, how, config.train.seed, batch=batch, steps=config.train.steps)
+
     def __len__(self) -> int:
         """Of one pass over all sources."""
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self.sources else 0
 
     def __getitem__(self, position: int) -> Problem:
         source, index = self.place(position)
@@ -108,12 +122,37 @@ class Problems:
         return Problem(row, self._prompt(row))
 
     @staticmethod
-    def hash_of(source: SourceConfig) -> str:
-        """Of a source: the same for the same problems anywhere, whatever the seed."""
-        if not is_generator(source.path):
-            return hash_of_rows(source.path)
-        said = json.dumps([source.path, source.parameters], sort_keys=True, default=str)
-        return hash_bytes(said.encode())
+    def hash_of(path: str) -> str:
+        """Of a source: the same for the same content anywhere. A generator is its name; that its
+        parameters stay the same is looked after with the rest of the configuration."""
+        return hash_bytes(path.encode()) if is_generator(path) else hash_of_rows(path)
+
+    def fingerprints(self) -> dict[str, str]:
+        """The hash of each source, by its path."""
+        return {source.path: self.hash_of(source.path) for source in self.sources}
+
+    def summary(self, problems: int) -> list[str]:
+        """Lines about what a run of so many takes."""
+        out = []
+        counts = self.shares.among(problems)
+        for source, part, size, count in zip(
+            self.sources, self.parts, self.sizes, counts, strict=True
+        ):
+            if self.curriculum is not None:
+                out.append(f"{source.path}: {size:,} problems")
+            elif isinstance(part, Rows):
+                epochs = count / size
+                out.append(f"{source.path}: {count:,} problems, {epochs:.2f} epochs of {size:,}")
+            else:
+                out.append(f"{source.path}: {count:,} problems, made as they are needed")
+        if self.curriculum is not None:
+            kept, rates = len(self.curriculum.kept), self.curriculum.config
+            out.append(
+                f"curriculum: {kept:,} problems have a pass rate below {rates.drop_from:g}, "
+                f"{problems / kept:.2f} epochs; from {rates.start:g} to {rates.end:g} in "
+                f"{self.curriculum.steps:,} batches"
+            )
+        return out
 
     def _part(self, number: int) -> Any:
         source = self.sources[number]
