@@ -194,6 +194,8 @@ def test_a_printed_configuration_holds_every_key_absent_ones_too(
         "model.override.",
         "model.spec.",
         "objective.states.",
+        "objective.engine.",
+        "objective.problems.",
         "adapter.",
     )  # sections that are not there
     for key in every_key():

@@ -41,6 +41,7 @@ from tests.train.tiny_run import SPEC, metrics, prepare
 
 MUON, DISTILL = "optimizer.name=muon", "objective={name: distill, teacher: a}"
 LABELLED = "objective={name: token_classification, labels: [a]}"
+REINFORCED = "objective={name: grpo, rewards: [{name: exact_match}]}"
 VALIDATED = "data.validation=[{path: held-out}]"
 # Key -> another value of it, and what both configurations have besides.
 OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -85,6 +86,31 @@ OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "objective.label_all_tokens": ("true", (LABELLED,)),
     "objective.join_words": ("true", (LABELLED,)),
     "objective.stride": ("2", ("objective.name=question_answering",)),
+    "objective.rewards": ("[{name: math_verify}]", (REINFORCED,)),
+    "objective.num_generations": ("4", (REINFORCED,)),
+    "objective.num_generations_eval": ("4", (REINFORCED,)),
+    "objective.max_completion_length": ("4", (REINFORCED,)),
+    "objective.top_p": ("0.9", (REINFORCED,)),
+    "objective.min_p": ("0.1", (REINFORCED,)),
+    "objective.stop_strings": ("[b]", (REINFORCED,)),
+    "objective.mask_truncated_completions": ("true", (REINFORCED,)),
+    "objective.dynamic_sampling": ("2", (REINFORCED,)),
+    "objective.solved_at": ("2.0", (REINFORCED,)),
+    "objective.steps_per_generation": ("2", (REINFORCED,)),
+    "objective.num_iterations": ("2", (REINFORCED,)),
+    "objective.importance_sampling_correction": ("false", (REINFORCED,)),
+    "objective.importance_sampling_mode": ("token_mask", (REINFORCED,)),
+    "objective.importance_sampling_clip_max": ("3.0", (REINFORCED,)),
+    "objective.max_logp_difference": ("1.0", (REINFORCED,)),
+    "objective.engine.tp": ("2", (REINFORCED, "objective.engine={}")),
+    "objective.engine.pp": ("2", (REINFORCED, "objective.engine={}")),
+    "objective.engine.replicas": ("2", (REINFORCED, "objective.engine={}")),
+    "objective.engine.max_batch": ("2", (REINFORCED, "objective.engine={}")),
+    "objective.loss": ("grpo", (REINFORCED,)),
+    "objective.scale_rewards": ("none", (REINFORCED,)),
+    "objective.epsilon": ("0.1", (REINFORCED,)),
+    "objective.epsilon_high": ("0.3", (REINFORCED,)),
+    "objective.delta": ("2.0", (REINFORCED,)),
     "data.train": ("[{path: b}]", ()),
     "data.stages": ("[{from_step: 9, train: [{path: b}]}]", ()),
     "data.validation": ("[{path: b}]", (VALIDATED,)),

@@ -82,7 +82,7 @@ class Problems:
     def open(cls, config: RunConfig, start: Start, *, validation: bool = False) -> Self:
         """Those of a run: what it trains on, or what it is measured on, which may be none."""
         del start
-        how = getattr(config.objective, "problems", ProblemsConfig())
+        how = getattr(config.objective, "problems", None) or ProblemsConfig()
         if config.data.stages:
             raise BevatronError("data.stages: problems have no stages; drop it, or order the "
                                 "problems by objective.problems.curriculum")  # fmt: skip

@@ -13,7 +13,8 @@ Who asks what (T: this rank's tokens of a sequence; the batch has `labels` [B, T
 
 validation, importance      nothing new: the sums [entries] that the model was placed to compute
 DPO's reference model       `sequence_log_probabilities` -> [B], one number a sequence
-GRPO's reference model      `token_log_probabilities` -> [B, T], one number a token instead of h
+GRPO's reference model      `log_probabilities_at` the temperature -> [B, T], one number a token
+                            instead of h
 a reward model              `sequence_scores` -> [B, labels]; per token `token_scores`
 distilling from a teacher   `hidden_states` -> [B, T, h], for the student's loss takes them through
                             the teacher's head in chunks (all logits would be larger)
@@ -25,7 +26,7 @@ Puzzle's blockwise losses   the layers' hidden states, and nothing at the end: s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,15 +171,23 @@ def hidden_states(comm: Comm, spec: ModelSpec, batch: Batch) -> Compute | None:
     return None
 
 
-def token_log_probabilities(comm: Comm, spec: ModelSpec, batch: Batch) -> Compute:
-    """log p [B, T] of `batch["labels"]` [B, T], fp32, and 0 where the label is IGNORE; the same on
-    all tensor-parallel ranks. Logits exist for a chunk of tokens at a time."""
+def log_probabilities_at(temperature: float) -> Callable[[Comm, ModelSpec, Batch], Compute]:
+    """log p [B, T] of `batch["labels"]` [B, T], fp32, and 0 where the label is IGNORE, of logits
+    that are divided by the temperature; the same on all tensor-parallel ranks. Logits exist for a
+    chunk of tokens at a time."""
 
-    def compute(hidden: Tensor, weight: Tensor) -> Tensor:
-        labels, cap = batch["labels"], spec.logit_softcap
-        return log_probabilities(hidden, weight, labels, comm, cap, spec.vocab_size)
+    def at_end(comm: Comm, spec: ModelSpec, batch: Batch) -> Compute:
+        def compute(hidden: Tensor, weight: Tensor) -> Tensor:
+            cap, rows = spec.logit_softcap, spec.vocab_size
+            labels = batch["labels"]
+            return log_probabilities(hidden, weight, labels, comm, cap, rows, temperature)
 
-    return compute
+        return compute
+
+    return at_end
+
+
+token_log_probabilities = log_probabilities_at(1.0)
 
 
 def sequence_log_probabilities(comm: Comm, spec: ModelSpec, batch: Batch) -> Compute:

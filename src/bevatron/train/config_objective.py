@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from functools import reduce
 from importlib import import_module
+from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
@@ -37,6 +39,7 @@ KINDS: dict[str, str] = {
     "hinge": "bevatron.align.preference_kinds:HingeKind",
     "simpo": "bevatron.align.preference_kinds:SimpoKind",
     "rpo": "bevatron.align.preference_kinds:RpoKind",
+    "grpo": "bevatron.align.rollout_kind:PolicyKind",
 }
 TOKENS = "bevatron.train.token_feed:TokenFeed"
 
@@ -196,9 +199,15 @@ def fields_of(section: type[BaseModel]) -> Mapping[str, FieldInfo]:
                 whose = f"What is minimised: {', '.join(others)} or {last}."
                 if key != "name":
                     takers = _takers(key)
-                    whose = f"{', '.join(takers)}: {_lower(field.description or '')}"
-                    whose += _other_defaults(takers)
+                    meanings: dict[str, list[str]] = {}
+                    for taker, other in takers.items():
+                        meanings.setdefault(_lower(other.description or ""), []).append(taker)
+                    said = (f"{', '.join(names)}: {text}" for text, names in meanings.items())
+                    whose = " ".join(said) + _other_defaults(takers)
                 found[key] = copy(field)
+                if key != "name":
+                    annotations: Any = dict.fromkeys(f.annotation for f in takers.values())
+                    found[key].annotation = reduce(or_, annotations)
                 found[key].description = whose
     return found
 

@@ -11,10 +11,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from bevatron.checkpoint.storage import threads_are_free
 from bevatron.train.config import RunConfig
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from bevatron.train.trainer import Trainer
 
 Batch = dict[str, NDArray[Any]]
-Memory = dict[str, Any]  # JSON
+Memory = dict[str, Any]  # JSON, and arrays under names of their own
+ARRAYS = "feed.safetensors"  # of a step folder: the arrays of its feed's memory
 Since = tuple[int, int, int]  # from this step (counted from 0) and sample on, so many a step
 
 
@@ -81,6 +85,7 @@ class Feed(ABC):
             asked for the same positions and must get the same. Whether to stop has been agreed by
             then, and a signal meanwhile waits for the step's end.
         wait_s: seconds for which the last `batch` had to wait for its samples.
+        reported: what a collective feed says of its last batch, for the step's metrics.
     """
 
     collective: ClassVar[bool] = False
@@ -98,6 +103,7 @@ class Feed(ABC):
         self.batches = batches or Batches.of(global_batch)
         self.device = device
         self.wait_s = 0.0
+        self.reported: dict[str, float] = {}
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[tuple[Batch, Memory]]] | None = None
         self._memories: dict[int, Memory] = {}  # by how many batches had been taken
@@ -160,9 +166,14 @@ class Feed(ABC):
         place, and those of the updates so far whenever a collective feed is asked."""
         self.trainer = trainer
 
+    def read_step(self, step: int) -> Batch:
+        """This rank's samples of update number `step` (from 0). Runs in a thread."""
+        return self.read_training(self._mine(self.batches.position(step)))
+
     def snapshot(self) -> Memory:
         """What the samples after the last ones read depend on besides their positions, the same on
-        every rank; JSON. Called after each reading, where that was done."""
+        every rank: JSON, and numpy arrays, which are not changed afterwards. Called after each
+        reading, where that was done."""
         return {}
 
     def restore(self, memory: Memory) -> None:
@@ -175,18 +186,26 @@ class Feed(ABC):
         out: dict[str, Any] = {"samples": self.batches.position(step)}
         out["batches"] = self.batches.state()
         if memory := self._memories.get(step):
-            out["feed"] = memory
+            out["feed"] = {k: v for k, v in memory.items() if not isinstance(v, np.ndarray)}
         return out
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`, whose batches are those of this feed already."""
-        if memory := state.get("feed"):
+    def arrays(self, step: int) -> dict[str, NDArray[Any]]:
+        """What the step's folder keeps beside train_state.json, as `ARRAYS`."""
+        memory = self._memories.get(step) or {}
+        return {k: v for k, v in memory.items() if isinstance(v, np.ndarray)}
+
+    def load(self, state: Mapping[str, Any], folder: Path | None = None) -> None:
+        """Go on from a `state`, whose batches are those of this feed already, and from the arrays
+        that lie in the step's `folder`."""
+        arrays = folder / ARRAYS if folder is not None else None
+        kept = load_file(arrays) if arrays is not None and arrays.is_file() else {}
+        if memory := state.get("feed", {}) | kept:
             self.restore(memory)
             self._memories = {int(state["step"]): memory}
 
     def batch(self, step: int) -> Samples:
         """This rank's samples of update number `step` (from 0)."""
-        began = time.perf_counter()
+        began, self.reported = time.perf_counter(), {}
         rows = self._take(step)
         self.wait_s = time.perf_counter() - began
         return self._to_device(rows)
@@ -218,7 +237,7 @@ class Feed(ABC):
         return range(first, first + n)
 
     def _read(self, step: int) -> tuple[Batch, Memory]:
-        rows = self.read_training(self._mine(self.batches.position(step)))
+        rows = self.read_step(step)
         return rows, self.snapshot()
 
     def _take(self, step: int) -> Batch:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from bevatron.bridge.adapter_base import RECORD
 from bevatron.bridge.convert import export_checkpoint
@@ -42,6 +44,7 @@ from bevatron.parallel.placed_weights import carried
 from bevatron.spec.json import to_json
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import to_yaml
+from bevatron.train.feed import ARRAYS
 from bevatron.train.run_start import Start
 from bevatron.train.trainer import Trainer
 
@@ -74,6 +77,7 @@ class Saver:
 
     Args:
         state: what else train_state.json says after so many steps, such as the data's position.
+        arrays: what the feed remembers beside that.
     """
 
     def __init__(
@@ -83,9 +87,10 @@ class Saver:
         folder: RunFolder,
         trainer: Trainer,
         state: Callable[[int], Mapping[str, Any]] = lambda step: {"samples": 0},
+        arrays: Callable[[int], Mapping[str, NDArray[Any]]] = lambda step: {},
     ) -> None:
         self.config, self.start, self.folder, self.trainer = config, start, folder, trainer
-        self.state = state
+        self.state, self.arrays = state, arrays
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.kept = start.weights  # where the next save finds source files; moves with every save
@@ -199,8 +204,8 @@ class Saver:
         shown = self.is_main and not copy  # steps go on beside a copy, and show their own
         save = InFlight(step, parts, Background(lambda: self._write(step, parts, shown)))
         if self.is_main:
-            state = self._train_state(step, tokens)
-            save.committing = Background(lambda: self._commit_all(save, state))
+            state, arrays = self._train_state(step, tokens), dict(self.arrays(step))
+            save.committing = Background(lambda: self._commit_all(save, state, arrays))
         self.in_flight = save
         if STEP in kinds:
             self.saved = step
@@ -227,18 +232,22 @@ class Saver:
                 print(f"warning: saving step {step}: {message}", file=sys.stderr, flush=True)
             raise failed(message, failure(error).exit_status) from error
 
-    def _commit_all(self, save: InFlight, state: Mapping[str, Any]) -> None:
+    def _commit_all(
+        self, save: InFlight, state: Mapping[str, Any], arrays: dict[str, NDArray[Any]]
+    ) -> None:
         """In a thread of rank 0."""
         try:
             for part in save.parts:
                 if not rank_tables.wait_for_tables(part.folder, self.ranks, save.stop):
                     return
-                self._commit(part, save.step, state)
+                self._commit(part, save.step, state, arrays)
         finally:
             for part in save.parts:  # gone already, unless something failed
                 shutil.rmtree(part.folder, ignore_errors=True)
 
-    def _commit(self, part: Part, step: int, state: Mapping[str, Any]) -> None:
+    def _commit(
+        self, part: Part, step: int, state: Mapping[str, Any], arrays: dict[str, NDArray[Any]]
+    ) -> None:
         options = self.config.checkpoint
         merged = rank_tables.merge_tables(part.folder, self.ranks, self.start.family, step)
         self._copy_origin(part.folder)
@@ -246,6 +255,8 @@ class Saver:
         texts |= self.texts
         if part.kind == STEP:
             texts["train_state.json"] = json.dumps(state) + "\n"
+            if arrays:
+                save_file(arrays, part.folder / ARRAYS)
         target = self.folder.commit(part.folder, step, merged, texts, part.kind)
         rank_tables.check_sizes(target, merged.sizes)  # before older steps are deleted
         if part.kind == STEP:

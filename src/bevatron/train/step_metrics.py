@@ -139,6 +139,8 @@ class Meter:
     def _shown(self, line: dict[str, Any]) -> dict[str, str]:
         """A step's line as people read it, what matters most first."""
         shown = {"loss": f"{line['loss']:.4f}"}
+        if "reward" in line:  # what matters where a loss says little
+            shown = {"reward": f"{line['reward']:.4f}"}
         if self.last_validation is not None:
             shown["val"] = f"{self.last_validation:.4f}"
         shown |= {"norm": f"{line['grad_norm']:.3f}", "lr": f"{line['lr']:.2e}"}

@@ -92,7 +92,8 @@ class Run:
         self.feed.bind(self.trainer)
         self.made_with = made_with(layout, device)
         self.recorded = restart.as_it_began(start, config)
-        self.saver = Saver(self.recorded, start, self.folder, self.trainer, self._state)
+        kept = self._state, self.feed.arrays
+        self.saver = Saver(self.recorded, start, self.folder, self.trainer, *kept)
         on_all(self._open_meter)
         parts = self.feed, self.trainer, self.meter, stopping, watch
         self.validation = Validation(config, *parts)
@@ -139,7 +140,7 @@ class Run:
             s.path: config.objective.feed.hash_of(s.path) for s in config.data.validation
         }
         if start.state is not None:
-            self.feed.load(start.state)
+            self.feed.load(start.state, start.resumed)
             recorded = start.state.get("data", {}), start.state.get("validation", {})
             changed = self.feed.changed_sources(recorded[0])
             self._note([Change("data.train", "fixed", said) for said in changed])
@@ -393,11 +394,15 @@ class Run:
             self._record("skipped", loss, norm)
             advance(1)
             return False
+        values = {"loss": loss, "grad_norm": norm, "lr": lr} | self.trainer.reported
+        seconds = time.perf_counter() - began
+        if self.feed.collective:  # whose batches are part of the step's work
+            values |= self.feed.reported | {"time/update_s": seconds - waited}
         self.meter.step(
             self.step,
             tokens=self.tokens,
-            seconds=time.perf_counter() - began,
-            values={"loss": loss, "grad_norm": norm, "lr": lr} | self.trainer.reported,
+            seconds=seconds,
+            values=values,
             advance=advance,
             data_wait=waited,
         )

@@ -19,6 +19,7 @@ from bevatron.train.report.report_tables import (
     model,
     origin,
 )
+from bevatron.train.report.rollouts_section import policy_charts, rollouts
 from bevatron.train.report.run_reading import Event, Record
 
 
@@ -27,6 +28,7 @@ def page(records: Sequence[Record]) -> str:
     title = " and ".join(r.name for r in records) if len(records) < 3 else f"{len(records)} runs"
     body = [_header(records[0]) if len(records) == 1 else _header_of_several(records, title)]
     body.append(f'<section class="charts">{"".join(map(draw, charts(records)))}</section>')
+    body += [rollouts(r) for r in records]
     body += [differences(records), events(records), checkpoints(records)]
     specs: list[ModelSpec] = []
     for record in records:
@@ -61,6 +63,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
     speed = _curves(records, "tokens_per_s", smoothed=True)
     memory = _curves(records, "memory_gib")
     return [
+        *policy_charts(records),
         *out,
         Chart("Gradient norm", norm, log=True, marks=marks, value="norm, before clipping"),
         Chart("Learning rate", lr, from_zero=True, value="learning rate"),

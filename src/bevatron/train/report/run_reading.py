@@ -33,7 +33,9 @@ CURVES: tuple[str, ...] = (
     "tokens_per_s",
     "memory_gib",
 )
-CURVES += ("mfu", "mfu_causal", "val_ce")
+CURVES += ("mfu", "mfu_causal", "val_ce", "reward", "val_reward", "kl", "entropy")
+# Beginnings of the names of other curves:
+FAMILIES = ("rewards/", "completions/", "sampling/", "clip_ratio/", "time/", "val_pass@")
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,11 @@ class _Metrics:
 
     def _take(self, line: dict[str, Any]) -> None:
         step = float(line["step"])
-        for key in CURVES:
-            if _number(line.get(key)):
+        for key, value in line.items():
+            if _number(value) and (key in CURVES or key.startswith(FAMILIES)):
                 steps, values = self.found.setdefault(key, (array("d"), array("d")))
                 steps.append(step)
-                values.append(line[key])
+                values.append(value)
         if not _number(line.get("tokens")):
             return
         self.tokens, speed, took = line["tokens"], line.get("tokens_per_s"), line.get("step_s")
