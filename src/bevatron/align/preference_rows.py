@@ -55,6 +55,7 @@ class PreferenceRows:
         rewards: whether answers need rewards.
         default_rewards: of a row's chosen and rejected answer, where it has none.
         numbers: further columns with a number, 0 where a row has none.
+        pad_id: by default the tokenizer's pad token, or its eos.
     """
 
     windows = False
@@ -68,11 +69,12 @@ class PreferenceRows:
         rewards: bool = False,
         default_rewards: tuple[float | None, float | None] = (None, None),
         numbers: Sequence[str] = (),
+        pad_id: int | None = None,
     ) -> None:
         self.examples, self.length, self.count = examples, length, count
         self.rewards, self.default_rewards, self.numbers = rewards, default_rewards, numbers
         opened = examples.tokenizer
-        known = (opened.pad_id, opened.eos_id, 0)
+        known = (pad_id, opened.pad_id, opened.eos_id, 0)
         self.pad_id = next(i for i in known if i is not None)
 
     def check(self, row: Row) -> None:

@@ -141,7 +141,7 @@ class SequenceLabels:
             return np.array(self.names.number(label), dtype=np.int64)
         if self.problem_type == "regression":
             values = label if isinstance(label, list) else [label]
-            if len(values) != count or not all(_is_number(v) for v in values):
+            if len(values) != count or not all(is_number(v) for v in values):
                 raise BevatronError(f"the label {label!r} is not {count} finite number(s)")
             return np.array(values, dtype=np.float32)
         if not isinstance(label, list):
@@ -255,5 +255,6 @@ def _keys(row: Row) -> str:
     return "the keys " + (", ".join(map(repr, row))[:200] or "(none)")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite one."""
     return type(value) in (int, float) and math.isfinite(value)

@@ -38,6 +38,8 @@ class Runner:
         micro_batch, seq_len: shape [B, T] of a micro-batch.
         count: micro-batches per step on this data-parallel rank.
         entries: how many sums the last stage computes of a micro-batch.
+        largest: how many of these, the last ones, are no sums: of several micro-batches the largest
+            counts.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Runner:
         seq_len: int,
         count: int,
         entries: int = 1,
+        largest: int = 0,
     ) -> None:
         self.placed, self.micro_batch, self.count = placed, micro_batch, count
         self.seq_len, self.entries, self.device = seq_len, entries, placed.device
-        self.scale = self.sums = torch.zeros(entries, device=self.device)
+        self.largest = largest
+        self.scale = self.sums = self.nothing()
         self.schedule: Any = None
         if placed.layout.pp > 1:
             made = SCHEDULES[placed.layout.schedule]
@@ -59,6 +63,12 @@ class Runner:
             single = issubclass(made, PipelineScheduleSingle)
             of: Any = stages[0] if single else stages
             self.schedule = made(of, count, self._scaled, scale_grads=False)
+
+    def nothing(self) -> Tensor:
+        """The sums [entries] of no micro-batch."""
+        sums = torch.zeros(self.entries, device=self.device)
+        sums[self.entries - self.largest :] = -torch.inf
+        return sums
 
     def _pipeline_stage(self, number: int) -> PipelineStage:
         """Static shapes: examples of what comes in and goes out, so that ranks need not ask."""
@@ -86,16 +96,16 @@ class Runner:
 
     def _scaled(self, out: Tensor, target: Tensor) -> Tensor:
         """What is differentiated of a micro-batch's sums, which are added up on the way."""
-        self.sums += out.detach()
+        self.sums = together(self.sums, out.detach(), self.largest)
         return (out[: len(self.scale)] * self.scale).sum()
 
     def step(self, ids: Tensor, batch: Batch, scale: Tensor) -> Tensor:
         """Accumulate gradients of scale @ sums over all micro-batches; returns the sums [entries].
 
         ids and every tensor of batch are [count * B, ...]. `scale` is that of the first sums; the
-        others are only reported. All are zero on all ranks but those with the last stage.
+        others are only reported. Ranks without the last stage have those of `nothing`.
         Afterwards every parameter of this rank has its whole gradient."""
-        self.scale, self.sums = scale, torch.zeros(self.entries, device=ids.device)
+        self.scale, self.sums = scale, self.nothing()
         if self.placed.tied is not None:
             self.placed.tied.fill_head()
         if self.schedule is None:
@@ -124,11 +134,11 @@ class Runner:
             dist.all_reduce(parameter.grad)
 
     def evaluate(self, ids: Tensor, batch: Batch) -> Tensor:
-        """The objective's sums without gradients; zero on ranks without the last stage."""
-        total = torch.zeros(self.entries, device=ids.device)
+        """The objective's sums without gradients; `nothing` on ranks without the last stage."""
+        total = self.nothing()
         for found in forward(self.placed, micro_batches(ids, batch, self.micro_batch)):
             if found.end is not None:
-                total += found.end
+                total = together(total, found.end, self.largest)
         return total
 
     def _run_schedule(self, ids: Tensor, batch: Batch) -> None:
@@ -149,3 +159,10 @@ class Runner:
             stage.set_reshard_after_backward(last or layout.regathers)
             stage.set_is_last_backward(last)
             self._scaled(stage(part, **extra), part).backward()
+
+
+def together(a: Tensor, b: Tensor, largest: int) -> Tensor:
+    """The sums [entries] of two parts of a batch: added up, but for the last `largest` ones, of
+    which the larger counts."""
+    n = len(a) - largest
+    return torch.cat((a[:n] + b[:n], torch.maximum(a[n:], b[n:])))

@@ -40,6 +40,7 @@ KINDS: dict[str, str] = {
     "simpo": "bevatron.align.preference_kinds:SimpoKind",
     "rpo": "bevatron.align.preference_kinds:RpoKind",
     "grpo": "bevatron.align.rollout_kind:PolicyKind",
+    "reward": "bevatron.align.reward_kind:RewardKind",
 }
 TOKENS = "bevatron.train.token_feed:TokenFeed"
 

@@ -98,7 +98,8 @@ class Objective(Protocol):
         are that many times as many sequences for the models.
     entries: how many sums `compute` gives. The first ones, `counted` of them, are divided by
         the numbers of `count` and added up: that is the loss that is differentiated. The others
-        are metrics' sums without a gradient.
+        are metrics' sums without a gradient. An objective may say `largest`: how many of these,
+        the last ones, are no sums but numbers of which the largest one of the batch counts.
     companions: frozen models that run before the trained one. On the last stage, the batch of
         `compute` holds what each was asked for under its name (see `parallel.companion`).
     stored: what is read along with the samples, on the ranks that have the last stage.

@@ -6,7 +6,7 @@ There are no files and no loop here: `training_loop.py` has both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -98,6 +98,7 @@ class Trainer:
             seq_len=seq_len // layout.cp,
             count=train.global_batch // (layout.dp * train.micro_batch),
             entries=objective.entries,
+            largest=getattr(objective, "largest", 0),
         )
         self.reported: dict[str, float] = {}
         self.optimizer = make_optimizer(self.placed, optimizer, self.placed.dtype)
@@ -210,27 +211,36 @@ class Trainer:
             sums = compute()
             if replay:
                 check_replay(self.placed, sums, compute)
-        *totals, squared = self._sums(self._counted(sums), squared_norm(self.placed)[None])
-        found = self.objective.report(np.array(totals), counts)
+        own = self._counted(sums)
+        *added, squared = self._sums(own, squared_norm(self.placed)[None])
+        totals = self._with_largest(np.array(added), own)
+        found = self.objective.report(totals, counts)
         self.reported = {name: float(value) for name, value in found.items()}
         loss, norm = self.reported["loss"], math.sqrt(squared)
         if admit(loss, norm):
             clip(self.placed, norm, self.optimizer_config.clip_grad)
             self.optimizer.step(lr)
-            self.objective.settle(np.array(totals), counts)
+            self.objective.settle(totals, counts)
         else:
             drop(self.placed)
         return loss, norm
 
     def evaluate(self, samples: Samples | None) -> tuple[Vector, Vector] | None:
-        """The objective's sums over all ranks' samples, and their counts; both add up over batches
-        to what `objective.report` takes. None as `step` does."""
+        """The objective's sums over all ranks' samples, and their counts; `all_batches` makes of
+        those of several batches what `objective.report` takes. None as `step` does."""
         ids, batch, counts = self._agreed(samples)
         if ids is None:
             return None
         with self._accompanied(ids, batch) as whole:
             sums = self._tapped(counts, lambda: self.runner.evaluate(ids, whole))
-        return self._sums(self._counted(sums)), counts
+        own = self._counted(sums)
+        return self._with_largest(self._sums(own), own), counts
+
+    def all_batches(self, parts: Sequence[tuple[Vector, Vector]]) -> tuple[Vector, Vector]:
+        """Sums and counts of several batches as one's."""
+        sums, counts = (np.array(part) for part in zip(*parts, strict=True))
+        n = self.runner.entries - self.runner.largest
+        return np.concatenate((sums[:, :n].sum(0), sums[:, n:].max(0))), counts.sum(0)
 
     @contextmanager
     def _accompanied(self, ids: Tensor, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -267,12 +277,20 @@ class Trainer:
         return torch.cat((sums, self.taps.sum()[None]))
 
     def _counted(self, sums: Tensor) -> Tensor:
-        """The objective's sums, each on the ranks where it counts, else zeros."""
+        """The objective's sums, each on the ranks where it counts, else those of nothing."""
         own = sums[: self.objective.entries]
-        own = own.clone() if self.placed.reports else torch.zeros_like(own)
+        own = own.clone() if self.placed.reports else self.runner.nothing()
         if self.taps is not None:
             own[1] += sums[-1]
         return own
+
+    def _with_largest(self, totals: Vector, own: Tensor) -> Vector:
+        """The same with the largest of all ranks' numbers, where those are no sums."""
+        if largest := self.runner.largest:
+            found = own[-largest:].to(self.device, torch.float64)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            totals[-largest:] = found.cpu().numpy()
+        return totals
 
     def _sums(self, *parts: Tensor) -> Vector:
         """Sums of vectors over all ranks, in one exchange: the same numbers everywhere."""

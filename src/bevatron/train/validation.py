@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from bevatron.progress import progress
 from bevatron.train.config import RunConfig
 from bevatron.train.feed import Feed
@@ -70,7 +68,6 @@ class Validation:
                     return False
                 parts.append(part)
                 advance(1)
-        sums, counts = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
-        found = self.trainer.objective.report(sums, counts)
+        found = self.trainer.objective.report(*self.trainer.all_batches(parts))
         self.meter.validation(step, {f"val_{k}": v for k, v in found.items()})
         return True
