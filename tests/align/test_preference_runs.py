@@ -3,6 +3,7 @@ reference answers."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from bevatron.align.preference_feed import PreferenceFeed
+from bevatron.errors import BevatronError
+from bevatron.train.config_file import load_config
+from bevatron.train.run_start import find_start
 from tests.align.preference_data import (
     PAIRS,
     SEVERAL,
@@ -164,3 +169,10 @@ def test_another_model_may_be_the_reference(folder: Path, pool: Pool) -> None:
     pool.run(1, train, folder, own, PAIRS, *SHORT, "run.dir=other")
     first = lines(folder / "other", *KEYS)[0]
     assert first["rewards/margins"] < -0.1
+
+
+def test_a_length_that_leaves_no_answer_is_refused_before_a_process_starts(folder: Path) -> None:
+    with contextlib.chdir(folder):
+        config = load_config(Path("run.yaml"), [objective("dpo"), PAIRS, "data.seq_len=4"])
+        with pytest.raises(BevatronError, match="leaves nothing of an answer of any of the first"):
+            PreferenceFeed.check(config, find_start(config))

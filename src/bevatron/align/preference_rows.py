@@ -40,6 +40,16 @@ class Answers(NamedTuple):
     numbers: list[float]
 
 
+class Survey(NamedTuple):
+    """Of some rows how many lose the end of an answer, and of how many an answer is lost whole; and
+    the tokens of the longest sequence."""
+
+    rows: int
+    cut: int
+    dropped: int
+    longest: int
+
+
 class PreferenceRows:
     """Makes arrays of rows, `count` sequences of each; a `data.labelled_examples.Labelled`.
 
@@ -87,8 +97,8 @@ class PreferenceRows:
             if not isinstance(texts, list) or len(texts) != self.count:
                 found = len(texts) if isinstance(texts, list) else "no list of"
                 raise BevatronError(
-                    f'has {found} "responses", expected {self.count}; objective.responses says how '
-                    "many a row has"
+                    f'has {found} "responses", expected {self.count}; objective.responses of rpo '
+                    "says how many a row has"
                 )
         elif self.count > 2:
             raise BevatronError(
@@ -139,6 +149,16 @@ class PreferenceRows:
             [0.0] * self.count,
             [0.0] * len(self.numbers),
         )
+
+    def survey(self, rows: Sequence[Row]) -> Survey:
+        """What the length does to these rows."""
+        cut = dropped = longest = 0
+        for row in rows:
+            found = self.tokenized(row)
+            longest = max(longest, *(len(example) for example in found))
+            cut += any(len(example) > self.length for example in found)
+            dropped += not all(example.learned[: self.length].any() for example in found)
+        return Survey(len(rows), cut, dropped, longest)
 
     def _arrays(self, row: Row) -> Arrays:
         arrays, found = self.blank(), self.tokenized(row)

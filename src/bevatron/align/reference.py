@@ -7,7 +7,7 @@ run (`Precomputed`), so that training holds no second model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,11 @@ class Precomputed:
             found[row] = values[number]
         return {NAME: found}
 
-    def prepare(self, trainer: Trainer, examples: Mapping[str, Examples]) -> None:
-        """Read the files, or compute them. Collective; the companion is placed only if it must
-        compute."""
+    def prepare(
+        self, trainer: Trainer, examples: Mapping[str, Examples], alive: Callable[[], None]
+    ) -> None:
+        """Read the files, or compute them, calling `alive` now and then. Collective; the companion
+        is placed only if it must compute."""
         said = f"{self.companion.fingerprint()} {self.precision}"
         there = [
             on_all(partial(self._read_file, kind, len(of), said)) for kind, of in examples.items()
@@ -167,7 +169,7 @@ class Precomputed:
             return
         self._place(trainer)
         for kind, of in missing.items():
-            table = self._tables[kind] = self._computed(trainer, kind, of)
+            table = self._tables[kind] = self._computed(trainer, kind, of, alive)
             on_all(partial(self._write, kind, table, said))
         self.companion.forget()
 
@@ -184,7 +186,9 @@ class Precomputed:
         )
         self.companion.fill()
 
-    def _computed(self, trainer: Trainer, kind: str, examples: Examples) -> dict[str, Any]:
+    def _computed(
+        self, trainer: Trainer, kind: str, examples: Examples, alive: Callable[[], None]
+    ) -> dict[str, Any]:
         """The table of all examples, on every rank. The ranks share them out."""
         rows, layout, count = trainer.objective.rows, trainer.layout, len(examples)
         each = trainer.runner.count * trainer.runner.micro_batch // rows  # a rank's of a batch
@@ -197,6 +201,7 @@ class Precomputed:
         batches = range(0, count, each * layout.dp)
         with progress(f"reference ({kind})", count, "examples", show=main) as advance:
             for begin in batches:
+                alive()
                 first = begin + trainer.placed.dp_rank * each
                 numbers = list(range(first, first + each))
                 read: list[dict[str, NDArray[Any]]] = []

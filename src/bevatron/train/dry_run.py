@@ -89,8 +89,9 @@ class StagePlan:
 @dataclass(frozen=True)
 class Plan:
     """A whole run on paper. `flops_per_step` includes those of a teacher's forward, which
-    `teacher_flops_per_step` are; `depth`: what `model.spec: {depth: N}` set; `busy`: share of a
-    step in which the average rank has work, from the bubble and the heaviest stage alone."""
+    `teacher_flops_per_step` are, or of another frozen model's: `companions` names what there is;
+    `depth`: what `model.spec: {depth: N}` set; `busy`: share of a step in which the average rank
+    has work, from the bubble and the heaviest stage alone."""
 
     model: str
     start: str
@@ -103,6 +104,7 @@ class Plan:
     steps: int
     flops_per_step: int
     teacher_flops_per_step: int
+    companions: list[str]
     schedule: str
     bubble: float
     imbalance: float
@@ -168,6 +170,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
         steps=train.steps,
         flops_per_step=tokens * sum(training_flops(spec, seq_len, True, held)) + teachers,
         teacher_flops_per_step=teachers,
+        companions=list(objective.companions),
         schedule=layout.schedule,
         bubble=memory_footprint.bubble(layout, micro_batches),
         imbalance=max(flops) * len(flops),
@@ -285,7 +288,7 @@ def to_text(plan: Plan) -> str:
     last = plan.stages[-1].stage
     heaviest = max(plan.stages, key=lambda s: s.peak)
     state = sum(s.state for s in plan.stages)
-    teacher = plan.teacher_flops_per_step / plan.flops_per_step
+    teacher, beside = plan.teacher_flops_per_step / plan.flops_per_step, _beside(plan)
     lines = [
         f"model       {plan.model}, {plan.parameters:,} parameters, {plan.layers} layers",
         f"start       {plan.start}",
@@ -297,7 +300,7 @@ def to_text(plan: Plan) -> str:
         *([f"frozen      {plan.frozen}"] if plan.frozen else []),
         f"compute     {plan.flops_per_step / 1e15:,.1f} PFLOP per step, "
         f"{plan.flops_per_step / plan.ranks / 1e12:,.1f} TFLOP per rank (causal, no recompute)"
-        + (f", {teacher:.1%} of it the teacher's" if teacher else ""),
+        + (f", {teacher:.1%} of it the {beside}'s" if teacher else ""),
     ]
     if last:
         lines.append(
@@ -312,10 +315,15 @@ def to_text(plan: Plan) -> str:
         "",
         "GiB per rank, for the first rank at each place of the pipeline. weights, gradients,",
         "optimizer, gathered: exact; activations (of what is in flight), head: estimated, eager.",
-        *(["teacher: what its forward leaves until a step ends, exact."] if teacher else []),
+        *([f"{beside}: what its forward leaves until a step ends, exact."] if teacher else []),
         f"{state / GIB:,.1f} GiB of state on one pipeline. Nothing was started.",
     ]
     return "\n".join([*lines, *(f"warning: {w}" for w in plan.warnings)])
+
+
+def _beside(plan: Plan) -> str:
+    """What runs beside the trained model, in a word or two: teacher, reference."""
+    return " and ".join(plan.companions)
 
 
 HEADER = (
@@ -326,11 +334,12 @@ HEADER = (
 
 def _table(plan: Plan) -> list[str]:
     taught = plan.teacher_flops_per_step > 0
-    rows = [HEADER.replace("   head", "   head  teacher") if taught else HEADER]
+    name = f"{_beside(plan):>7}"
+    rows = [HEADER.replace("   head", f"   head  {name}") if taught else HEADER]
     for s in plan.stages:
         gib = [s.weights, s.gradients, s.optimizer, s.gathered, s.activations, s.head, s.peak]
         w, g, o, a, x, h, p = (f"{n / GIB:.2f}" for n in gib)
-        beside = f"{s.beside / GIB:>7.2f}  " if taught else ""
+        beside = f"{s.beside / GIB:>{len(name)}.2f}  " if taught else ""
         rows.append(
             f"{s.stage:<6} {_ranges(s.layers):<9} {s.parameters_per_rank:>16,}  {w:>7}  {g:>9}  "
             f"{o:>9}  {a:>8}  {x:>11}  {h:>5}  {beside}{p:>5}  {s.in_flight:>9g}  {s.flops:>5.1%}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -84,6 +84,7 @@ class Feed(ABC):
         collective: whether all ranks take part in making a batch; those with equal `dp_rank` are
             asked for the same positions and must get the same. Whether to stop has been agreed by
             then, and a signal meanwhile waits for the step's end.
+        alive: to be called now and then by what takes long before the first batch.
         wait_s: seconds for which the last `batch` had to wait for its samples.
         reported: what a collective feed says of its last batch, for the step's metrics.
     """
@@ -104,6 +105,7 @@ class Feed(ABC):
         self.device = device
         self.wait_s = 0.0
         self.reported: dict[str, float] = {}
+        self.alive: Callable[[], None] = lambda: None
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[tuple[Batch, Memory]]] | None = None
         self._memories: dict[int, Memory] = {}  # by how many batches had been taken

@@ -116,8 +116,13 @@ class LabelledFeed(Feed):
 
     @classmethod
     def check(cls, config: RunConfig, start: Start) -> None:
-        sources = [*config.data.train, *config.data.validation]
-        Rows([source.path for source in sources], _labelled(config, start).check)
+        cls.rows_of(config, start)
+
+    @classmethod
+    def rows_of(cls, config: RunConfig, start: Start) -> tuple[Rows, Labelled]:
+        """All rows, those of the training first, and how they become arrays."""
+        sources, labelled = [*config.data.train, *config.data.validation], _labelled(config, start)
+        return Rows([source.path for source in sources], labelled.check), labelled
 
     @staticmethod
     def hash_of(path: str) -> str:

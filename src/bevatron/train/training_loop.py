@@ -89,6 +89,7 @@ class Run:
         self.companions = self._fingerprints(objective)
         on_all(self._open_feed)
         self._fill()
+        self.feed.alive = partial(watch.at, "starting", self.step)
         self.feed.bind(self.trainer)
         self.made_with = made_with(layout, device)
         self.recorded = restart.as_it_began(start, config)
