@@ -270,6 +270,7 @@ class RolloutFeed(Feed):
             "advantages": found.float().numpy(),
             "old": old,
             "importance": weights.float().numpy(),
+            "rewards": total.float().numpy(),
         }
 
     def _informative(self, timer: Timer) -> list[Group]:
@@ -469,7 +470,8 @@ class RolloutFeed(Feed):
 
     @property
     def _groups(self) -> int:
-        return self.kind.steps_per_generation * self.global_batch // self.kind.num_generations
+        answers = self.kind.steps_per_generation * self.global_batch * self.kind.sequences
+        return answers // self.kind.num_generations
 
     def _rounds(self, steps: int) -> int:
         return -(-steps // self.kind.updates)
@@ -525,7 +527,7 @@ def _kind(config: RunConfig) -> RolloutKind:
     """The objective's settings, checked against the batch."""
     kind = config.objective
     assert isinstance(kind, RolloutKind)
-    size = kind.steps_per_generation * config.train.global_batch
+    size = kind.steps_per_generation * config.train.global_batch * kind.sequences
     if size % kind.num_generations:
         raise BevatronError(
             f"objective.num_generations: {kind.num_generations} does not divide the {size} answers "

@@ -39,6 +39,7 @@ KINDS: dict[str, str] = {
     "hinge": "bevatron.align.preference_kinds:HingeKind",
     "simpo": "bevatron.align.preference_kinds:SimpoKind",
     "rpo": "bevatron.align.preference_kinds:RpoKind",
+    "online_rpo": "bevatron.align.preference_kinds:OnlineRpoKind",
     "grpo": "bevatron.align.rollout_kind:PolicyKind",
     "reward": "bevatron.align.reward_kind:RewardKind",
 }
