@@ -147,7 +147,7 @@ class RolloutFeed(Feed):
         lines = [
             f"rollouts: {prompts:,} prompts x {kind.num_generations} answers of at most "
             f"{kind.max_completion_length:,} tokens, for {kind.updates:,} "
-            f"update{'s' * (kind.updates > 1)}; rewards: {rewards}"
+            f"update{'s' * (kind.updates > 1)}" + (f"; rewards: {rewards}" if rewards else "")
         ]
         cut = [
             f"{k} {v:g}"

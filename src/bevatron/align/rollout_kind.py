@@ -30,6 +30,9 @@ class EngineConfig(Section):
 class RolloutKind(Kind):
     """What prompts are, and how they are answered."""
 
+    # Whether there must be rewards:
+    scored: ClassVar[bool] = True
+
     name: str
     problems: ProblemsConfig | None = None
     """How rows of the data become prompts; if absent, by their column `prompt`."""
@@ -82,7 +85,7 @@ class RolloutKind(Kind):
 
     @model_validator(mode="after")
     def _groups(self) -> RolloutKind:
-        if not self.rewards:
+        if self.scored and not self.rewards:
             raise ValueError("rewards is empty; name what scores an answer: [{name: exact_match}]")
         if self.num_generations == 1 and self.dynamic_sampling:
             raise ValueError("dynamic_sampling needs num_generations of at least 2")
