@@ -3,9 +3,10 @@
 Decoding sequences have the first rows of the cache, so that a step works on views of the cache. A
 prompt is computed in chunks beside them, in small chunks while answers are decoded, and then joins
 them. Of several requests with the same prompt, as reinforcement learning has them, one computes it;
-the others wait for it, copy its rows, and decode the prompt's last token as if it were new. A request is admitted if the cache has room for its tokens and RESERVE more. If the cache runs
-full nevertheless, the latest requests are put off: they give back their rows, wait at the front of
-the queue, and later compute their tokens again.
+the others wait for it, copy its rows, and decode the prompt's last token as if it were new. A
+request is admitted if the cache has room for its tokens and RESERVE more. If the cache runs full
+nevertheless, the latest requests are put off: they give back their rows, wait at the front of the
+queue, and later compute their tokens again.
 """
 
 from __future__ import annotations
