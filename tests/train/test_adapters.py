@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from bevatron.checkpoint.rank_boxes import local
+from bevatron.generate.live_engine import LiveEngine
 from bevatron.parallel.adapter_off import AdapterOff
+from bevatron.parallel.forward_pass import forward, token_log_probabilities
 from bevatron.parallel.layout import Layout
 from bevatron.parallel.replica_check import check_replicas
 from bevatron.spec import Adapter
@@ -99,3 +103,32 @@ def test_switched_off_it_is_the_base_and_training_goes_on_as_it_was(
         if first is not None and second is not None:
             assert torch.equal(first, second)
             torch.testing.assert_close(first, before, rtol=1e-4, atol=1e-5)
+
+
+def live(case: Case) -> tuple[list[list[float]], Tensor | None]:
+    """After two steps, log p of some sequences' tokens from the engine inside the run, and from the
+    trained model on ranks that have its end."""
+    trainer = make_trainer(case)
+    engine = LiveEngine(trainer.placed, tp=2, max_batch=1, max_tokens=64)
+    for number in range(2):
+        trainer.step(samples(trainer, number), 3e-2)
+    engine.refresh()
+    tokens = torch.randint(90, (2, 17), generator=torch.Generator().manual_seed(3))
+    found = engine.loglikelihoods([row.tolist() for row in tokens])
+    parts = [(tokens[:, :-1], {"labels": tokens[:, 1:]})]
+    (end,) = forward(trainer.placed, parts, token_log_probabilities)
+    engine.close()
+    return [one.logprobs for one in found], end.end
+
+
+@pytest.mark.parametrize(
+    ("spec", "adapter", "layout"),
+    [("heterogeneous", DORA, Layout(tp=2, pp=2)), ("homogeneous", SOME, Layout(dp_shard=2, tp=2))],
+)
+def test_the_engine_inside_the_run_has_the_adapter_merged_in(
+    pool: Pool, spec: str, adapter: Adapter, layout: Layout
+) -> None:
+    adapter = replace(adapter, layers=None)
+    for found, end in pool.run(4, live, Case(spec, layout, 1, adapter=adapter)):
+        if end is not None:
+            torch.testing.assert_close(torch.tensor(found), end, rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bevatron.bridge.conversion_report import shown_progress
+from bevatron.bridge.merged_weights import read_through
 from bevatron.bridge.open_native import CONFIG, family_of
 from bevatron.bridge.open_weights import Opened
 from bevatron.bridge.provenance import fingerprint
@@ -130,7 +131,8 @@ def assemble(
     if family is None:
         family, config = _said(spec, origin)
     checkpoints = {s.opened.folder: s.opened for shares in plan.values() for s in shares}
-    folders = dict.fromkeys((origin.folder, *checkpoints))
+    named = dict.fromkeys((origin.folder, *checkpoints))
+    folders = dict.fromkeys(part for folder in named for part in read_through(folder))
     seen = {folder: before.get(folder) or stamps(folder) for folder in folders}
     with ExitStack() as stack:
         for folder in folders:

@@ -15,8 +15,10 @@ from bevatron.bridge.conversion_plan import head_name
 from bevatron.bridge.conversion_report import shown_progress
 from bevatron.bridge.hf_config import read_spec
 from bevatron.bridge.hf_folder import HFFolder, open_hf, shown
+from bevatron.bridge.merged_weights import merge_notes
 from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
-from bevatron.bridge.open_native import Native, open_native
+from bevatron.bridge.open_native import Native
+from bevatron.bridge.open_weights import open_model
 from bevatron.bridge.provenance import read_provenance
 from bevatron.bridge.tensor_hashes import Advance, Hashes, hashes_of_files, hashes_of_native
 from bevatron.checkpoint.run_folder import is_native, resolve
@@ -77,6 +79,7 @@ def compare_tensors(
     """
     report = VerifyReport(str(a), str(b))
     left, right = _open(a, accept), _open(b, accept)
+    report.notes += [note for side in (left, right) for note in merge_notes(side.path)]
     with shown_progress("verifying", left.nbytes + right.nbytes) as advance:
         ours = left.hashes(report, advance)
         theirs = right.hashes(report, advance)
@@ -136,7 +139,7 @@ class _NativeSide(Side):
 
 def _open(path: str | Path, accept: Collection[str]) -> Side:
     if is_native(located(path)):
-        return _NativeSide(str(path), open_native(path))
+        return _NativeSide(str(path), open_model(path))
     if is_nanotron(Path(path)):
         return _NativeSide(str(path), open_nanotron(path).native())
     return _HFSide(str(path), open_hf(path), accept)

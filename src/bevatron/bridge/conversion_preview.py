@@ -23,7 +23,7 @@ from bevatron.bridge.import_hf import (
     check_copies,
 )
 from bevatron.bridge.nanotron_write import left_out, tokenizer_files
-from bevatron.bridge.open_native import open_native
+from bevatron.bridge.open_weights import open_model
 from bevatron.bridge.remote_code import MODULE, REPLACED, is_outdated
 from bevatron.checkpoint.dtypes import ITEMSIZE, parse_dtype
 from bevatron.checkpoint.new_folder import check_looked_at, check_space
@@ -172,7 +172,7 @@ def preview_export(
     to = parse_dtype(dtype) if dtype else None
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     check_looked_at(dst, overwrite=overwrite)
-    native = open_native(src)
+    native = open_model(src)
     notes = check_looked_at(dst, overwrite=overwrite, apart_from=native.folder)
     plan = plan_target(native, to, limit, target_format)
     check_space(dst, written_bytes(plan.tasks))

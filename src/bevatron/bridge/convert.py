@@ -18,9 +18,11 @@ from bevatron.bridge.export_plan import (
 from bevatron.bridge.foreign_checkpoint import Foreign, import_foreign
 from bevatron.bridge.hf_folder import SourceError
 from bevatron.bridge.import_hf import import_folder
+from bevatron.bridge.merged_weights import merge_notes, read_through
 from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.nanotron_write import left_out, plan_nanotron, write_around
-from bevatron.bridge.open_native import Native, open_native
+from bevatron.bridge.open_native import Native
+from bevatron.bridge.open_weights import open_model
 from bevatron.bridge.remote_code import wont_read
 from bevatron.bridge.source_changes import stamps, unchanged
 from bevatron.bridge.tensor_hashes import read_back
@@ -113,8 +115,9 @@ def export_checkpoint(
     limit = parse_size(max_shard_size) if max_shard_size is not None else None
     check_target(dst, overwrite=overwrite)
     before = stamps(resolve(src))
-    native = open_native(src)
-    check_target(dst, overwrite=overwrite, apart_from=native.folder)
+    native = open_model(src)
+    for folder in read_through(native.folder):
+        check_target(dst, overwrite=overwrite, apart_from=folder)
     nanotron = target_format == "nanotron"
     renewed: list[str] = []
     plan = plan_target(native, to, limit, target_format)
@@ -155,7 +158,7 @@ def export_checkpoint(
         identical=identical(native, plan) and not renewed,
         skipped=left_out(native) if nanotron else dict(skipped),
         non_finite=non_finite,
-        notes=non_finite_notes(non_finite) + renewed + notes,
+        notes=merge_notes(native.folder) + non_finite_notes(non_finite) + renewed + notes,
     )
 
 

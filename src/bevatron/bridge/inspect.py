@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from bevatron.bridge.adapter_base import read_base
 from bevatron.bridge.foreign_checkpoint import Foreign
 from bevatron.bridge.hf_config import understand
 from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
@@ -20,6 +21,7 @@ from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.families.config_fields import check_accepted
 from bevatron.spec import ModelSpec
+from bevatron.spec.count import describe_adapter, parameter_count
 
 
 def inspect(path: str | Path, accept: Collection[str] = ()) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def _native(folder: Path) -> dict[str, Any]:
     optimizer = [t for n, t in manifest.tensors.items() if n.startswith("optimizer/")]
     return {
         "family": manifest.family,
-        "parameters": sum(p.numel for p in spec.parameters()),
+        "parameters": parameter_count(spec.base),
         "layers": len(spec.layers),
         "bytes": sum(t.nbytes for t in weights),
         "dtype": main_dtype((t.dtype, t.nbytes // ITEMSIZE[t.dtype]) for t in weights),
@@ -72,8 +74,17 @@ def _native(folder: Path) -> dict[str, Any]:
         "optimizer_bytes": sum(t.nbytes for t in optimizer),
         "source": record.source if record else None,
         "revision": record.revision if record else None,
+        **_adapter(folder, spec),
         **sizes(spec),
     }
+
+
+def _adapter(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    """Of a step that holds an adapter alone: what it is, and the base that it belongs to. (Bytes
+    and dtype are the adapter's then, the other numbers the whole model's.)"""
+    if spec.adapter is None:
+        return {}
+    return {"adapter": describe_adapter(spec), "base": read_base(folder).path}
 
 
 def _hf(path: str | Path, accept: Collection[str]) -> dict[str, Any]:

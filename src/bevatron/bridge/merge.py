@@ -16,9 +16,13 @@ from typing import Any
 
 from bevatron.bridge.assemble import Cut, Share, assemble
 from bevatron.bridge.hf_folder import shown
-from bevatron.bridge.open_weights import Opened, open_weights
+from bevatron.bridge.merge_adapter import merge_adapter
+from bevatron.bridge.merged_weights import merge_notes
+from bevatron.bridge.open_weights import Opened, open_step, open_weights
 from bevatron.bridge.source_changes import stamps
 from bevatron.checkpoint.dtypes import FLOATS
+from bevatron.checkpoint.run_folder import is_native
+from bevatron.checkpoint.storage import located
 from bevatron.checkpoint.strict_json import read_object
 from bevatron.errors import BevatronError
 from bevatron.spec import ModelSpec
@@ -63,16 +67,30 @@ def merge(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> MergeReport:
-    """Write the weighted average of checkpoints as a native checkpoint at `dst`.
+    """Write the weighted average of checkpoints as a native checkpoint at `dst`; of one run that
+    trains an adapter, its base with the adapter merged in (see `merge_adapter.py`).
 
     Args:
-        checkpoints: at least two native checkpoints, runs or Hugging Face folders. Tokenizer, other
-            files, dtypes and provenance are the first one's.
+        checkpoints: native checkpoints, runs or Hugging Face folders, at least two but for that of
+            an adapter. Tokenizer, other files, dtypes and provenance are the first one's.
         weights: one for each, whose sum each is divided by; if none are given all are equal.
     Raises BevatronError, and leaves nothing at `dst`, for models of different sizes, settings or
     tokenizers, for weights that do not fit, and as `assemble` does.
     """
     started = time.perf_counter()
+    if len(checkpoints) == 1 and not weights and (step := _adapter_step(checkpoints[0])):
+        whole, verified = merge_adapter(step, dst, overwrite=overwrite, show_progress=show_progress)
+        return MergeReport(
+            target=str(dst),
+            merged={str(checkpoints[0]): 1.0},
+            family=whole.manifest.family,
+            parameters=parameter_count(whole.spec),
+            tensors=verified["tensors"],
+            dtype=FLOATS[whole.dtype],
+            verified=verified,
+            seconds=round(time.perf_counter() - started, 3),
+            notes=merge_notes(whole.folder),
+        )
     shares = _shares(checkpoints, weights)
     opened = [open_weights(path) for path in checkpoints]
     _check_apart(opened, checkpoints)
@@ -112,12 +130,20 @@ def merge(
     )
 
 
+def _adapter_step(path: str | Path) -> Opened | None:
+    """The step that holds an adapter alone, if `path` means one."""
+    if not is_native(located(path)):
+        return None
+    step = open_step(path)
+    return None if step.spec.adapter is None else step
+
+
 def _shares(checkpoints: Sequence[str | Path], weights: Sequence[float]) -> list[float]:
     """The weights divided by their sum. Raises MergeError if they do not fit."""
     if len(checkpoints) < 2:
         raise MergeError(
-            f"{', '.join(map(str, checkpoints)) or 'nothing'}: one checkpoint has no average; name "
-            "at least two, then the target: CKPT... DST"
+            f"{', '.join(map(str, checkpoints)) or 'nothing'}: one checkpoint has no average, and "
+            "holds no adapter to merge; name at least two, then the target: CKPT... DST"
         )
     given = list(weights) or [1.0] * len(checkpoints)
     if len(given) != len(checkpoints):
@@ -195,6 +221,7 @@ def _notes(opened: Sequence[Opened], paths: Sequence[str | Path]) -> list[str]:
                 f"{path} is {FLOATS[one.dtype]}; the average is {FLOATS[first.dtype]}, as "
                 f"{paths[0]} is"
             )
+    notes += [note for one in opened for note in merge_notes(one.folder)]
     carried = sum(name.startswith("carried/") for name in first.manifest.tensors)
     if carried:
         notes.append(

@@ -33,13 +33,15 @@ from bevatron.bridge.hf_folder import (
     INDEX,
     OTHER_WEIGHTS,
     TOKENIZER_FILES,
+    looks_like_hub_id,
     open_hf,
     read_config,
 )
 from bevatron.bridge.import_hf import check_copies
+from bevatron.bridge.merged_weights import merged
 from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.nanotron_write import TOKENIZER
-from bevatron.bridge.open_native import open_native
+from bevatron.bridge.open_native import Native, open_native
 from bevatron.bridge.provenance import FILE_NAME as PROVENANCE
 from bevatron.bridge.provenance import Provenance, describe
 from bevatron.checkpoint.dtypes import ITEMSIZE, dtype_named, stated_dtype
@@ -66,7 +68,8 @@ class Opened:
         provenance: what an import recorded, or would record but for hashes; None for a model made
             from random weights.
         made: file name -> text of what `source` lacks: the config.json of another format's model.
-        base: of an adapter's step, which holds no other weights, the model that it belongs to.
+        base: of an adapter's step, which holds no other weights, the model that it belongs to; the
+            adapter is merged into it if the spec has none.
     """
 
     folder: Path
@@ -146,7 +149,8 @@ def open_weights(
     copies: bool = True,
     accept: Collection[str] = (),
 ) -> Opened:
-    """Open what `path` means.
+    """Open what `path` means. A run that trains an adapter means its base with the adapter merged
+    in, which is computed as it is read.
 
     Args:
         revision: of a Hub id.
@@ -158,9 +162,7 @@ def open_weights(
     """
     if is_native(located(path)):
         step = open_step(path)
-        if step.spec.adapter is not None:
-            raise BevatronError(f"{path}: holds an adapter alone, which can only be trained on yet")
-        return step
+        return step if step.spec.adapter is None else merged_step(step)
     if is_nanotron(located(path)):
         foreign = open_nanotron(path)
         return Opened(
@@ -194,6 +196,26 @@ def open_step(path: str | Path) -> Opened:
     return Opened(native.folder, native.spec, native.manifest, found, None, True, native.provenance)
 
 
+def open_model(path: str | Path) -> Native:
+    """A native checkpoint as a whole model: an adapter's step together with its base, merged as it
+    is read."""
+    native = open_native(path)
+    if native.spec.adapter is None:
+        return native
+    whole = merged_step(open_step(path), check=True)
+    return replace(native, folder=whole.folder, manifest=whole.manifest, spec=whole.spec)
+
+
+def merged_step(step: Opened, *, check: bool = False) -> Opened:
+    """An adapter's step and its base as one model, each weight merged as it is read. `check`: see
+    `merged_weights.merged`."""
+    base = base_of(step)
+    folder, manifest = merged(
+        (step.folder, step.manifest, step.spec), (base.folder, base.manifest), check=check
+    )
+    return replace(step, folder=folder, manifest=manifest, spec=step.spec.base, base=base)
+
+
 def base_of(step: Opened, instead: str | None = None, *, copies: bool = True) -> Opened:
     """The model that an adapter's step belongs to.
 
@@ -222,10 +244,10 @@ def base_of(step: Opened, instead: str | None = None, *, copies: bool = True) ->
 
 def base_record(opened: Opened, named: str) -> Base:
     """What a step says of the base that it was trained beside. `named`: as the run names it."""
-    on_disk = os.path.lexists(named) or opened.native
+    on_hub = not os.path.lexists(named) and looks_like_hub_id(named) and not opened.native
     path = str(opened.folder if is_remote(opened.folder) else opened.folder.absolute())
     found = model_fingerprint(opened.spec, opened.folder, opened.manifest)
-    return Base(path if on_disk else named, found)
+    return Base(named if on_hub else path, found)
 
 
 def _chunks(task: Task) -> TensorEntry:

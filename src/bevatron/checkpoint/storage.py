@@ -71,7 +71,12 @@ class File(Protocol):
 
 
 def open_file(path: Path) -> File:
-    """Open for reading. Raises CheckpointError naming `path`."""
+    """Open for reading. Raises CheckpointError naming `path`.
+
+    A path may stand for what is computed when it is read; it opens itself then."""
+    computed: Callable[[], File] | None = getattr(path, "open_computed", None)
+    if computed is not None:
+        return computed()
     return _Remote(path) if is_remote(path) else _Local(path)
 
 

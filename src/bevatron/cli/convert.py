@@ -149,8 +149,8 @@ def merge(
         list[str],
         typer.Argument(
             metavar="CKPT... DST",
-            help="Native checkpoints, runs or HF folders of one shape; then the native checkpoint "
-            "to make.",
+            help="Native checkpoints, runs or HF folders of one shape, or one run that trains an "
+            "adapter; then the native checkpoint to make.",
         ),
     ],
     weights: Annotated[
@@ -162,7 +162,8 @@ def merge(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Average checkpoints of one shape: a weighted mean of every tensor, rounded once."""
+    """Average checkpoints of one shape: a weighted mean of every tensor, rounded once. Or merge an
+    adapter into its model: RUN DST."""
     no_blas()
     from bevatron.bridge.merge import merge as make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bevatron.bridge.merged_weights import merge_notes
 from bevatron.bridge.open_weights import Opened, open_weights
 from bevatron.checkpoint.dtypes import parse_dtype
 from bevatron.checkpoint.save_and_load import DTYPES
@@ -111,6 +113,8 @@ class Engine:
         if isinstance(dtype, str):
             parse_dtype(dtype)  # a mistake in it is said at once
         opened = open_weights(ckpt)
+        for note in merge_notes(opened.folder):
+            print(f"{note} as it is read", file=sys.stderr, flush=True)
         check_layout(opened.spec, str(opened.folder), tp, pp)
         where = choose_device(None if device is None else str(device))
         if tp * pp > 1 and ":" in str(device):

@@ -52,6 +52,7 @@ from bevatron.generate.engine_processes import (
 )
 from bevatron.generate.engine_ranks import LONG, share_world
 from bevatron.generate.request import Generation, Loglikelihood, Request
+from bevatron.parallel.adapter_weights import MergedWeights
 from bevatron.parallel.box_exchange import BoxExchange, Want
 from bevatron.parallel.placement import Placed
 
@@ -104,7 +105,8 @@ class LiveEngine:
         max_batch: int = 32,
         max_tokens: int | None = None,
     ) -> None:
-        spec, dtype, device = placed.spec, placed.dtype, placed.device
+        spec, dtype, device = placed.spec.base, placed.dtype, placed.device
+        self.placed = placed
         rank, ranks = dist.get_rank(), dist.get_world_size()
         for name, value in (("tp", tp), ("pp", pp), ("max_batch", max_batch)):
             if value < 1:
@@ -157,8 +159,11 @@ class LiveEngine:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the parameters as they are now. Collective; raises on all ranks if one fails."""
+        """Take the parameters as they are now, with an adapter merged in. Collective; raises on all
+        ranks if one fails."""
         self._check()
+        if self.placed.spec.adapter is not None:
+            self._exchange.held = MergedWeights(self.placed).values
         problem = None
         try:
             if self._reader is not None:
@@ -170,6 +175,7 @@ class LiveEngine:
         except Exception as error:
             problem = Problem.of(error, fatal=True)
         self._exchange.finish()  # others may still be reading
+        self._exchange.forget()
         self._agree(problem)
 
     def complete(self, requests: Sequence[Request]) -> list[Generation]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bevatron.checkpoint.rank_boxes import box, copies, local
+from bevatron.checkpoint.rank_boxes import box, copies, is_first_copy, local
 from bevatron.nn.adapted_map import AdaptedMap
 from bevatron.parallel.placement import Placed
 
@@ -38,9 +38,16 @@ class MergedWeights:
             if dora and stored in self.parameters:
                 self.factors[name] = module.factor(self._whole(stored), self.lengths(name))
 
+    @torch.no_grad()
     def _whole(self, name: str) -> Tensor:
-        parameter = self.parameters[name].detach().float()
-        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        """All of one of the adapter's parameters, in fp32. (`DTensor.full_tensor` warns where both
+        FSDP and tensor parallelism cut the rows.)"""
+        parameter = self.parameters[name]
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        mine = local(parameter.detach())
+        if mine.numel() and is_first_copy(parameter):
+            whole[tuple(_within(parameter, (slice(None),) * mine.ndim))] = mine.float()
+        return _sum(whole, parameter)
 
     @torch.no_grad()
     def values(self, name: str, part: Slices = ()) -> Tensor:
@@ -67,12 +74,15 @@ class MergedWeights:
             *rows, _ = _within(parameter, (slice(None),) * mine.ndim)
             merged = MergedWeights.values(self, name)
             squared[tuple(rows)] += merged.square().sum(-1, dtype=torch.float64)
-        if isinstance(parameter, DTensor):
-            squared /= copies(parameter)
-            for dimension in range(parameter.device_mesh.ndim):
-                group = parameter.device_mesh.get_group(dimension)
-                dist.all_reduce(squared, group=group)
-        return squared.sqrt().float()
+        return _sum(squared / copies(parameter), parameter).sqrt().float()
+
+
+def _sum(values: Tensor, parameter: Tensor) -> Tensor:
+    """Added up over the ranks that share a parameter, in place."""
+    if isinstance(parameter, DTensor):
+        for dimension in range(parameter.device_mesh.ndim):
+            dist.all_reduce(values, group=parameter.device_mesh.get_group(dimension))
+    return values
 
 
 def _within(parameter: Tensor, part: Slices) -> list[slice]:

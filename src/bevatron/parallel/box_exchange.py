@@ -10,7 +10,7 @@ receives a box that it did not ask for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from bevatron.checkpoint.rank_boxes import Box, box, local
 
 Slices = tuple[slice, ...]
+Held = Callable[[str, Slices], Tensor]  # name, part of what lies here of it -> its values
 Want = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, offset, shape
 
 ROUND = 128 << 20  # elements of the global parameters of a round, unless one alone is larger
@@ -61,6 +62,9 @@ class BoxExchange:
     Memory, beside the boxes that are read: one round of what this rank wants, and of what others
     want of it, in `dtype`.
 
+    Attributes:
+        held: what is given of what this rank holds; the parameters' values, unless it is replaced.
+
     Args:
         parameters: what this rank holds, by name, as DTensors (or whole tensors).
         shapes: of all parameters of the model, in the order in which every rank will read them.
@@ -77,6 +81,7 @@ class BoxExchange:
         device: torch.device,
     ) -> None:
         self.parameters, self.dtype, self.device = parameters, dtype, device
+        self.held: Held = self._held
         self.round_of = _rounds(shapes)
         self.rounds = [_Round() for _ in range(max(self.round_of.values(), default=-1) + 1)]
         self.next = 0  # the round that comes next
@@ -138,6 +143,10 @@ class BoxExchange:
         self.next = 0
         self.arrived = {}
 
+    def forget(self) -> None:
+        """Give the parameters' own values again."""
+        self.held = self._held
+
     @torch.no_grad()
     def _exchange(self) -> None:
         turn = self.rounds[self.next]
@@ -153,8 +162,11 @@ class BoxExchange:
                 new[piece.want][piece.here] = values
         self.arrived = new
 
+    def _held(self, name: str, part: Slices) -> Tensor:
+        return local(self.parameters[name].detach())[part]
+
     def _values(self, piece: _Piece) -> Tensor:
-        return local(self.parameters[piece.want[0]].detach())[piece.there].to(self.dtype)
+        return self.held(piece.want[0], piece.there).to(self.dtype)
 
     def _all_to_all(self, turn: _Round) -> Iterator[tuple[_Piece, Tensor]]:
         order = range(dist.get_world_size())

@@ -50,3 +50,22 @@ def flops_per_token(spec: ModelSpec, seq_len: int, causal: bool) -> int:
     """FLOPs per token of one training step: backward takes twice the forward. Recomputed
     activations do not count."""
     return 3 * forward_flops_per_token(spec, seq_len, causal)
+
+
+def adapter_parameters(spec: ModelSpec) -> int:
+    """Parameters that are stored with the model's adapter: its own, and those trained whole."""
+    adapter = spec.adapter
+    return sum(p.numel for p in spec.parameters() if adapter is not None and adapter.owns(p.name))
+
+
+def describe_adapter(spec: ModelSpec) -> str:
+    """`lora of rank 16 (alpha 32) beside 84 linear maps: 1,234 parameters, 0.9% of the model's`."""
+    adapter = spec.adapter
+    assert adapter is not None
+    maps = sum(p.role == "lora_a" for p in spec.parameters())
+    own, whole = adapter_parameters(spec), parameter_count(spec.base)
+    besides = f", with {len(adapter.whole)} tensors of it whole" if adapter.whole else ""
+    return (
+        f"{adapter.kind} of rank {adapter.rank} (alpha {adapter.alpha:g}) beside {maps} linear "
+        f"maps{besides}: {own:,} parameters, {own / whole:.2%} of the model's {whole:,}"
+    )

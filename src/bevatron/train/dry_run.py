@@ -26,7 +26,7 @@ from bevatron.parallel.placement import Placed
 from bevatron.parallel.process_groups import mesh
 from bevatron.parallel.stage_split import end_loads, in_flight, layer_cost, layer_load, stage_ranges
 from bevatron.spec import ModelSpec
-from bevatron.spec.count import forward_flops_per_token, parameter_count
+from bevatron.spec.count import describe_adapter, forward_flops_per_token, parameter_count
 from bevatron.train.config import RunConfig, depth_lines
 from bevatron.train.freezing import (
     describe,
@@ -110,6 +110,7 @@ class Plan:
     imbalance: float
     stages: list[StagePlan]
     optimizer: list[str]
+    adapter: str
     frozen: str
     depth: list[str]
     warnings: list[str]
@@ -161,7 +162,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
     return Plan(
         model=start.family,
         start=str(start.resumed or config.model.init or f"random weights, {config.model.spec}"),
-        parameters=parameter_count(spec),
+        parameters=parameter_count(spec.base),
         layers=len(spec.layers),
         layout=str(layout),
         ranks=layout.world_size,
@@ -176,6 +177,7 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
         imbalance=max(flops) * len(flops),
         stages=stages,
         optimizer=[str(group) for group in groups(spec, config.optimizer, held)],
+        adapter=describe_adapter(spec) if spec.adapter is not None else "",
         frozen=describe(spec, held) if held else "",
         depth=[] if start.resumed else depth_lines(config),
         warnings=warnings,
@@ -297,6 +299,7 @@ def to_text(plan: Plan) -> str:
         f"batch       {plan.tokens_per_step:,} tokens, {plan.micro_batches} micro-batches per rank",
         f"steps       {plan.steps:,}, {plan.steps * plan.tokens_per_step:,} tokens in all",
         *(f"optimizer   {group}" for group in plan.optimizer),
+        *([f"adapter     {plan.adapter}"] if plan.adapter else []),
         *([f"frozen      {plan.frozen}"] if plan.frozen else []),
         f"compute     {plan.flops_per_step / 1e15:,.1f} PFLOP per step, "
         f"{plan.flops_per_step / plan.ranks / 1e12:,.1f} TFLOP per rank (causal, no recompute)"

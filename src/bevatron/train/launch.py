@@ -301,6 +301,7 @@ def _run(
 
     from bevatron.parallel.on_all_ranks import on_all
     from bevatron.parallel.process_groups import job_store
+    from bevatron.spec.count import describe_adapter
     from bevatron.train.config import depth_lines
     from bevatron.train.hang_watch import Watch
     from bevatron.train.hardware import why_on_cpu
@@ -344,6 +345,8 @@ def _run(
         if start.resumed is None:
             for line in depth_lines(config):
                 say(line)
+        if start.spec.adapter is not None:
+            say(f"adapter: {describe_adapter(start.spec)}")
         if config.train.device is None and (why := why_on_cpu()) is not None:
             say(f"on the CPU: {why}")
         for line in _beyond_contexts(config, start, objective):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bevatron.data.tokenizer import TOKENIZER
@@ -271,6 +272,9 @@ def _origin(start: Start, config: RunConfig, key: str) -> list[Change]:
         return []
     if given is None:  # the other of init and spec says it
         return []
+    base = start.weights.base if start.weights is not None else None
+    if key == "model.init" and base is not None and Path(given).resolve() == base.folder.resolve():
+        return []  # the base of the adapter, which lies there now
     before = _at(start.config, key)
     if key.startswith("model."):
         before = before or start.config.model.init or start.config.model.spec

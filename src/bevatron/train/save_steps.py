@@ -25,7 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from bevatron.bridge.adapter_base import RECORD
+from bevatron.bridge.adapter_base import RECORD, read_base
 from bevatron.bridge.convert import export_checkpoint
 from bevatron.bridge.open_weights import Opened, base_record, copy_tokenizer
 from bevatron.checkpoint import rank_tables
@@ -111,10 +111,14 @@ class Saver:
             return
         if self.start.spec.adapter is None:
             self.carried = carried(self.kept)
-        elif self.start.resumed is not None:
-            self.texts[RECORD] = (self.start.resumed / RECORD).read_text(encoding="utf-8")
-        else:
-            self.texts[RECORD] = base_record(self.kept, str(self.config.model.init)).to_json()
+            return
+        base, named = self.kept.base, str(self.config.model.init)
+        if self.start.resumed is not None:
+            named = read_base(self.start.resumed).path
+        found = base_record(
+            self.kept if self.start.resumed is None or base is None else base, named
+        )
+        self.texts[RECORD] = found.to_json()
 
     def line(self) -> str:
         """What the start says of it."""
