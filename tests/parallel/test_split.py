@@ -113,5 +113,5 @@ def test_context_parallel_and_documents_refuse_what_they_cannot_do() -> None:
         check(Layout(cp=2), replace(HOMOGENEOUS, head=Head("none")), **sizes)
     dynamic = Rope(kind="dynamic", factor=2.0, original_max_position_embeddings=16)
     check_documents(replace(HOMOGENEOUS, rope=dynamic), 16)
-    with pytest.raises(LayoutError, match=r"data\.seq_len: 16 or no document mask"):
+    with pytest.raises(LayoutError, match=r"data\.seq_len: 16, or drop data\.document_mask"):
         check_documents(replace(HOMOGENEOUS, rope=dynamic), 17)

@@ -261,7 +261,7 @@ MISMATCHES = [
     (["tokenizer=other"], "is not the tokenizer.json that lies with the model"),
     (["parallel.cp=2"], "use cp: 1"),
     (["data.document_mask=true"], "document_mask is for packed"),
-    (["data.train.0.path=hf"], "is a folder; this objective reads labelled examples"),
+    (["data.train.0.path=hf"], "is a folder; this objective reads examples"),
     (["model.init=null", "model.spec=llama3.2-1b"], "tokenizer: missing"),
 ]  # fmt: skip
 

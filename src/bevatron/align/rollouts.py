@@ -20,7 +20,6 @@ from bevatron.align.sequences import labels_of
 from bevatron.data.permutation import derive
 from bevatron.generate.live_engine import LiveEngine
 from bevatron.generate.request import LARGEST_SEED, Request, Sampling
-from bevatron.parallel.companion import Companion
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.forward_pass import forward, log_probabilities_at, micro_batches
 from bevatron.train.trainer import Trainer
@@ -140,12 +139,12 @@ class Sequences(NamedTuple):
         return out
 
 
-def log_probabilities_of(
-    model: Trainer | Companion, trainer: Trainer, sequences: Sequences, temperature: float
+def trainer_log_probabilities(
+    trainer: Trainer, sequences: Sequences, temperature: float
 ) -> NDArray[np.float32]:
     """[n, T]: of the token after each one, where that is learned, else 0, under the trained model
-    as it is now, by the forward that training has (in its dtype and at its layout), or under a
-    companion that was placed to give them. Every data-parallel rank computes its part of the n."""
+    as it is now, by the forward that training has: in its dtype and at its layout. Every
+    data-parallel rank computes its part, so they divide n."""
     placed, layout = trainer.placed, trainer.layout
     n = len(sequences.tokens) // layout.dp
     mine = slice(placed.dp_rank * n, (placed.dp_rank + 1) * n)
@@ -156,21 +155,14 @@ def log_probabilities_of(
     if layout.cp > 1:
         tokens, batch = ContextParallel(trainer.mesh["cp"]).take(tokens, batch)
     places = batch.pop("at")[0]
-    found: Tensor | None = None
-    if isinstance(model, Companion):
-        found = model.run(tokens, batch, "it").get("it")
-        model.release()
-    else:
-        parts = micro_batches(tokens, batch, trainer.runner.micro_batch)
-        ends = [one.end for one in forward(placed, parts, log_probabilities_at(temperature))]
-        found = torch.cat(ends) if placed.is_last else None
+    parts = micro_batches(tokens, batch, trainer.runner.micro_batch)
+    ends = [one.end for one in forward(placed, parts, log_probabilities_at(temperature))]
     whole = torch.zeros(sequences.tokens.shape, device=trainer.device)
     if placed.reports:  # one rank for each token
-        assert found is not None
-        whole[mine, places] = found
+        whole[mine, places] = torch.cat(ends)
     dist.all_reduce(whole)
-    out: NDArray[np.float32] = whole.cpu().numpy()
-    return out
+    found: NDArray[np.float32] = whole.cpu().numpy()
+    return found
 
 
 def differences(

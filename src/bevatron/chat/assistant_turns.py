@@ -75,11 +75,11 @@ Text = tuple[Chat, Rendered, list[Span]]  # what was rendered, and where the ans
 
 
 def _marked(template: ChatTemplate, chat: Chat, answers: list[int], now: datetime) -> list[Text]:
-    rendered = template.evaluate(chat, False, now)
-    spans, begin = rendered.spans, 0
-    if answers[0] != next(i for i, m in enumerate(chat[0]) if m["role"] == "assistant"):
-        prompt = template.evaluate((chat[0][: answers[0]], *chat[1:]), True, now).text
-        begin = _common(prompt, rendered.text)
+    first = next(i for i, m in enumerate(chat[0]) if m["role"] == "assistant")
+    cuts = [(len(chat[0]), False)] + ([(answers[0], True)] if answers[0] > first else [])
+    rendered, *prompts = template.beginnings(chat, cuts, now)
+    spans = rendered.spans
+    begin = _common(prompts[0].text, rendered.text) if prompts else 0
     spans = [span for span in spans if span[0] >= begin and span[1] > span[0]]
     if len(spans) < len(answers):
         raise ChatError(
@@ -93,10 +93,10 @@ def _marked(template: ChatTemplate, chat: Chat, answers: list[int], now: datetim
 
 def _compared(template: ChatTemplate, chat: Chat, answers: list[int], now: datetime) -> list[Text]:
     texts: list[Text] = []
-    for i in reversed(answers):
-        upto = (chat[0][: i + 1], *chat[1:])
-        said = template.evaluate(upto, False, now)
-        prompt = template.evaluate((chat[0][:i], *chat[1:]), True, now).text
+    cuts = [cut for i in answers for cut in ((i, True), (i + 1, False))]
+    found = template.beginnings(chat, cuts, now)
+    for i, given, said in reversed([*zip(answers, found[::2], found[1::2], strict=True)]):
+        prompt, upto = given.text, (chat[0][: i + 1], *chat[1:])
         span = len(prompt), len(said.text)
         if not said.text.startswith(prompt) or span[0] == span[1]:
             at = _common(prompt, said.text)
@@ -142,7 +142,7 @@ def _told(
 ) -> Told:
     encoded = template.encoded(chat, rendered, now)
     ids, said = encoded.ids, encoded.overlapping(spans)
-    split = sum(any(a < begin < b for a, b in encoded.places) for begin, _ in spans)
+    split = sum(encoded.is_inside(begin) for begin, _ in spans)
     by_marks = template.marks_answers(chat[1])
     ended, at = 0, 0
     while at < len(ids):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -24,7 +24,13 @@ from bevatron.chat.chat_messages import (
     plain,
 )
 from bevatron.chat.encode_chat import EncodedChat, Encoder
-from bevatron.chat.template_process import Outline, Rendered, outline, render
+from bevatron.chat.template_process import (
+    Outline,
+    Rendered,
+    outline,
+    render,
+    render_beginnings,
+)
 
 FILE = "chat_template.jinja"
 LARGEST = 512 * 1024  # characters of a template; published ones have up to 20,000
@@ -302,14 +308,26 @@ class ChatTemplate:
         self, given: Chat, add_generation_prompt: bool = True, now: datetime | None = None
     ) -> Rendered:
         """The text of a `prepared` chat."""
-        chat, tools, documents, variables = given
-        named = {**self.tokens, **variables, "messages": chat, "tools": tools}
-        named |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
-        source = self._source(self._name(tools))
+        named = self._variables(given) | {"add_generation_prompt": add_generation_prompt}
         try:
-            return render(source, named, now or datetime.now())
+            return render(self._source(self._name(given[1])), named, now or datetime.now())
         except ChatError as error:
             raise ChatError(f"{self.where}: {error}") from error
+
+    def beginnings(
+        self, given: Chat, cuts: Sequence[tuple[int, bool]], now: datetime
+    ) -> list[Rendered]:
+        """The texts of beginnings of a `prepared` chat: see `render_beginnings`."""
+        source = self._source(self._name(given[1]))
+        try:
+            return render_beginnings(source, self._variables(given), cuts, now)
+        except ChatError as error:
+            raise ChatError(f"{self.where}: {error}") from error
+
+    def _variables(self, given: Chat) -> dict[str, Any]:
+        chat, tools, documents, variables = given
+        named = {**self.tokens, **variables, "messages": chat, "tools": tools}
+        return named | {"documents": documents}
 
     def _name(self, tools: Any) -> str:
         return "tool_use" if tools is not None and "tool_use" in self.sources else "default"

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bevatron.chat.answer_parts import THINK, THINK_END
 from bevatron.chat.chat_messages import REASONING, ChatError
 
@@ -47,25 +50,29 @@ class EncodedChat:
         return [next(left)[0] if id == self.break_id else id for id in self.encoding.ids]
 
     @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """Of each token the characters (from, to) of the text."""
-        made, shift, left = [], 0, iter(self.tokens)
-        for id, offsets in zip(self.encoding.ids, self.encoding.offsets, strict=True):
-            start = offsets[0] + shift
-            if id == self.break_id:
-                shift += next(left)[1] - len(BREAK)
-            made.append((start, offsets[1] + shift))
-        return made
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each token the first character of the text and the one after the last, [tokens]."""
+        found = np.array(self.encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        if not self.tokens:
+            return found[:, 0], found[:, 1]
+        breaks = np.array(self.encoding.ids) == self.break_id
+        longer = np.zeros(len(found), dtype=np.int64)
+        longer[breaks] = [length - len(BREAK) for _, length in self.tokens]
+        shift = np.cumsum(longer)
+        return found[:, 0] + shift - longer, found[:, 1] + shift
 
     def overlapping(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
-        """Which tokens have a character in one of the spans (from, to) of the text, which are in
-        order and apart."""
-        made, at = [], 0
-        for start, end in self.places:
-            while at < len(spans) and start >= spans[at][1]:
-                at += 1
-            made.append(at < len(spans) and end > spans[at][0])
-        return made
+        """Which tokens have a character in one of the spans (from, to) of the text."""
+        starts, ends = self.places
+        inside = np.zeros(len(starts), dtype=bool)
+        for begin, end in spans:
+            inside |= (ends > begin) & (starts < end)
+        return [bool(one) for one in inside]
+
+    def is_inside(self, character: int) -> bool:
+        """Whether a token has this character and the one before it."""
+        starts, ends = self.places
+        return bool(((starts < character) & (character < ends)).any())
 
 
 class Encoder:

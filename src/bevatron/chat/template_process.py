@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -65,6 +66,15 @@ def render(source: str, variables: dict[str, Any], now: datetime) -> Rendered:
     """
     answer = _ask(source, variables, now.isoformat())
     return Rendered(answer["text"], [(a, b) for a, b in answer["spans"]])
+
+
+def render_beginnings(
+    source: str, variables: dict[str, Any], cuts: Sequence[tuple[int, bool]], now: datetime
+) -> list[Rendered]:
+    """The same for beginnings of one conversation, in one go: of each how many messages, and
+    whether the next answer is asked for. Raises ChatError if one of them has no text."""
+    answers = _ask(source, variables, now.isoformat(), cuts)["answers"]
+    return [Rendered(a["text"], [(x, y) for x, y in a["spans"]]) for a in answers]
 
 
 class _Gone(Exception):
@@ -165,18 +175,24 @@ _lock = threading.Lock()
 _worker: _Worker | None = None
 
 
-def _ask(source: str, variables: dict[str, Any] | None, now: str = "") -> dict[str, Any]:
+def _ask(
+    source: str,
+    variables: dict[str, Any] | None,
+    now: str = "",
+    cuts: Sequence[tuple[int, bool]] | None = None,
+) -> dict[str, Any]:
     global _worker  # noqa: PLW0603 (one per process)
     limits = {"seconds": SECONDS, "memory": MEMORY, "memory_per_byte": MEMORY_PER_BYTE}
     limits |= {"characters": CHARACTERS, "characters_per_byte": CHARACTERS_PER_BYTE}
-    given = {"source": source, "variables": variables, "now": now, "limits": limits}
+    given = {"source": source, "variables": variables, "cuts": cuts, "now": now, "limits": limits}
     try:
         request = json.dumps(given).encode()
     except ValueError as error:  # a number with more digits than Python prints
         why = shortened(str(error))
         raise ChatError(f"the chat template cannot be given this: {why}") from error
     # 12: bytes of a character outside of the 16-bit plane, as JSON escapes it
-    most = 12 * (CHARACTERS + CHARACTERS_PER_BYTE * len(request)) + (1 << 20)
+    each = 12 * (CHARACTERS + CHARACTERS_PER_BYTE * len(request)) + (1 << 20)
+    most = each * (1 if cuts is None else max(1, len(cuts)))
     with _lock:
         if _worker is None or _worker.process.poll() is not None:
             _stop()

@@ -61,10 +61,12 @@ def main() -> None:
         limits = request["limits"]
         _limit_memory(sizes, limits["memory"] + limits["memory_per_byte"] * len(data))
         signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
-        page = Page(
-            limits["characters"] + limits["characters_per_byte"] * len(data), request["now"]
-        )
-        answer = _answer(request["source"], request["variables"], page)
+        most = limits["characters"] + limits["characters_per_byte"] * len(data)
+        source, variables = request["source"], request["variables"]
+        if request["cuts"] is None:
+            answer = _answer(source, variables, Page(most, request["now"]))
+        else:
+            answer = _cut_answers(source, variables, request["cuts"], most, request["now"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         _limit_memory(None)
         _send(answer)
@@ -91,6 +93,21 @@ def _answer(source: str, variables: dict[str, Any] | None, page: Page) -> dict[s
     except Exception as error:
         said = f"fails: {str(error) or type(error).__name__}"
     return {"error": said[:1000]}
+
+
+def _cut_answers(
+    source: str, variables: dict[str, Any], cuts: list[list[int]], most: int, now: str
+) -> dict[str, Any]:
+    """What a template gives for beginnings of a conversation: (messages, whether the next answer is
+    asked for). Or what is wrong with the first that has no text."""
+    answers = []
+    for messages, asked in cuts:
+        begun = {"messages": variables["messages"][:messages], "add_generation_prompt": bool(asked)}
+        answer = _answer(source, variables | begun, Page(most, now))
+        if "error" in answer:
+            return answer
+        answers.append(answer)
+    return {"answers": answers}
 
 
 class Refused(Exception):

@@ -192,15 +192,15 @@ def in_rounds(count: int, pp: int) -> bool:
     return count % max(1, count // pp) == 0
 
 
-def check_documents(spec: ModelSpec, seq_len: int) -> None:
-    """Raise LayoutError if documents packed into sequences of `seq_len` would not be computed as
-    they are apart."""
+def check_documents(spec: ModelSpec, seq_len: int, key: str = "data.document_mask") -> None:
+    """Raise LayoutError if documents packed into sequences of `seq_len`, as `key` says, would not
+    be computed as they are apart."""
     rope, context = spec.rope, spec.rope.original_max_position_embeddings or 0
     if rope.kind == "dynamic" and seq_len > context:
         raise LayoutError(
-            f"data.document_mask: the rope of this model is dynamic, so beyond {context} tokens a "
+            f"{key}: the rope of this model is dynamic, so beyond {context} tokens a "
             f"document's rotation depends on its length, and documents of one sequence (seq_len="
-            f"{seq_len}) share a rotation; use data.seq_len: {context} or no document mask"
+            f"{seq_len}) share a rotation; use data.seq_len: {context}, or drop {key}"
         )
 
 

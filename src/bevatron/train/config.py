@@ -65,7 +65,10 @@ class SourceConfig(Section):
     """A token store, or a file of labelled examples, and its share of the mixture."""
 
     path: str
-    """A token store of `bevatron tokenize`; for labelled objectives a .jsonl file."""
+    """A token store of `bevatron tokenize`; for objectives on examples a file of them (.jsonl,
+    .parquet, .arrow), a folder that `datasets` saved, or a dataset on the Hub."""
+    split: str | None = None
+    """Of a dataset of several splits, the one that is meant; if absent, train."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples, relative to the others'."""
     parameters: dict[str, Any] = Field({})

@@ -31,16 +31,15 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "pretrain": "bevatron.train.config_objective:PretrainKind",
     "distill": "bevatron.compress.distill_kind:DistillKind",
-    "on_policy_distill": "bevatron.align.on_policy_distill_kind:OnPolicyDistillKind",
     "sequence_classification": "bevatron.train.head_kinds:SequenceClassificationKind",
     "token_classification": "bevatron.train.head_kinds:TokenClassificationKind",
     "question_answering": "bevatron.train.head_kinds:QuestionAnsweringKind",
+    "sft": "bevatron.align.sft_kind:SftKind",
     "dpo": "bevatron.align.preference_kinds:DpoKind",
     "ipo": "bevatron.align.preference_kinds:IpoKind",
     "hinge": "bevatron.align.preference_kinds:HingeKind",
     "simpo": "bevatron.align.preference_kinds:SimpoKind",
     "rpo": "bevatron.align.preference_kinds:RpoKind",
-    "online_rpo": "bevatron.align.preference_kinds:OnlineRpoKind",
     "grpo": "bevatron.align.rollout_kind:PolicyKind",
     "reward": "bevatron.align.reward_kind:RewardKind",
 }

@@ -34,7 +34,7 @@ class Examples:
                     "comes once an epoch, so weights mean nothing; drop them"
                 )
         self.labelled = labelled
-        self.rows = Rows([source.path for source in sources], labelled.check)
+        self.rows = read_rows(sources, labelled)
         self.windows = self._count() if labelled.windows else None  # [examples, (row, window)]
 
     def __len__(self) -> int:
@@ -74,6 +74,12 @@ class Examples:
                 raise BevatronError(f"{self.rows.where(i)}: {error}") from None
 
 
+def read_rows(sources: Sequence[SourceConfig], labelled: Labelled) -> Rows:
+    """All rows, each of which is checked. Raises BevatronError naming the first that is wrong."""
+    paths, splits = [s.path for s in sources], [s.split for s in sources]
+    return Rows(paths, labelled.check, splits)
+
+
 class LabelledFeed(Feed):
     """Labelled examples. Training goes through all of them in another order every epoch; validation
     goes through them once, in order, and then has blank ones.
@@ -96,11 +102,11 @@ class LabelledFeed(Feed):
             global_batch=global_batch, dp_rank=dp_rank, dp=dp, device=device, batches=batches
         )
         self.seed, self.vocab_size = seed, start.spec.vocab_size
-        self._hashes = {s.path: hash_of_rows(s.path) for s in config.data.train}
+        self._hashes = {s.path: self.hash_of(s.path) for s in config.data.train}
         labelled = _labelled(config, start)
-        self.training = Examples(config.data.train, labelled)
+        self.training = self.examples(config.data.train, labelled)
         validation = config.data.validation
-        self.validation = Examples(validation, labelled) if validation else None
+        self.validation = self.examples(validation, labelled) if validation else None
 
     @classmethod
     def open(
@@ -122,7 +128,12 @@ class LabelledFeed(Feed):
     def rows_of(cls, config: RunConfig, start: Start) -> tuple[Rows, Labelled]:
         """All rows, those of the training first, and how they become arrays."""
         sources, labelled = [*config.data.train, *config.data.validation], _labelled(config, start)
-        return Rows([source.path for source in sources], labelled.check), labelled
+        return read_rows(sources, labelled), labelled
+
+    @staticmethod
+    def examples(sources: Sequence[SourceConfig], labelled: Labelled) -> Examples:
+        """What is read of sources."""
+        return Examples(sources, labelled)
 
     @staticmethod
     def hash_of(path: str) -> str:
@@ -166,6 +177,11 @@ class LabelledFeed(Feed):
 
 def _labelled(config: RunConfig, start: Start) -> Labelled:
     """How the objective's rows become arrays, for the head of the model that starts."""
+    if config.data.stages:
+        raise BevatronError(
+            f"data.stages are mixtures of token stores for pretraining; objective.name "
+            f"{config.objective.name} takes every example once an epoch, so drop them"
+        )
     if config.data.document_mask:
         raise BevatronError(
             f"data.document_mask is for packed pretraining data; objective.name "

@@ -348,9 +348,9 @@ def _same_data(old: RunConfig, new: RunConfig, hash_of: Callable[[str], str]) ->
     def told(config: RunConfig) -> dict[str, Any]:
         numbers: dict[str, int] = {}  # a store that is named again goes on where it was
 
-        def mixture(sources: Iterable[SourceConfig]) -> list[tuple[int, str, float]]:
+        def mixture(sources: Iterable[SourceConfig]) -> list[tuple[int, str, str | None, float]]:
             return [
-                (numbers.setdefault(s.path, len(numbers)), hash_of(s.path), s.weight)
+                (numbers.setdefault(s.path, len(numbers)), hash_of(s.path), s.split, s.weight)
                 for s in sources
             ]
 

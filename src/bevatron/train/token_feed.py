@@ -158,6 +158,10 @@ def open_stores(data: DataConfig, spec: ModelSpec, tokenizer: Path | None) -> di
     """All stores of a configuration by path, checked against the model and its tokenizer."""
     stores: dict[str, TokenStore] = {}
     for source in data.sources():
+        if source.split is not None:
+            raise StoreError(
+                f"{source.path}: a token store has no splits; drop its split: {source.split}"
+            )
         if source.path not in stores:
             store = stores[source.path] = TokenStore.open(Path(source.path))
             store.check_vocab(spec.vocab_size)
