@@ -42,6 +42,7 @@ from tests.train.tiny_run import SPEC, metrics, prepare
 MUON, DISTILL = "optimizer.name=muon", "objective={name: distill, teacher: a}"
 LABELLED = "objective={name: token_classification, labels: [a]}"
 REINFORCED = "objective={name: grpo, rewards: [{name: exact_match}]}"
+CURRICULUM = "objective.problems={curriculum: {}}"
 VALIDATED = "data.validation=[{path: held-out}]"
 # Key -> another value of it, and what both configurations have besides.
 OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -89,6 +90,18 @@ OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "objective.attributes": ("[b]", ("objective={name: reward, attributes: [a]}",)),
     "objective.margin": ("b", ("objective.name=reward",)),
     "objective.center_rewards_coefficient": ("0.1", ("objective.name=reward",)),
+    "objective.use_bias_correction_kl": ("false", (REINFORCED,)),
+    "objective.problems.column": ("b", (REINFORCED, "objective.problems={}")),
+    "objective.problems.template": ("b", (REINFORCED, "objective.problems={}")),
+    "objective.problems.system": ("b", (REINFORCED, "objective.problems={}")),
+    "objective.problems.chat": ("true", (REINFORCED, "objective.problems={}")),
+    "objective.problems.curriculum.column": ("b", (REINFORCED, CURRICULUM)),
+    "objective.problems.curriculum.drop_from": ("0.8", (REINFORCED, CURRICULUM)),
+    "objective.problems.curriculum.drop_below": ("0.1", (REINFORCED, CURRICULUM)),
+    "objective.problems.curriculum.start": ("0.5", (REINFORCED, CURRICULUM)),
+    "objective.problems.curriculum.end": ("0.2", (REINFORCED, CURRICULUM)),
+    "objective.problems.curriculum.width": ("0.1", (REINFORCED, CURRICULUM)),
+    "objective.problems.curriculum.steps": ("4", (REINFORCED, CURRICULUM)),
     "objective.rewards": ("[{name: math_verify}]", (REINFORCED,)),
     "objective.num_generations": ("4", (REINFORCED,)),
     "objective.num_generations_eval": ("4", (REINFORCED,)),

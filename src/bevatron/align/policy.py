@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from bevatron.align.policy_losses import RULES, Clip, mean_count, mean_sum, policy_terms
+from bevatron.align.reference import NAME as REFERENCE
+from bevatron.align.reference import open_reference
 from bevatron.align.rollout_kind import PolicyKind
 from bevatron.align.sequences import labels_of
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
 from bevatron.nn.vocabulary_loss import IGNORE, log_probabilities_and_entropies
 from bevatron.parallel.companion import Companion
+from bevatron.parallel.forward_pass import log_probabilities_at
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import BLANK, NONE, Samples, Stored, Taps, Vector, mean_over
@@ -50,13 +53,17 @@ class Policy:
     def __init__(self, kind: PolicyKind, companions: Mapping[str, Companion] = NONE) -> None:
         self.kind, self.rule, self.companions = kind, RULES[kind.loss], companions
         high = kind.epsilon if kind.epsilon_high is None else kind.epsilon_high
+        self.in_reward = kind.loss == "rloo"  # where the KL counts
         self.clip = Clip(kind.epsilon, high, kind.delta)
         self.tries = tries(kind.num_generations_eval)
         self.entries = len(TERMS) + len(TRIED) + len(self.tries)
 
     @classmethod
     def of(cls, kind: PolicyKind, spec: ModelSpec, config: RunConfig) -> Policy:
-        return cls(kind)
+        if not kind.beta:
+            return cls(kind)
+        asked = log_probabilities_at(kind.temperature)
+        return cls(kind, {REFERENCE: open_reference(kind, spec, config, asked)})
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = samples["tokens"]
@@ -107,6 +114,9 @@ class Policy:
                 lengths,
                 clip=self.clip,
                 importance=batch["importance"],
+                reference=batch.get(REFERENCE),
+                beta=0.0 if self.in_reward else self.kind.beta,
+                unbiased_kl=self.kind.use_bias_correction_kl,
                 total=context.sum,
             )
             own = [mean_sum(self.rule, terms.losses, mask, lengths)]

@@ -7,10 +7,12 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from bevatron.align.reference_kind import ReferenceKind
+from bevatron.align.rollout_kind import RolloutKind
 from bevatron.data.labelled_examples import Labelled
 from bevatron.data.tokenizer import OpenTokenizer
 from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
+from bevatron.train.config_objective import Kind
 from bevatron.train.head_kinds import ExamplesKind
 
 
@@ -110,9 +112,10 @@ class SimpoKind(PreferenceKind):
     """SimPO's reward is the mean over an answer's tokens."""
 
 
-class RpoKind(ReferencedKind):
+class RpoSettings(Kind):
+    """RPO's loss, wherever its answers come from."""
+
     minimises = "bevatron.align.preference_objectives:Rpo"
-    takes_rewards = True
 
     loss: Literal["rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq", "rpo_sqloo"] = "rpo_bwd_kl"
     """How implicit rewards are drawn to the given ones: rpo_bwd_kl is KL(given || implicit), as
@@ -122,10 +125,19 @@ class RpoKind(ReferencedKind):
     """What log-ratios are multiplied by to be implicit rewards (ref_policy_kl_penalty)."""
     eta: float = Field(1.0, gt=0)
     """What given rewards are multiplied by (gt_reward_scale)."""
-    responses: int = Field(2, ge=2)
-    """Answers to a prompt: of more than 2, rows have `responses` and `rewards`."""
+    preference_avg_log_probs: bool = False
+    """Average the log-probabilities of an answer over its tokens, rather than add them up."""
     preference_loss_weight: float = Field(1.0, gt=0)
     """Weight of the loss on preferences beside that of `sft_loss_weight`."""
+    sft_loss_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the best answers' tokens."""
+
+
+class RpoKind(RpoSettings, ReferencedKind):
+    takes_rewards = True
+
+    responses: int = Field(2, ge=2)
+    """Answers to a prompt: of more than 2, rows have `responses` and `rewards`."""
     default_chosen_reward: float | None = None
     """Of the chosen answer of a row without chosen_reward."""
     default_rejected_reward: float | None = None
@@ -147,3 +159,40 @@ class RpoKind(ReferencedKind):
     @property
     def default_rewards(self) -> tuple[float | None, float | None]:
         return self.default_chosen_reward, self.default_rejected_reward
+
+
+class OnlineRpoKind(RpoSettings, ReferenceKind, RolloutKind):
+    """RPO of the model's own answers: a sample is a prompt, with all of its answers."""
+
+    reads = "bevatron.align.online_feed:OnlineFeed"
+
+    name: str = "online_rpo"
+    num_generations: int = Field(4, ge=2)
+    """Answers to each prompt, which are compared with each other."""
+
+    @model_validator(mode="after")
+    def _of_so_many(self) -> Self:
+        if self.loss == "rpo_sq" and self.num_generations > 2:
+            raise ValueError(
+                f"loss rpo_sq compares two answers, and num_generations is {self.num_generations}; "
+                "use rpo_sqloo, which is the same of two"
+            )
+        for name in MEANINGLESS:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} means nothing to online_rpo, whose loss is no expectation over "
+                    "answers; drop it"
+                )
+        return self
+
+    @property
+    def sequences(self) -> int:
+        return self.num_generations
+
+
+# Keys of rollouts that weigh the tokens of a policy's loss.
+MEANINGLESS = (
+    "importance_sampling_correction",
+    "importance_sampling_mode",
+    "importance_sampling_clip_max",
+)

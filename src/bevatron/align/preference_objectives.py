@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bevatron.align.preference_kinds import (
     DpoKind,
+    OnlineRpoKind,
     PreferenceKind,
     ReferencedKind,
     RpoKind,
@@ -23,6 +24,7 @@ from bevatron.align.preference_kinds import (
 )
 from bevatron.align.preference_losses import RPO_FORMS, hinge, ipo, robust, sigmoid, simpo
 from bevatron.align.reference import Precomputed, open_reference
+from bevatron.align.reference_kind import ReferenceKind
 from bevatron.align.sequences import labels_of
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
@@ -86,7 +88,9 @@ class Preference:
     taps: Taps | None = None
 
     def __init__(
-        self, kind: PreferenceKind, reference: Companion | Precomputed | None = None
+        self,
+        kind: PreferenceKind | OnlineRpoKind,
+        reference: Companion | Precomputed | None = None,
     ) -> None:
         self.name, self.rows = kind.name, kind.sequences
         self.average, self.sft = kind.preference_avg_log_probs, kind.sft_loss_weight
@@ -108,8 +112,9 @@ class Preference:
     @classmethod
     def of(cls, kind: Any, spec: ModelSpec, config: RunConfig) -> Self:
         reference: Companion | Precomputed | None = None
-        if isinstance(kind, ReferencedKind):
-            once, at_end = kind.precompute_reference, sequence_log_probabilities
+        if isinstance(kind, ReferenceKind):
+            once = isinstance(kind, ReferencedKind) and kind.precompute_reference
+            at_end = sequence_log_probabilities
             companion = open_reference(kind, spec, config, at_end, alone=once)
             reference = Precomputed.of(companion, config) if once else companion
         return cls(kind, reference)
@@ -252,12 +257,14 @@ class Simpo(Preference):
 
 
 class Rpo(Preference):
-    """RPO, of two answers or of K. Reports the gap of the given rewards, times eta, as
-    `rewards/given_margins`, to which `rewards/margins` is drawn."""
+    """RPO, of two answers or of K, given or the model's own. Reports the gap of the given rewards,
+    times eta, as `rewards/given_margins`, to which `rewards/margins` is drawn."""
 
     further = ("rewards/given_margins",)
 
-    def __init__(self, kind: RpoKind, reference: Companion | Precomputed | None = None) -> None:
+    def __init__(
+        self, kind: RpoKind | OnlineRpoKind, reference: Companion | Precomputed | None = None
+    ) -> None:
         super().__init__(kind, reference)
         self.form, self.eta, self.weight = (
             RPO_FORMS[kind.loss],

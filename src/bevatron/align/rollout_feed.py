@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from bevatron.align.policy import tries
 from bevatron.align.policy_losses import RULES, advantages, group_std, importance_weights
 from bevatron.align.problems import Problem, Problems
+from bevatron.align.reference import NAME as REFERENCE
 from bevatron.align.rewards import Answer, Rewards, weighted
 from bevatron.align.rollout_files import write_rollouts
 from bevatron.align.rollout_kind import PolicyKind, RolloutKind
@@ -34,9 +35,9 @@ from bevatron.align.rollouts import (
     Rollout,
     Sequences,
     differences,
+    log_probabilities_of,
     sampled,
     single_turn,
-    trainer_log_probabilities,
 )
 from bevatron.bridge.open_weights import Opened
 from bevatron.chat.answer_parts import marker_tokens
@@ -146,7 +147,7 @@ class RolloutFeed(Feed):
         lines = [
             f"rollouts: {prompts:,} prompts x {kind.num_generations} answers of at most "
             f"{kind.max_completion_length:,} tokens, for {kind.updates:,} "
-            f"update{'s' * (kind.updates > 1)}; rewards: {rewards}"
+            f"update{'s' * (kind.updates > 1)}" + (f"; rewards: {rewards}" if rewards else "")
         ]
         cut = [
             f"{k} {v:g}"
@@ -230,7 +231,7 @@ class RolloutFeed(Feed):
         groups = self._informative(timer)
         rollouts = [one for group in groups for one in group.rollouts]
         sequences = Sequences.of(rollouts, self.config.data.seq_len)
-        old = trainer_log_probabilities(self.trainer, sequences, self.kind.temperature)
+        old = log_probabilities_of(self.trainer, self.trainer, sequences, self.kind.temperature)
         timer.lap("logps")
         apart, mine, theirs = differences(old, sequences)
         self._check(step, apart)
@@ -238,10 +239,12 @@ class RolloutFeed(Feed):
         total = torch.from_numpy(self._weighted(scores))
         reported = self._statistics(rollouts, scores, total) | apart
         kind, rule = self.kind, RULES["grpo"]
-        scale = None
+        scale, worth = None, total
         if isinstance(kind, PolicyKind):
             rule, scale = RULES[kind.loss], kind.scale_rewards
-        found = advantages(total, kind.num_generations, rule, scale)
+            if kind.loss == "rloo" and kind.beta:
+                worth = total - kind.beta * self._log_ratios(old, sequences)
+        found = advantages(worth, kind.num_generations, rule, scale)
         learned = sequences.learned
         if kind.mask_truncated_completions:
             learned = learned & np.array([one.finished for one in rollouts])[:, None]
@@ -267,6 +270,7 @@ class RolloutFeed(Feed):
             "advantages": found.float().numpy(),
             "old": old,
             "importance": weights.float().numpy(),
+            "rewards": total.float().numpy(),
         }
 
     def _informative(self, timer: Timer) -> list[Group]:
@@ -374,6 +378,14 @@ class RolloutFeed(Feed):
         assert scores is not None
         return scores
 
+    def _log_ratios(self, old: NDArray[np.float32], sequences: Sequences) -> torch.Tensor:
+        """log p - log p_reference [n] of the answers, under the policy that gave them."""
+        reference = self.trainer.objective.companions[REFERENCE]
+        theirs = log_probabilities_of(
+            reference, self.trainer, sequences, self.kind.temperature
+        ).astype(np.float64)
+        return torch.from_numpy((old - theirs).sum(1))
+
     def _check(self, step: int, apart: Mapping[str, float]) -> None:
         """Raise if the engine and the trainer do not compute the same model."""
         most, mean = self.kind.max_logp_difference, apart["sampling/sampling_logp_difference/mean"]
@@ -458,7 +470,8 @@ class RolloutFeed(Feed):
 
     @property
     def _groups(self) -> int:
-        return self.kind.steps_per_generation * self.global_batch // self.kind.num_generations
+        answers = self.kind.steps_per_generation * self.global_batch * self.kind.sequences
+        return answers // self.kind.num_generations
 
     def _rounds(self, steps: int) -> int:
         return -(-steps // self.kind.updates)
@@ -514,7 +527,7 @@ def _kind(config: RunConfig) -> RolloutKind:
     """The objective's settings, checked against the batch."""
     kind = config.objective
     assert isinstance(kind, RolloutKind)
-    size = kind.steps_per_generation * config.train.global_batch
+    size = kind.steps_per_generation * config.train.global_batch * kind.sequences
     if size % kind.num_generations:
         raise BevatronError(
             f"objective.num_generations: {kind.num_generations} does not divide the {size} answers "

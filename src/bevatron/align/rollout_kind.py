@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from bevatron.align.problem_config import ProblemsConfig
+from bevatron.align.reference_kind import ReferenceKind
 from bevatron.align.reward_config import OneReward
 from bevatron.train.config_objective import Kind, Section
 
@@ -28,6 +29,9 @@ class EngineConfig(Section):
 
 class RolloutKind(Kind):
     """What prompts are, and how they are answered."""
+
+    # Whether there must be rewards:
+    scored: ClassVar[bool] = True
 
     name: str
     problems: ProblemsConfig | None = None
@@ -81,7 +85,7 @@ class RolloutKind(Kind):
 
     @model_validator(mode="after")
     def _groups(self) -> RolloutKind:
-        if not self.rewards:
+        if self.scored and not self.rewards:
             raise ValueError("rewards is empty; name what scores an answer: [{name: exact_match}]")
         if self.num_generations == 1 and self.dynamic_sampling:
             raise ValueError("dynamic_sampling needs num_generations of at least 2")
@@ -98,12 +102,11 @@ class RolloutKind(Kind):
         return self.steps_per_generation * self.num_iterations
 
 
-class PolicyKind(RolloutKind):
+class PolicyKind(ReferenceKind, RolloutKind):
     """Reinforcement learning with verifiable rewards."""
 
     reads: ClassVar[str] = "bevatron.align.rollout_feed:RolloutFeed"
     minimises: ClassVar[str] = "bevatron.align.policy:Policy"
-    paths: ClassVar[tuple[str, ...]] = ()
 
     name: str = "grpo"
     loss: Literal["grpo", "dapo", "bnpo", "dr_grpo", "rloo", "cispo", "gspo", "reinforce"] = "dapo"
@@ -113,6 +116,11 @@ class PolicyKind(RolloutKind):
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """By whose standard deviation advantages are divided; if absent, the group's, and with dr_grpo,
     rloo and reinforce none."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL to the reference: of k3 in the loss of each token, with rloo of the whole
+    answer's log-ratio in its reward, as in its paper. 0: there is no reference."""
+    use_bias_correction_kl: bool = True
+    """Multiply k3 by the ratio, so that its gradient is that of the KL (DeepSeek-V3.2)."""
     epsilon: float = Field(0.2, ge=0)
     """Ratios below 1 - epsilon are clipped."""
     epsilon_high: float | None = Field(None, ge=0)
@@ -129,6 +137,13 @@ class PolicyKind(RolloutKind):
                 f"num_generations is 1, but an advantage of {self.loss} is a difference to other "
                 "answers to the same prompt; set it to at least 2"
             )
+        if self.loss == "reinforce" and self.beta:
+            raise ValueError(
+                "loss reinforce has no term for a KL, so beta means nothing to it; set beta to 0, "
+                "or take another loss"
+            )
+        if (self.reference or self.reference_like) and not self.beta:
+            raise ValueError("reference is named, but beta is 0, so nothing is compared with it")
         if self.loss == "reinforce" and self.updates > 1:
             raise ValueError(
                 "loss reinforce has no ratios, so it uses each answer once, for the update that "

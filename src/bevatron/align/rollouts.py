@@ -20,6 +20,7 @@ from bevatron.align.sequences import labels_of
 from bevatron.data.permutation import derive
 from bevatron.generate.live_engine import LiveEngine
 from bevatron.generate.request import LARGEST_SEED, Request, Sampling
+from bevatron.parallel.companion import Companion
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.forward_pass import forward, log_probabilities_at, micro_batches
 from bevatron.train.trainer import Trainer
@@ -139,12 +140,12 @@ class Sequences(NamedTuple):
         return out
 
 
-def trainer_log_probabilities(
-    trainer: Trainer, sequences: Sequences, temperature: float
+def log_probabilities_of(
+    model: Trainer | Companion, trainer: Trainer, sequences: Sequences, temperature: float
 ) -> NDArray[np.float32]:
     """[n, T]: of the token after each one, where that is learned, else 0, under the trained model
-    as it is now, by the forward that training has: in its dtype and at its layout. Every
-    data-parallel rank computes its part, so they divide n."""
+    as it is now, by the forward that training has (in its dtype and at its layout), or under a
+    companion that was placed to give them. Every data-parallel rank computes its part of the n."""
     placed, layout = trainer.placed, trainer.layout
     n = len(sequences.tokens) // layout.dp
     mine = slice(placed.dp_rank * n, (placed.dp_rank + 1) * n)
@@ -155,14 +156,21 @@ def trainer_log_probabilities(
     if layout.cp > 1:
         tokens, batch = ContextParallel(trainer.mesh["cp"]).take(tokens, batch)
     places = batch.pop("at")[0]
-    parts = micro_batches(tokens, batch, trainer.runner.micro_batch)
-    ends = [one.end for one in forward(placed, parts, log_probabilities_at(temperature))]
+    found: Tensor | None = None
+    if isinstance(model, Companion):
+        found = model.run(tokens, batch, "it").get("it")
+        model.release()
+    else:
+        parts = micro_batches(tokens, batch, trainer.runner.micro_batch)
+        ends = [one.end for one in forward(placed, parts, log_probabilities_at(temperature))]
+        found = torch.cat(ends) if placed.is_last else None
     whole = torch.zeros(sequences.tokens.shape, device=trainer.device)
     if placed.reports:  # one rank for each token
-        whole[mine, places] = torch.cat(ends)
+        assert found is not None
+        whole[mine, places] = found
     dist.all_reduce(whole)
-    found: NDArray[np.float32] = whole.cpu().numpy()
-    return found
+    out: NDArray[np.float32] = whole.cpu().numpy()
+    return out
 
 
 def differences(

@@ -80,9 +80,9 @@ class Model:
         """The logits and scores of a step, on rank 0. All ranks call it together.
 
         Raises NoRoom, on all ranks, if the cache cannot be as large as the step needs it; what it
-        held is held, and the swaps are made."""
-        for a, b, length in step.swaps:
-            self.cache.swap(a, b, length)
+        held is held, and the moves are made."""
+        for move in step.moves:
+            (self.cache.copy if move.copy else self.cache.swap)(*move[:3])
         if (step.rows, step.capacity) != self.sizes:
             self._resize(step)
         place = self._place(step)

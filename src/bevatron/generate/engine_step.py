@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,20 +30,30 @@ class Segment:
     top: int = 0
 
 
+class Move(NamedTuple):
+    """The first `length` positions of two rows of the cache change places, or (`copy`) those of the
+    first one are copied to the second."""
+
+    source: int
+    target: int
+    length: int
+    copy: bool
+
+
 @dataclass(frozen=True)
 class Step:
     """The next forward.
 
     Attributes:
         rows, capacity: that the cache must have.
-        swaps: pairs of rows of the cache that change places first, and how many positions do.
+        moves: of rows of the cache, which come first, in their order.
         tokens: the newest token of the sequences in rows 0, 1, ... ; `positions`: theirs.
         prefill: what is computed of prompts beside them.
     """
 
     rows: int
     capacity: int
-    swaps: list[tuple[int, int, int]]
+    moves: list[Move]
     tokens: list[int]
     positions: list[int]
     prefill: list[Segment]
@@ -71,6 +81,7 @@ class Step:
     @staticmethod
     def from_bytes(data: bytes) -> Step:
         fields: dict[str, Any] = json.loads(data)
+        fields["moves"] = [Move(*move) for move in fields["moves"]]
         fields["prefill"] = [Segment(**segment) for segment in fields["prefill"]]
         return Step(**fields)
 

@@ -58,6 +58,11 @@ class SlotCache:
                 one.copy_(other)
                 other.copy_(kept)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a row to another one."""
+        for kv in self.layers.values():
+            kv[target, :, :, :length] = kv[source, :, :, :length]
+
     @property
     def bytes_per_position(self) -> int:
         """Of one sequence, in all layers."""

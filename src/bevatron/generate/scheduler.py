@@ -2,9 +2,11 @@
 
 Decoding sequences have the first rows of the cache, so that a step works on views of the cache. A
 prompt is computed in chunks beside them, in small chunks while answers are decoded, and then joins
-them. A request is admitted if the cache has room for its tokens and RESERVE more. If the cache runs
-full nevertheless, the latest requests are put off: they give back their rows, wait at the front of
-the queue, and later compute their tokens again.
+them. Of several requests with the same prompt, as reinforcement learning has them, one computes it;
+the others wait for it, copy its rows, and decode the prompt's last token as if it were new. A
+request is admitted if the cache has room for its tokens and RESERVE more. If the cache runs full
+nevertheless, the latest requests are put off: they give back their rows, wait at the front of the
+queue, and later compute their tokens again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from bevatron.generate.answer_stream import Stream
 from bevatron.generate.detokenize import TextStream, Vocabulary
-from bevatron.generate.engine_step import Output, Scores, Segment, Step
+from bevatron.generate.engine_step import Move, Output, Scores, Segment, Step
 from bevatron.generate.kv_cache import CAPACITY
 from bevatron.generate.request import NoRoom, Piece, Request, TokenLogprob
 from bevatron.generate.sampling import Chooser, choose
@@ -60,6 +62,18 @@ class Sequence:
         return min(most, len(self.tokens) + RESERVE - 1)
 
     @property
+    def answers(self) -> bool:
+        """Whether tokens are sampled after its prompt."""
+        return self.text is not None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of it is computed, and its prompt may be another one's as well."""
+        prompt = len(self.request.prompt)
+        whole = self.computed == 0 and len(self.tokens) == prompt > 1
+        return whole and self.answers and not self.scores
+
+    @property
     def scores(self) -> bool:
         """Whether its prompt's tokens are still to be scored."""
         unanswered = len(self.tokens) == len(self.request.prompt)
@@ -83,7 +97,7 @@ class Scheduler:
         self.decoding: list[Sequence] = []  # by row
         self.rows: list[Sequence | None] = []
         self.size, self.capacity = 0, 0  # of the cache: rows and positions
-        self.swaps: list[tuple[int, int, int]] = []
+        self.moves: list[Move] = []
         self.finished = self.prompt_tokens = self.new_tokens = self.arrivals = 0
         self.before = (0, 0)  # size and capacity before the last step
 
@@ -125,11 +139,11 @@ class Scheduler:
         needed += [s.start + len(s.tokens) for s in segments]
         self.before = (self.size, self.capacity)
         self._grow(max(needed))
-        swaps, self.swaps = self.swaps, []
+        moves, self.moves = self.moves, []
         return Step(
             self.size,
             self.capacity,
-            swaps,
+            moves,
             [s.tokens[-1] for s in self.decoding],
             [s.computed for s in self.decoding],
             segments,
@@ -137,13 +151,19 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Begin requests in their order, as long as rows times the longest one fit."""
-        while self.waiting and len(self.running) < self.max_batch:
+        if not self.waiting:
+            return
+        running, row = len(self.running), 0
+        longest = max((s.longest for s in self.running), default=0)
+        while self.waiting and running < self.max_batch:
             sequence = self.waiting[0]
-            row = next((i for i, held in enumerate(self.rows) if held is None), len(self.rows))
-            longest = max(s.longest for s in [*self.running, sequence])
-            if self.running and max(row + 1, len(self.rows)) * longest > self.max_tokens:
+            while row < len(self.rows) and self.rows[row] is not None:
+                row += 1
+            longest = max(longest, sequence.longest)
+            if running and max(row + 1, len(self.rows)) * longest > self.max_tokens:
                 return
             self.waiting.popleft()
+            running += 1
             if row == len(self.rows):
                 self.rows.append(None)
             self.rows[row], sequence.row = sequence, row
@@ -206,8 +226,12 @@ class Scheduler:
 
     def _segments(self) -> list[Segment]:
         left = BESIDE if self.decoding else CHUNK
-        out = []
+        out, held = [], self._held_prompts()
         for s in self.prefilling:
+            if s.fresh:
+                if s.request.prompt in held:
+                    continue  # it is copied when it is there
+                held.add(s.request.prompt)
             start, end = s.computed, min(s.goal, s.computed + left)
             if start == end:
                 break
@@ -224,6 +248,28 @@ class Scheduler:
             )
             left -= end - start
         return out
+
+    def _held_prompts(self) -> set[tuple[int, ...]]:
+        """Those that the cache holds, or will hold when they are computed."""
+        if not any(s.fresh for s in self.prefilling):
+            return set()
+        return {s.request.prompt for s in self.running if s.answers and not s.fresh}
+
+    def _share(self) -> None:
+        """Let those that wait for a prompt which another one has computed join those that decode,
+        as if all but the last of its tokens were their own."""
+        if not any(s.fresh for s in self.prefilling):
+            return
+        holders = {
+            s.request.prompt: s
+            for s in self.running
+            if s.answers and s.computed >= len(s.request.prompt)
+        }
+        for s in [s for s in self.prefilling if s.fresh and s.request.prompt in holders]:
+            length = len(s.request.prompt) - 1
+            self.moves.append(Move(holders[s.request.prompt].row, s.row, length, True))
+            s.computed = length
+            self._join(s)
 
     # --- what came of it
 
@@ -252,6 +298,7 @@ class Scheduler:
             else:
                 self._join(sequence)
                 sampled.append(sequence)
+        self._share()
         if sampled:
             self._choose(sampled, output.logits)
 
@@ -293,10 +340,11 @@ class Scheduler:
             self.waiting.remove(sequence)
             return
         if sequence in self.decoding:
-            last = self.decoding[-1]
-            self._swap(sequence.row, last.row)
-            self.decoding[self.decoding.index(sequence)] = last
-            self.decoding.pop()
+            last = self.decoding.pop()
+            if last is not sequence:  # it takes the place that becomes free
+                self.moves.append(Move(last.row, sequence.row, last.computed, True))
+                self.decoding[sequence.row] = self.rows[sequence.row] = last
+                last.row, sequence.row = sequence.row, last.row
         else:
             self.prefilling.remove(sequence)
         self.rows[sequence.row] = None
@@ -311,7 +359,7 @@ class Scheduler:
             return
         one, other = self.rows[a], self.rows[b]
         length = max(s.computed for s in (one, other) if s is not None)
-        self.swaps.append((a, b, length))
+        self.moves.append(Move(a, b, length, False))
         self.rows[a], self.rows[b] = other, one
         for row, held in ((a, other), (b, one)):
             if held is not None:
@@ -352,8 +400,10 @@ def token_logprobs(
     logprobs = wide.log_softmax(-1)
     most = max(request.logprobs for request in requests if request.logprobs is not None)
     best = logprobs.topk(min(most, logits.shape[-1]))
-    for i, row, top in zip(rows, logprobs, _pairs(best.indices, best.values), strict=True):
-        out[i] = TokenLogprob(tokens[i], float(row[tokens[i]]), top[: requests[i].logprobs])
+    chosen = torch.tensor([tokens[i] for i in rows], device=wide.device)
+    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    for i, found, top in zip(rows, own, _pairs(best.indices, best.values), strict=True):
+        out[i] = TokenLogprob(tokens[i], found, top[: requests[i].logprobs])
     return out
 
 

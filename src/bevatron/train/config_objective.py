@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, str] = {
     "pretrain": "bevatron.train.config_objective:PretrainKind",
     "distill": "bevatron.compress.distill_kind:DistillKind",
+    "on_policy_distill": "bevatron.align.on_policy_distill_kind:OnPolicyDistillKind",
     "sequence_classification": "bevatron.train.head_kinds:SequenceClassificationKind",
     "token_classification": "bevatron.train.head_kinds:TokenClassificationKind",
     "question_answering": "bevatron.train.head_kinds:QuestionAnsweringKind",
@@ -40,6 +41,7 @@ KINDS: dict[str, str] = {
     "hinge": "bevatron.align.preference_kinds:HingeKind",
     "simpo": "bevatron.align.preference_kinds:SimpoKind",
     "rpo": "bevatron.align.preference_kinds:RpoKind",
+    "online_rpo": "bevatron.align.preference_kinds:OnlineRpoKind",
     "grpo": "bevatron.align.rollout_kind:PolicyKind",
     "reward": "bevatron.align.reward_kind:RewardKind",
 }
