@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bevatron.align.on_policy_distill_kind import OnPolicyDistillKind
+from bevatron.align.reward_model import judges
 from bevatron.align.sequences import labels_of
 from bevatron.compress.distill import Distill, teacher_of
 from bevatron.compress.logit_divergence import Divergence
@@ -38,7 +39,9 @@ class OnPolicyDistill(Distill):
             kind.divergence, kind.temperature, kind.teacher_top_k, 0.0, kind.mixture
         )
         teacher = teacher_of(kind, student, "teacher_top_k", kind.teacher_top_k)
-        return cls(teacher, options)
+        made = cls(teacher, options)
+        made.companions = {**made.companions, **judges(kind.rewards)}
+        return made
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = samples["tokens"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from bevatron.align.policy_losses import RULES, Clip, mean_count, mean_sum, policy_terms
 from bevatron.align.reference import NAME as REFERENCE
 from bevatron.align.reference import open_reference
+from bevatron.align.reward_model import judges
 from bevatron.align.rollout_kind import PolicyKind
 from bevatron.align.sequences import labels_of
 from bevatron.nn.output_heads import Compute
@@ -60,10 +61,11 @@ class Policy:
 
     @classmethod
     def of(cls, kind: PolicyKind, spec: ModelSpec, config: RunConfig) -> Policy:
-        if not kind.beta:
-            return cls(kind)
-        asked = log_probabilities_at(kind.temperature)
-        return cls(kind, {REFERENCE: open_reference(kind, spec, config, asked)})
+        companions = judges(kind.rewards)
+        if kind.beta:
+            asked = log_probabilities_at(kind.temperature)
+            companions[REFERENCE] = open_reference(kind, spec, config, asked)
+        return cls(kind, companions)
 
     def batch(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = samples["tokens"]
@@ -142,7 +144,7 @@ class Policy:
         shown["clip_ratio/region_mean"] = (
             shown["clip_ratio/low_mean"] + shown["clip_ratio/high_mean"]
         )
-        if not self.companions:
+        if REFERENCE not in self.companions:
             del shown["kl"]
         return {"loss": loss, **shown}
 

@@ -25,6 +25,7 @@ from bevatron.align.preference_kinds import (
 from bevatron.align.preference_losses import RPO_FORMS, hinge, ipo, robust, sigmoid, simpo
 from bevatron.align.reference import Precomputed, open_reference
 from bevatron.align.reference_kind import ReferenceKind
+from bevatron.align.reward_model import judges
 from bevatron.align.sequences import labels_of
 from bevatron.nn.output_heads import Compute
 from bevatron.nn.rank_communication import Comm
@@ -117,7 +118,10 @@ class Preference:
             at_end = sequence_log_probabilities
             companion = open_reference(kind, spec, config, at_end, alone=once)
             reference = Precomputed.of(companion, config) if once else companion
-        return cls(kind, reference)
+        made = cls(kind, reference)
+        if isinstance(kind, OnlineRpoKind):
+            made.companions = {**made.companions, **judges(kind.rewards)}
+        return made
 
     # What a kind of loss says of itself.
 

@@ -200,11 +200,13 @@ class ReasoningGym(RewardConfig):
 
 
 class RewardModel(RewardConfig):
-    """The score of a reward model."""
+    """The score of a reward model, which is placed beside the trained model at its layout."""
 
     name: str = "reward_model"
     path: str
     """The model: a native checkpoint, a run, an HF folder or a Hub id."""
+    attributes: dict[str, float] = Field({})
+    """Of a model with several scores: what each is multiplied by before they are added up."""
 
 
 REWARDS: dict[str, type[RewardConfig]] = {

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -46,7 +46,7 @@ STALLS = 10  # times `seconds` that failing calls may take in one batch; what is
 
 Answer = Asked
 Scores = NDArray[np.float64]
-Outside = Callable[[Sequence[Answer]], Sequence[float | None]]
+Outside = Callable[[Sequence[Answer]], Sequence[float | str | None]]  # a text: why it has none
 
 
 class Failed(Exception):
@@ -173,7 +173,7 @@ class Rewards:
     """
 
     def __init__(
-        self, configs: Sequence[RewardConfig], outside: dict[int, Outside] | None = None
+        self, configs: Sequence[RewardConfig], outside: Mapping[int, Outside] | None = None
     ) -> None:
         self.configs, self.outside = list(configs), outside or {}
         seen: Counter[str] = Counter()
@@ -194,7 +194,7 @@ class Rewards:
 
     @classmethod
     def open(
-        cls, configs: Sequence[RewardConfig], outside: dict[int, Outside] | None = None
+        cls, configs: Sequence[RewardConfig], outside: Mapping[int, Outside] | None = None
     ) -> Rewards:
         """As the constructor, with every reward loaded once, so that a mistake is said at once."""
         made = cls(configs, outside)

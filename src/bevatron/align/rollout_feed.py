@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from bevatron.align.policy import tries
 from bevatron.align.policy_losses import RULES, advantages, group_std, importance_weights
 from bevatron.align.problems import Problem, Problems
 from bevatron.align.reference import NAME as REFERENCE
+from bevatron.align.reward_model import Found, Judge, elsewhere
 from bevatron.align.rewards import Answer, Rewards, weighted
 from bevatron.align.rollout_files import write_rollouts
 from bevatron.align.rollout_kind import PolicyKind, RolloutKind
@@ -113,6 +114,8 @@ class RolloutFeed(Feed):
         self.made: dict[str, NDArray[Any]] = {}
         self.engine: LiveEngine | None = None
         self.rewards: Rewards | None = None
+        self.judges: dict[int, Judge] = {}
+        self.judged: dict[int, Found] = {}  # what they say of the answers that are scored
 
     @classmethod
     def open(
@@ -132,7 +135,7 @@ class RolloutFeed(Feed):
         Problems.open(config, start)
         Problems.open(config, start, validation=True)
         ChatExamples.open(tokenizer_of(config, start))
-        Rewards.open(kind.rewards).close()
+        Rewards.open(kind.rewards, elsewhere(kind.rewards)).close()
 
     @staticmethod
     def hash_of(path: str) -> str:
@@ -173,6 +176,9 @@ class RolloutFeed(Feed):
             max_batch=engine.max_batch,
             max_tokens=engine.max_batch * self.config.data.seq_len,
         )
+        for name, companion in trainer.objective.companions.items():
+            if isinstance(companion, Judge):
+                self.judges[self._reward_names.index(name)] = companion
         on_all(self._open_rewards)
 
     def close(self) -> None:
@@ -358,17 +364,19 @@ class RolloutFeed(Feed):
     def _scored(
         self, problems: Sequence[Problem], rollouts: Sequence[Rollout], each: int
     ) -> NDArray[np.float64]:
-        """[rollouts, rewards], on all ranks; rank 0 scores. Each problem has `each` answers."""
+        """[rollouts, rewards], on all ranks; rank 0 scores, but for reward models, which all ranks
+        compute. Each problem has `each` answers."""
+        answers = [
+            Answer(problem.row, problem.prompt, one.text, one.said, one.finished)
+            for i, one in enumerate(rollouts if self.is_main else ())
+            for problem in [problems[i // each]]
+        ]
+        self.judged = {number: judge.scores(answers) for number, judge in self.judges.items()}
 
         def score() -> NDArray[np.float64] | None:
             if not self.is_main:
                 return None
             assert self.rewards is not None
-            answers = [
-                Answer(problem.row, problem.prompt, one.text, one.said, one.finished)
-                for i, one in enumerate(rollouts)
-                for problem in [problems[i // each]]
-            ]
             found = self.rewards.score(answers)
             for note in self.rewards.notes():
                 self._say(note)
@@ -478,14 +486,19 @@ class RolloutFeed(Feed):
 
     @cached_property
     def _reward_names(self) -> list[str]:
-        return Rewards(self.kind.rewards).names
+        return Rewards(self.kind.rewards, elsewhere(self.kind.rewards)).names
 
     def _weighted(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         return weighted(scores, np.array([c.weight for c in self.kind.rewards]))
 
     def _open_rewards(self) -> None:
         if self.is_main:
-            self.rewards = Rewards.open(self.kind.rewards)
+            outside = {number: partial(self._said, number) for number in self.judges}
+            self.rewards = Rewards.open(self.kind.rewards, outside)
+
+    def _said(self, number: int, answers: Sequence[Answer]) -> Found:
+        """What a reward model has said of these answers."""
+        return self.judged[number]
 
     @cached_property
     def _chats(self) -> ChatExamples:

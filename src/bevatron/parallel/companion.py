@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,13 @@ class Companion:
             gets.
         at_end: what is asked of its last hidden states and its head; None for nothing, and then its
             stages beyond the last layer of `pairs` do not run.
+
+    Attributes:
+        of_batches: whether it runs every step's micro-batches. One that does not is asked by
+            whoever declared it, and may read other token ids.
     """
+
+    of_batches: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -225,6 +225,8 @@ def _check_companions(
         except LayoutError as error:
             raise LayoutError(f"objective.{name}: {error}") from None
         source = companion.weights.source if companion.weights is not None else None
+        if not companion.of_batches:  # it has token ids of its own
+            continue
         if own is not None and source is not None and (source / TOKENIZER).is_file():
             check_companion(f"objective.{name}", source, own)
 

@@ -246,7 +246,8 @@ class Trainer:
     def _accompanied(self, ids: Tensor, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """The batch with what the companions say of it: under their names on the ranks that have
         the last stage, under `name.layer` on those that have the layer."""
-        companions, whole = self.objective.companions, dict(batch)
+        companions = {n: c for n, c in self.objective.companions.items() if c.of_batches}
+        whole = dict(batch)
         for name, companion in companions.items():
             whole |= companion.run(ids, batch, name)
         yield whole
