@@ -95,6 +95,15 @@ def test_every_layout_scores_alike(
         assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-5), key
 
 
+def test_online_rpo_takes_one_as_well(folder: Path, pool: Pool) -> None:
+    keys = f"num_generations: 2, max_completion_length: 4, rewards: [{ONE}]"
+    ours = f"objective={{name: online_rpo, {keys}}}"
+    pool.run(2, train, folder, ours, *SHORT[1:], "run.dir=online", "parallel={tp: 2}")
+    found, made = lines(folder / "online")[0], rollouts(folder / "online")[:16]
+    mean = sum(line["rewards"]["reward_model"] for line in made) / len(made)
+    assert found["rewards/reward_model/mean"] == pytest.approx(mean, abs=1e-6)
+
+
 def test_its_memory_is_in_the_dry_run_and_others_are_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
