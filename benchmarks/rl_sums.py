@@ -9,8 +9,8 @@ often wrong: where something is carried, it is forgotten 7 times in 10; elsewher
 measure is pass@1 on the held-out sums, greedy and drawn at temperature 1.
 
 Then the same model learns by rewards alone, 16 prompts x 8 answers a step: once with the right ones
-(1 for the right sum, 0 otherwise), and once with the same rewards given to the wrong answers (a
-permutation of each step's), which must gain nothing. Other losses by name take a shorter run each.
+(1 for the right sum, 0 otherwise), and once with the same rewards given to other answers (each
+step's are shuffled), which must gain nothing. Other losses by name take a shorter run each.
 
 Everything is done with the commands that a user has. Runs that are done are not repeated; the
 results are printed and written to DIR/results.json.
@@ -23,7 +23,6 @@ import json
 import os
 import random
 import resource
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ NUMBERS, HELD_OUT, SEED = 100, 10, 0
 LENGTH = 12  # "99+99=198" and the end
 WIDTH, DEPTH = 128, 5
 PRETRAIN_STEPS, PRETRAIN_BATCH, WINDOW = 700, 16, 128
+PROMPTS, SAMPLES = 16, 8
 
 Pair = tuple[int, int]
 
@@ -163,24 +163,94 @@ def pass_at_1(folder: Path, checkpoint: str, draws: int = 4) -> dict[str, float]
     return found
 
 
+def learn(folder: Path, loss: str, steps: int, reward: str) -> dict[str, float]:
+    """GRPO, or another loss, on the sums that are not held out; pass@1 afterwards."""
+    name = f"{loss}-{reward}-{steps}"
+    config = {
+        "model": {"init": "model"},
+        "objective": {
+            "name": "grpo",
+            "loss": loss,
+            "rewards": [{"name": "python", "path": __file__, "function": reward}],
+            "num_generations": SAMPLES,
+            "max_completion_length": LENGTH,
+            "engine": {"max_batch": PROMPTS * SAMPLES},
+        },
+        "data": {"train": [{"path": "problems.jsonl"}], "seq_len": 18},
+        "train": {
+            "steps": steps,
+            "global_batch": PROMPTS * SAMPLES,
+            "micro_batch": PROMPTS * SAMPLES,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 1.0e-4, "betas": [0.9, 0.99], "weight_decay": 0.0},
+        "schedule": {"name": "cosine", "warmup_steps": 10, "min_lr": 2.0e-5},
+        "checkpoint": {"every": 10_000, "keep": 1},
+        "run": {"dir": name},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    if not (folder / name / f"step-{steps:08d}").exists():
+        bevatron(folder, "train", f"{name}.yaml")
+    lines = [
+        json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+    ]
+    apart = max(line["sampling/sampling_logp_difference/max"] for line in lines)
+    return pass_at_1(folder, name) | {"logp_difference": apart}
+
+
+def right(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """1 for the right sum, 0 otherwise."""
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+
+def shuffled(
+    prompts: list[str], completions: list[str], answer: list[str], **_: Any
+) -> list[float]:
+    """As many rewards, given to answers by chance."""
+    rewards = right(prompts, completions, answer)
+    random.Random("".join(completions)).shuffle(rewards)
+    return rewards
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--losses", default="rloo,dr_grpo,cispo,gspo,reinforce")
+    parser.add_argument("--loss-steps", type=int, default=60)
+    parser.add_argument("--only-pretrain", action="store_true")
     args = parser.parse_args()
     folder: Path = args.dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{parameter_count(model()):,} parameters")
+    print(f"{parameter_count(model()):,} parameters", flush=True)
     if not (folder / "tokens").exists():
         prepare(folder)
-    results: dict[str, Any] = {}
     if not (folder / "model").exists():
-        began, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         pretrain(folder)
-        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        results["pretrain_s"] = time.perf_counter() - began
-        results["pretrain_cpu_s"] = spent.ru_utime + spent.ru_stime - cpu.ru_utime - cpu.ru_stime
-    results["pretrained"] = pass_at_1(folder, "model")
-    print(json.dumps(results))
+    results: dict[str, Any] = {}
+
+    def found(name: str, what: dict[str, float]) -> None:
+        results[name] = what
+        print(f"{name}: " + ", ".join(f"{k} {v:.3g}" for k, v in what.items()), flush=True)
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    found("pretrained", pass_at_1(folder, "model"))
+    if args.only_pretrain:
+        return
+    for reward in ("right", "shuffled"):
+        began = cpu_seconds()
+        found(
+            f"grpo, {reward} rewards, {args.steps} steps", learn(folder, "grpo", args.steps, reward)
+        )
+        print(f"  {cpu_seconds() - began:.0f} CPU-seconds", flush=True)
+    for loss in [name for name in args.losses.split(",") if name]:
+        found(f"{loss}, {args.loss_steps} steps", learn(folder, loss, args.loss_steps, "right"))
+
+
+def cpu_seconds() -> float:
+    """Of the commands that were run."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 if __name__ == "__main__":

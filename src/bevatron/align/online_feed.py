@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bevatron.align.rollout_feed import RolloutFeed
-from bevatron.align.rollouts import Sequences, sampled
+from bevatron.align.rollouts import sampled
 from bevatron.train.feed import Batch
 
 EVALUATED = 1_000_000  # numbers the draws of a validation, apart from those of the training
@@ -44,7 +44,7 @@ class OnlineFeed(RolloutFeed):
         ]
         rollouts = self._rolled(many)
         rewards = self._weighted(self._scored(problems, rollouts, k))
-        sequences = Sequences.of(rollouts, self.config.data.seq_len)
+        sequences = self._sequences(rollouts)
         grouped = self._grouped(sequences.tokens, sequences.learned, rewards)
         at = np.array(positions)
         mine = {n: array[np.minimum(at - first, len(real) - 1)] for n, array in grouped.items()}

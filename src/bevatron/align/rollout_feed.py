@@ -36,6 +36,7 @@ from bevatron.align.rollouts import (
     Rollout,
     Sequences,
     differences,
+    length_of,
     log_probabilities_of,
     sampled,
     single_turn,
@@ -166,6 +167,8 @@ class RolloutFeed(Feed):
 
     def bind(self, trainer: Trainer) -> None:
         super().bind(trainer)
+        if self.made:
+            self.made = self._widened(self.made)
         engine = self.kind.answers_on
         self.engine = LiveEngine(
             trainer.placed,
@@ -218,6 +221,20 @@ class RolloutFeed(Feed):
             if all(len(array) == size for array in arrays.values()):
                 self.made, self.first = arrays, int(memory["first"])
 
+    def _widened(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Restored samples, filled up to `data.seq_len` where they were made at a layout with other
+        lengths."""
+        length, seq_len = arrays["tokens"].shape[-1], self.config.data.seq_len
+        layout = self.trainer.layout
+        if length == seq_len or length % (2 * layout.cp * layout.tp) == 0:
+            return arrays
+        return {
+            name: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, seq_len - length)])
+            if a.ndim == arrays["tokens"].ndim
+            else a
+            for name, a in arrays.items()
+        }
+
     @property
     def _order(self) -> NDArray[np.int64]:
         """Of the rollouts: over several steps the answers to a prompt are spread."""
@@ -236,7 +253,7 @@ class RolloutFeed(Feed):
         timer.lap("rollout")
         groups = self._informative(timer)
         rollouts = [one for group in groups for one in group.rollouts]
-        sequences = Sequences.of(rollouts, self.config.data.seq_len)
+        sequences = self._sequences(rollouts)
         old = log_probabilities_of(self.trainer, self.trainer, sequences, self.kind.temperature)
         timer.lap("logps")
         apart, mine, theirs = differences(old, sequences)
@@ -356,6 +373,11 @@ class RolloutFeed(Feed):
         prompts, self.cursor = on_all(ask)[0]  # type: ignore[misc]
         return problems, [Ask(at, tuple(ids), Sampling()) for at, ids in prompts]
 
+    def _sequences(self, rollouts: Sequence[Rollout]) -> Sequences:
+        """As samples, which are as long as the longest of them needs."""
+        longest = self.config.data.seq_len
+        return Sequences.of(rollouts, length_of(rollouts, longest, self.trainer.layout))
+
     def _rolled(self, asks: Sequence[Ask]) -> list[Rollout]:
         assert self.engine is not None
         longest, seq_len = self.kind.max_completion_length, self.config.data.seq_len
@@ -461,7 +483,7 @@ class RolloutFeed(Feed):
             drawn = self._scored(problems, self._rolled(many), k)[:, 0].reshape(len(real), k)
             solved = (drawn >= self.kind.solved_at).sum(1)
             passes = np.stack([passes[:, 0], *(pass_at(j, solved, k) for j in tries(k)[1:])], 1)
-        sequences = Sequences.of(rollouts, self.config.data.seq_len)
+        sequences = self._sequences(rollouts)
         rewards = np.nan_to_num(self._weighted(scores))
         rows: Batch = {
             "tokens": sequences.tokens,

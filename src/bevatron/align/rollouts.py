@@ -23,6 +23,7 @@ from bevatron.generate.request import LARGEST_SEED, Request, Sampling
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.forward_pass import forward, log_probabilities_at, micro_batches
+from bevatron.parallel.layout import Layout
 from bevatron.train.trainer import Trainer
 
 ANSWER = 5  # tells these draws from others of the same seed
@@ -111,6 +112,15 @@ def single_turn(
             )
         )
     return out
+
+
+def length_of(rollouts: Sequence[Rollout], seq_len: int, layout: Layout) -> int:
+    """Of the samples that hold these: as long as the longest one, in steps of about an eighth of
+    `seq_len` that the layout divides, so that there are few lengths and little padding."""
+    unit = 2 * layout.cp * layout.tp  # each context-parallel rank has two runs of tokens
+    step = unit * -(-seq_len // (8 * unit))
+    longest = max(len(one.ids) for one in rollouts)
+    return min(seq_len, step * -(-longest // step))
 
 
 class Sequences(NamedTuple):

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from bevatron.align.rollout_feed import RolloutFeed, Timer
 from bevatron.align.rollout_files import write_rollouts
-from bevatron.align.rollouts import Sequences
 from bevatron.generate.request import Sampling
 from bevatron.train.feed import Batch
 from bevatron.train.objectives import BLANK
@@ -31,7 +30,7 @@ class StudentFeed(RolloutFeed):
         self.engine.refresh()
         groups = self._answered(self._groups, timer)
         rollouts = [one for group in groups for one in group.rollouts]
-        sequences = Sequences.of(rollouts, self.config.data.seq_len)
+        sequences = self._sequences(rollouts)
         learned = sequences.learned
         if self.kind.mask_truncated_completions:
             learned = learned & np.array([one.finished for one in rollouts])[:, None]
@@ -60,7 +59,7 @@ class StudentFeed(RolloutFeed):
         finally:
             self.cursor = before
         rollouts = self._rolled([replace(ask, sampling=Sampling()) for ask in asks])
-        sequences = Sequences.of(rollouts, self.config.data.seq_len)
+        sequences = self._sequences(rollouts)
         at = np.array(positions)
         mine = np.minimum(at - first, len(real) - 1)
         rows: Batch = {"tokens": sequences.tokens[mine], "learned": sequences.learned[mine]}

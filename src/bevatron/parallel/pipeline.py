@@ -32,7 +32,8 @@ SCHEDULES = {
 
 
 class Runner:
-    """Forward and backward over micro-batches of fixed shape.
+    """Forward and backward over micro-batches of one shape. A step may have shorter sequences, on
+    all ranks alike; a pipeline then makes its buffers anew.
 
     Args:
         micro_batch, seq_len: shape [B, T] of a micro-batch.
@@ -58,11 +59,16 @@ class Runner:
         self.scale = self.sums = self.nothing()
         self.schedule: Any = None
         if placed.layout.pp > 1:
-            made = SCHEDULES[placed.layout.schedule]
-            stages = [self._pipeline_stage(number) for number in placed.mine]
-            single = issubclass(made, PipelineScheduleSingle)
-            of: Any = stages[0] if single else stages
-            self.schedule = made(of, count, self._scaled, scale_grads=False)
+            self._make_schedule(seq_len)
+
+    def _make_schedule(self, length: int) -> None:
+        """For sequences of this length, of which a context-parallel rank has its share."""
+        self.length, placed = length, self.placed
+        made = SCHEDULES[placed.layout.schedule]
+        stages = [self._pipeline_stage(number, length) for number in placed.mine]
+        single = issubclass(made, PipelineScheduleSingle)
+        of: Any = stages[0] if single else stages
+        self.schedule = made(of, self.count, self._scaled, scale_grads=False)
 
     def nothing(self) -> Tensor:
         """The sums [entries] of no micro-batch."""
@@ -70,11 +76,11 @@ class Runner:
         sums[self.entries - self.largest :] = -torch.inf
         return sums
 
-    def _pipeline_stage(self, number: int) -> PipelineStage:
+    def _pipeline_stage(self, number: int, length: int) -> PipelineStage:
         """Static shapes: examples of what comes in and goes out, so that ranks need not ask."""
         placed, stages = self.placed, len(self.placed.stages)
         shares = placed.mine[number].decoder.comm.sequence_shares
-        shape = (self.micro_batch, self.seq_len // shares, placed.spec.hidden_size)
+        shape = (self.micro_batch, length // shares, placed.spec.hidden_size)
 
         def hidden(after: int) -> Tensor:
             """Between the stages `after` and the next. (A zero-bubble schedule has a backward for
@@ -82,7 +88,7 @@ class Runner:
             grad = placed.differentiable[after] or placed.layout.schedule in ZERO_BUBBLE
             return torch.empty(shape, dtype=placed.dtype, device=self.device, requires_grad=grad)
 
-        ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64, device=self.device)
+        ids = torch.zeros(self.micro_batch, length, dtype=torch.int64, device=self.device)
         total = torch.zeros(self.entries, device=self.device, requires_grad=True)
         return PipelineStage(
             placed.mine[number],
@@ -142,6 +148,8 @@ class Runner:
         return total
 
     def _run_schedule(self, ids: Tensor, batch: Batch) -> None:
+        if ids.shape[1] != self.length:
+            self._make_schedule(ids.shape[1])
         args = (ids,) if self.placed.is_first else ()
         target = ids if self.placed.is_last else None
         self.schedule.step(*args, target=target, return_outputs=False, **batch)
