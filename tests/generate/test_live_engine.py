@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from bevatron.checkpoint.manifest import FILE_NAME
@@ -14,7 +15,7 @@ from bevatron.checkpoint.rank_tables import merge_tables
 from bevatron.checkpoint.save_and_load import write_rank
 from bevatron.errors import BevatronError
 from bevatron.generate.engine import Engine
-from bevatron.generate.live_engine import LiveEngine
+from bevatron.generate.live_engine import LiveEngine, engine_bytes
 from bevatron.generate.request import Generation, Loglikelihood, Request
 from bevatron.parallel import box_exchange
 from bevatron.parallel.layout import Layout
@@ -178,6 +179,35 @@ def test_a_failure_on_one_rank_is_told_by_all_and_training_can_go_on(pool: Pool)
         assert f"a fault of rank {rank}" in step
         assert after == "the engine failed; make another one"
     assert "5 replicas of tp 1 x pp 1, the run has 4 processes; use from 1 to 4" in layout
+
+
+def held(case: Case, at: At) -> tuple[int, int, int, int]:
+    """What a rank's engine holds, weights and cache per position, and what was said before."""
+    trainer = make_trainer(case)
+    with LiveEngine(trainer.placed, tp=at.tp, pp=at.pp) as engine:
+        assert engine._model is not None
+        seen = {id(t): t.numel() * t.element_size() for t in tensors(engine._model.weights)}
+        rank, dtype = dist.get_rank() % (at.tp * at.pp), trainer.placed.dtype
+        said = engine_bytes(trainer.spec, at.tp, at.pp, rank, 10, dtype)
+        return sum(seen.values()), engine._model.cache.bytes_per_position * 10, *said
+
+
+def tensors(value: object) -> list[torch.Tensor]:
+    """All in a dataclass of lists, dicts and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for inner in value.values() for t in tensors(inner)]
+    if isinstance(value, list | tuple):
+        return [t for inner in value for t in tensors(inner)]
+    return tensors(vars(value)) if hasattr(value, "__dict__") else []
+
+
+@pytest.mark.parametrize("at", [At(), At(tp=2, pp=2)], ids=str)
+def test_what_an_engine_takes_is_known_before(pool: Pool, at: At) -> None:
+    for weights, cache, said, said_cache in pool.run(4, held, CASES["pipeline"], at):
+        assert cache == said_cache
+        assert said == pytest.approx(weights, rel=0.05), "but for vectors made of others"
 
 
 def crossing(case: Case) -> bool:

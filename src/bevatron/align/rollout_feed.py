@@ -47,10 +47,11 @@ from bevatron.checkpoint.manifest import Manifest
 from bevatron.data.chat_examples import ChatExamples
 from bevatron.data.permutation import Permutation, derive
 from bevatron.errors import BevatronError, CheckFailed
-from bevatron.generate.live_engine import LiveEngine
+from bevatron.generate.live_engine import LiveEngine, engine_bytes
 from bevatron.generate.request import Sampling
 from bevatron.generate.sampling_options import defaults_of
 from bevatron.parallel.on_all_ranks import on_all
+from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
 from bevatron.train.feed import Batch, Batches, Feed, Memory
 from bevatron.train.objectives import BLANK, Stored
@@ -137,6 +138,18 @@ class RolloutFeed(Feed):
         Problems.open(config, start, validation=True)
         ChatExamples.open(tokenizer_of(config, start))
         Rewards.open(kind.rewards, elsewhere(kind.rewards)).close()
+
+    @classmethod
+    def memory(cls, config: RunConfig, spec: ModelSpec, rank: int, ranks: int) -> tuple[int, int]:
+        """The engine's weights, and its cache when it is full."""
+        engine = _kind(config).answers_on
+        dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+        positions = engine.max_batch * config.data.seq_len
+        size = engine.tp * engine.pp
+        replicas = ranks // size if engine.replicas is None else engine.replicas
+        if rank >= replicas * size:
+            return 0, 0
+        return engine_bytes(spec.base, engine.tp, engine.pp, rank % size, positions, dtype)
 
     @staticmethod
     def hash_of(path: str) -> str:

@@ -26,6 +26,7 @@ forward rounds differently: its log-probabilities agree closely, not exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ from bevatron.generate.request import Generation, Loglikelihood, Request
 from bevatron.parallel.adapter_weights import MergedWeights
 from bevatron.parallel.box_exchange import BoxExchange, Want
 from bevatron.parallel.placement import Placed
+from bevatron.spec import ModelSpec
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -281,3 +283,20 @@ class LiveEngine:
             if any(p.fatal for p in found):
                 self._over = "the engine failed"
             raise failed(found[0].message, found[0].status)
+
+
+def engine_bytes(
+    spec: ModelSpec, tp: int, pp: int, rank: int, positions: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """What one rank of a team holds: its weights, and a cache of so many positions. Exact."""
+    share, wants = share_of(spec, tp, pp, rank), list[Want]()
+
+    def announced(*want: *Want) -> Tensor:
+        wants.append(want)
+        return torch.empty(want[2], dtype=dtype, device="meta")
+
+    Reader(spec, share, announced, dtype, torch.device("meta"), batches=False).model()
+    present = [sublayer for i in share.layers for _, sublayer in spec.layers[i].present]
+    each = sum(sublayer.cache_bytes(dtype.itemsize, tp) for sublayer in present)
+    weights = sum(math.prod(shape) for _, _, shape in wants)
+    return weights * dtype.itemsize, positions * each

@@ -57,6 +57,8 @@ class StagePlan:
         head: estimate, what the last stage's loss holds.
         beside: what a teacher's forward leaves until the end of the step: hidden states of all
             tokens on the last stage, weights that stay gathered; exact.
+        engine: of a feed that answers: its engine's weights, exact.
+        cache: and the engine's cache when it is full, which is there between steps alone.
         flops: share of a step's forward and backward, what is recomputed and a teacher's forward
             included.
     """
@@ -73,17 +75,19 @@ class StagePlan:
     activations: int
     head: int
     beside: int
+    engine: int
+    cache: int
     flops: float
 
     @property
     def state(self) -> int:
         """Bytes that are there between steps."""
-        return self.weights + self.optimizer
+        return self.weights + self.optimizer + self.engine
 
     @property
     def peak(self) -> int:
         used = self.gradients + self.gathered + self.activations + self.head
-        return self.state + used + self.beside
+        return self.state + max(used + self.beside, self.cache)
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,8 @@ def make_plan(config: RunConfig, layout: Layout, objective: Objective, warnings:
             cpu = torch.device("cpu")
             seen = paper_mesh(layout) if number else mesh(layout, cpu)
             trainer = _trainer(config, start, layout, seen, objective)
-            stages.append(_stage(trainer, config, micro_batches, times, whole))
+            feed = config.objective.feed.memory(config, spec, number * column, layout.world_size)
+            stages.append(_stage(trainer, config, micro_batches, times, whole, feed))
     tokens = train.global_batch * objective.rows * config.data.seq_len
     flops = [s.flops for s in stages]
     seq_len = config.data.seq_len
@@ -231,9 +236,15 @@ def _trainer(
 
 
 def _stage(
-    trainer: Trainer, config: RunConfig, micro_batches: int, times: list[float], whole: float
+    trainer: Trainer,
+    config: RunConfig,
+    micro_batches: int,
+    times: list[float],
+    whole: float,
+    feed: tuple[int, int],
 ) -> StagePlan:
-    """`whole`: the times of all that is computed for a token, by all ranks."""
+    """`whole`: the times of all that is computed for a token, by all ranks; `feed`: what the feed
+    takes, see `Feed.memory`."""
     placed, layout, spec, train = trainer.placed, trainer.layout, trainer.spec, config.train
     parameters = dict(placed.parameters)
     trained = {n: p for n, p in placed.trained.items() if n in parameters}
@@ -281,6 +292,8 @@ def _stage(
         activations=int(tokens * per_token),
         head=int(head) if placed.is_last else 0,
         beside=sum(c.kept_bytes(micro_batches * tokens) for c in companions),
+        engine=feed[0],
+        cache=feed[1],
         flops=(_mine(placed, times) + forward) / whole,
     )
 
@@ -313,6 +326,7 @@ def to_text(plan: Plan) -> str:
     lines += [
         f"memory      at most {heaviest.peak / GIB:.1f} GiB per rank (pipeline rank "
         f"{heaviest.stage}), of which {heaviest.state / GIB:.1f} GiB stay between steps",
+        *_engine(plan),
         "",
         *_table(plan),
         "",
@@ -327,6 +341,18 @@ def to_text(plan: Plan) -> str:
 def _beside(plan: Plan) -> str:
     """What runs beside the trained model, in a word or two: teacher, reference."""
     return " and ".join(plan.companions)
+
+
+def _engine(plan: Plan) -> list[str]:
+    """What answers take, if a run makes some."""
+    most = max(plan.stages, key=lambda s: s.engine + s.cache)
+    if not most.engine:
+        return []
+    return [
+        f"engine      {most.engine / GIB:.2f} GiB of weights per rank, which stay between steps; "
+        f"while it answers {most.cache / GIB:.2f} GiB of cache",
+        "            (both are in the peak; computing the answers is not in the PFLOP)",
+    ]
 
 
 HEADER = (

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from bevatron.checkpoint.storage import threads_are_free
+from bevatron.spec import ModelSpec
 from bevatron.train.config import RunConfig
 from bevatron.train.objectives import Samples, Stored
 from bevatron.train.run_start import Start
@@ -135,6 +136,12 @@ class Feed(ABC):
     def check(cls, config: RunConfig, start: Start) -> None:
         """Open all data once, before any process starts. Raises BevatronError if some does not
         fit."""
+
+    @classmethod
+    def memory(cls, config: RunConfig, spec: ModelSpec, rank: int, ranks: int) -> tuple[int, int]:
+        """Bytes that it takes on one of so many ranks, of a device: between steps, and at most
+        while it makes a batch."""
+        return 0, 0
 
     @staticmethod
     @abstractmethod
