@@ -42,8 +42,12 @@ def main() -> None:
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     given = pickle.loads(_receive(connection) or b"")
     try:
-        config = reward_of(given)
-        score = _function(config) if isinstance(config, PythonReward) else _each(config)
+        if given["name"] == "environment":
+            config = PythonReward.model_validate(given)
+            score = _environment(config)
+        else:
+            config = reward_of(given)
+            score = _function(config) if isinstance(config, PythonReward) else _each(config)
     except Exception as error:
         _send(connection, {"error": _said(error)})
         return
@@ -74,8 +78,29 @@ def _each(config: Any) -> Callable[[Sequence[Asked]], list[Any]]:
     return lambda asked: [_number(one(each)) for each in asked]
 
 
-def _function(config: PythonReward) -> Callable[[Sequence[Asked]], list[Any]]:
-    """The user's. Raises BevatronError if there is none in the file."""
+def _environment(config: PythonReward) -> Callable[[Sequence[Asked]], list[Any]]:
+    """The user's reply(row, messages), of one conversation at a time."""
+    function = _loaded(config)
+
+    def reply(asked: Sequence[Asked]) -> list[Any]:
+        return [_messages(function(dict(each.row), list(each.prompt))) for each in asked]
+
+    return reply
+
+
+def _messages(found: Any) -> Any:
+    """As JSON has them: what is none as its description."""
+    if found is None:
+        return None
+    good = isinstance(found, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in found
+    )
+    return found if good else f"returns {_short(repr(found))}, expected a list of messages or None"
+
+
+def _loaded(config: PythonReward) -> Callable[..., Any]:
+    """The user's function. Raises BevatronError if there is none in the file."""
     path = Path(config.path)
     if not path.is_file():
         raise BevatronError(f"{path}: there is no such file")
@@ -91,6 +116,13 @@ def _function(config: PythonReward) -> Callable[[Sequence[Asked]], list[Any]]:
         raise BevatronError(
             f"{path}: has no function {config.function!r}; it has {', '.join(known) or 'none'}"
         )
+    loaded: Callable[..., Any] = function
+    return loaded
+
+
+def _function(config: PythonReward) -> Callable[[Sequence[Asked]], list[Any]]:
+    """The user's reward."""
+    function = _loaded(config)
 
     def score(asked: Sequence[Asked]) -> list[Any]:
         names = dict.fromkeys(name for each in asked for name in each.row)
@@ -99,7 +131,7 @@ def _function(config: PythonReward) -> Callable[[Sequence[Asked]], list[Any]]:
         completions: list[Any] = [
             each.text
             if isinstance(each.prompt, str)
-            else [{"role": "assistant", "content": each.text}]
+            else list(each.messages or [{"role": "assistant", "content": each.text}])
             for each in asked
         ]
         found = function(

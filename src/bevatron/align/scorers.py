@@ -36,13 +36,15 @@ NUMBER = re.compile(r"-?\$?\d[\d,]*(\.\d+)?|-?\$?\.\d+")
 
 @dataclass(frozen=True)
 class Asked:
-    """An answer, the row of its problem, and the prompt (a text or messages)."""
+    """An answer, the row of its problem, and the prompt (a text or messages). `messages`: of an
+    answer of several turns, all that follows the prompt, what its environment said included."""
 
     row: Mapping[str, Any]
     prompt: str | Sequence[Mapping[str, Any]]
     text: str
     ids: Sequence[int]
     finished: bool
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 Scorer = Callable[[Asked], float | None]
