@@ -196,6 +196,7 @@ def test_a_printed_configuration_holds_every_key_absent_ones_too(
         "objective.states.",
         "objective.engine.",
         "objective.problems.",
+        "objective.environment.",
         "adapter.",
     )  # sections that are not there
     for key in every_key():

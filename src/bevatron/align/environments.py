@@ -90,6 +90,10 @@ class Environment:
             for call in calls
         ]
 
+    def calculate(self, expression: str) -> str:
+        """The value of an expression, or what is wrong with it."""
+        return answer_of("calculator", {"expression": expression}, self.limits)
+
     def calls(self, text: str) -> list[ToolCall]:
         """The calls of tools in an answer, in whatever form models write them."""
         names = frozenset(self.config.tools)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from bevatron.align.environments import Environment
 from bevatron.align.policy import tries
 from bevatron.align.policy_losses import RULES, advantages, group_std, importance_weights
 from bevatron.align.problems import Problem, Problems
@@ -41,6 +42,7 @@ from bevatron.align.rollouts import (
     sampled,
     single_turn,
 )
+from bevatron.align.turns import Turns
 from bevatron.bridge.open_weights import Opened
 from bevatron.chat.answer_parts import marker_tokens
 from bevatron.checkpoint.manifest import Manifest
@@ -89,7 +91,6 @@ class RolloutFeed(Feed):
     """Raises BevatronError for settings that do not fit each other."""
 
     collective = True
-    roll: Roll = staticmethod(single_turn)
 
     def __init__(
         self,
@@ -118,6 +119,8 @@ class RolloutFeed(Feed):
         self.rewards: Rewards | None = None
         self.judges: dict[int, Judge] = {}
         self.judged: dict[int, Found] = {}  # what they say of the answers that are scored
+        self.environment: Environment | None = None  # on rank 0
+        self.roll: Roll = single_turn
 
     @classmethod
     def open(
@@ -136,8 +139,11 @@ class RolloutFeed(Feed):
         kind = _kind(config)
         Problems.open(config, start)
         Problems.open(config, start, validation=True)
-        ChatExamples.open(tokenizer_of(config, start))
+        chats = ChatExamples.open(tokenizer_of(config, start))
         Rewards.open(kind.rewards, elsewhere(kind.rewards)).close()
+        if kind.environment is not None:
+            with Environment(kind.environment) as environment:
+                Turns(kind.environment, chats, environment)
 
     @classmethod
     def memory(cls, config: RunConfig, spec: ModelSpec, rank: int, ranks: int) -> tuple[int, int]:
@@ -196,6 +202,8 @@ class RolloutFeed(Feed):
             if isinstance(companion, Judge):
                 self.judges[self._reward_names.index(name)] = companion
         on_all(self._open_rewards)
+        if self.kind.environment is not None:
+            self.roll = Turns(self.kind.environment, self._chats, self.environment)
 
     def close(self) -> None:
         super().close()
@@ -203,7 +211,9 @@ class RolloutFeed(Feed):
             self.engine.close()
         if self.rewards is not None:
             self.rewards.close()
-        self.engine = self.rewards = None
+        if self.environment is not None:
+            self.environment.close()
+        self.engine = self.rewards = self.environment = None
 
     # --- what a step reads ------------------------------------------------------------------------
 
@@ -364,7 +374,8 @@ class RolloutFeed(Feed):
             at, long = self.cursor, 0
             while len(found) < count:
                 problem = source[at]
-                ids = self._chats.prompt(problem.prompt)
+                tools = self.roll.tools if isinstance(self.roll, Turns) else None
+                ids = self._chats.prompt(problem.prompt, tools)
                 if len(ids) < self.config.data.seq_len:
                     problems.append(problem)
                     found.append((at, ids))
@@ -384,7 +395,11 @@ class RolloutFeed(Feed):
             return found, at
 
         prompts, self.cursor = on_all(ask)[0]  # type: ignore[misc]
-        return problems, [Ask(at, tuple(ids), Sampling()) for at, ids in prompts]
+        known: list[Problem | None] = [*problems] if problems else [None] * len(prompts)
+        return problems, [
+            Ask(at, tuple(ids), Sampling(), problem)
+            for (at, ids), problem in zip(prompts, known, strict=True)
+        ]
 
     def _sequences(self, rollouts: Sequence[Rollout]) -> Sequences:
         """As samples, which are as long as the longest of them needs."""
@@ -402,7 +417,7 @@ class RolloutFeed(Feed):
         """[rollouts, rewards], on all ranks; rank 0 scores, but for reward models, which all ranks
         compute. Each problem has `each` answers."""
         answers = [
-            Answer(problem.row, problem.prompt, one.text, one.said, one.finished)
+            Answer(problem.row, problem.prompt, one.text, one.said, one.finished, one.messages)
             for i, one in enumerate(rollouts if self.is_main else ())
             for problem in [problems[i // each]]
         ]
@@ -413,7 +428,7 @@ class RolloutFeed(Feed):
                 return None
             assert self.rewards is not None
             found = self.rewards.score(answers)
-            for note in self.rewards.notes():
+            for note in [*self.rewards.notes(), *self._environments_notes()]:
                 self._say(note)
             return found
 
@@ -530,10 +545,19 @@ class RolloutFeed(Feed):
         if self.is_main:
             outside = {number: partial(self._said, number) for number in self.judges}
             self.rewards = Rewards.open(self.kind.rewards, outside)
+            if self.kind.environment is not None:
+                self.environment = Environment(self.kind.environment)
 
     def _said(self, number: int, answers: Sequence[Answer]) -> Found:
         """What a reward model has said of these answers."""
         return self.judged[number]
+
+    def _environments_notes(self) -> list[str]:
+        """What went wrong in it since the last call."""
+        if self.environment is None:
+            return []
+        out, self.environment.notes = self.environment.notes, []
+        return out
 
     @cached_property
     def _chats(self) -> ChatExamples:

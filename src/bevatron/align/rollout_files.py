@@ -39,6 +39,7 @@ def write_rollouts(
                 "problem": group.position,
                 "prompt": group.problem.prompt,
                 "answer": one.text,
+                **({"messages": one.messages} if one.messages is not None else {}),
                 "tokens": len(one.said),
                 "finished": one.finished,
                 "rewards": {n: _number(s) for n, s in zip(names, scores, strict=True)},

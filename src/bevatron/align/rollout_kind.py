@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from bevatron.align.environment_config import EnvironmentConfig
 from bevatron.align.problem_config import ProblemsConfig
 from bevatron.align.reference_kind import ReferenceKind
 from bevatron.align.reward_config import OneReward
@@ -38,6 +39,8 @@ class RolloutKind(Kind):
     """How rows of the data become prompts; if absent, by their column `prompt`."""
     rewards: list[OneReward] = Field([])
     """At least one. What scores the answers; their weighted sum is what an answer is worth."""
+    environment: EnvironmentConfig | None = None
+    """What answers the model, if its answers are to take several turns."""
     num_generations: int = Field(8, ge=1)
     """Answers to each prompt, which form a group."""
     num_generations_eval: int = Field(1, ge=1)

@@ -5,9 +5,9 @@ Everything here is collective: all ranks of the run call it together and get the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bevatron.align.problems import Problem
 from bevatron.align.rollout_kind import RolloutKind
 from bevatron.align.sequences import labels_of
 from bevatron.data.permutation import derive
@@ -35,11 +36,13 @@ class Ask:
 
     Attributes:
         position: of the problem in its order.
+        problem: on rank 0.
     """
 
     position: int
     ids: tuple[int, ...]
     sampling: Sampling
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Rollout:
         learned: which of them the model itself said.
         logprobs: of what it said, by the engine, at the temperature; elsewhere 0.
         said: the tokens of the answer.
-        text: of the answer; finished: whether it ended by itself.
+        text: of the answer, of several turns the last one's; finished: whether it ended by itself.
+        messages: of several turns, all that follows the prompt.
     """
 
     ids: list[int]
@@ -60,6 +64,7 @@ class Rollout:
     said: list[int]
     text: str
     finished: bool
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 class Ends(NamedTuple):
