@@ -209,7 +209,7 @@ OTHERS |= {f"model.override.rope.{name}": (to, (OVERRIDDEN,)) for name, to in RO
 OTHERS["model.override.max_position_embeddings"] = "64", (OVERRIDDEN,)
 ADAPTED = ("model={init: a}", "adapter={kind: lora}")
 VALUES = {"kind": "dora", "rank": "2", "alpha": "2.0", "rslora": "true", "targets": "[q]"}
-VALUES |= {"layers": "0-1", "fused": "true", "whole": "[embed.*]"}
+VALUES |= {"init": "b", "layers": "0-1", "fused": "true", "whole": "[embed.*]"}
 OTHERS |= {f"adapter.{name}": (to, ADAPTED) for name, to in VALUES.items()}
 KEYS = [key for key in every_key() if ".N." not in key.path]
 LEAVES = [key.path for key in KEYS if key.section is None or key.listed]

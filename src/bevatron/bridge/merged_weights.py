@@ -189,16 +189,6 @@ class Merge:
         right = None if magnitude is None else magnitude.reshape(-1)
         return a.reshape(-1, r, self.width), b.reshape(-1, r), right
 
-    def where(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of every row of the weight, which of the matrices it is fused of it belongs to, and
-        which row of B it has, -1 for none."""
-        groups, sizes = self.weight.fused or (1, (self.rows,))
-        one = np.repeat(np.arange(len(sizes)), sizes)
-        part = np.tile(one, groups)
-        adapted = np.isin(part, self.parts)
-        row = np.where(adapted, np.cumsum(adapted) - 1, -1)
-        return part, row
-
     def base_rows(self, first: int, last: int) -> NDArray[Any]:
         """Rows of the base's weight, all of its leading dimensions in one, in float64."""
         *_, height, _ = self.entry.shape
@@ -218,6 +208,18 @@ class Merge:
         return np.concatenate(out)
 
 
+def row_places(
+    weight: ParameterSpec, parts: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of every row of a weight, which of the matrices that it is fused of it belongs to, and which
+    row of B it has if these `parts` are adapted, -1 for none."""
+    *rows, _ = weight.shape
+    groups, sizes = weight.fused or (1, (int(np.prod(rows)),))
+    part = np.tile(np.repeat(np.arange(len(sizes)), sizes), groups)
+    adapted = np.isin(part, parts)
+    return part, np.where(adapted, np.cumsum(adapted) - 1, -1)
+
+
 class MergedFile:
     """The bytes of a merged weight, row after row, in the base's dtype."""
 
@@ -226,7 +228,7 @@ class MergedFile:
         self.dtype = merge.entry.dtype
         self.size = merge.entry.nbytes
         self.a, self.b, self.magnitude = merge.factors()
-        self.part, self.row = merge.where()
+        self.part, self.row = row_places(merge.weight, merge.parts)
         self.blocks: OrderedDict[int, memoryview] = OrderedDict()
 
     def read(self, out: memoryview, at: int) -> None:

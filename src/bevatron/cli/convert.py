@@ -61,7 +61,9 @@ def import_(
 def export(
     src: Annotated[str, typer.Argument(help="A native checkpoint or a run; a folder or a URL.")],
     dst: Annotated[Path, typer.Argument(help="The folder to make.")],
-    target_format: Annotated[str, typer.Option("--to", help="hf or nanotron.")] = "hf",
+    target_format: Annotated[
+        str, typer.Option("--to", help="hf, nanotron, or peft: a run's adapter alone.")
+    ] = "hf",
     dtype: Dtype = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Such as 5GB; default: the source's shards, else 5GB.")
@@ -70,11 +72,20 @@ def export(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a native checkpoint or a run into a Hugging Face folder or a Nanotron checkpoint."""
+    """Convert a native checkpoint or a run into a Hugging Face folder or a Nanotron checkpoint; or
+    a run's adapter into a folder of peft."""
     no_blas()
     from bevatron.bridge.convert import export_checkpoint
 
-    known("--to", target_format, "hf", "nanotron")
+    known("--to", target_format, "hf", "nanotron", "peft")
+    if target_format == "peft":
+        from bevatron.bridge.peft_adapter import export_adapter
+
+        for option, given in (("--dry-run", dry_run), ("--max-shard-size", max_shard_size)):
+            if given:
+                raise BevatronError(f"{option} has no meaning with --to peft; drop it")
+        show(export_adapter(src, dst, dtype=dtype, overwrite=overwrite).to_dict(), as_json)
+        return
     options: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size}
     options |= {"overwrite": overwrite, "target_format": target_format}
     if dry_run:

@@ -42,6 +42,10 @@ class AdapterConfig(Section):
     """Parameters of the model that are trained whole and saved besides, by their native names, as
     in [embed.*, head.*] (peft's modules_to_save); `*` stands for anything. A new head always is."""
 
+    init: str | None = None
+    """An adapter to begin with: another run's, or a folder of peft, of these settings; if absent, A
+    is random and B zero, so that the run begins as its base."""
+
     @field_validator("targets")
     @classmethod
     def _once(cls, value: list[str]) -> list[str]:

@@ -46,6 +46,7 @@ EFFECTS: Mapping[str, Effect] = {
     "model": _ORIGIN,
     "model.override": Effect("fixed", "the model's rope or context is another from here on"),
     "adapter": Effect("fixed", "the adapter counts otherwise from here on"),
+    "adapter.init": _ORIGIN,
     "tokenizer": _ORIGIN,
     "objective": Effect("fixed", "another loss is minimised from here on"),
     "objective.teacher_like": _NOTHING,

@@ -33,6 +33,7 @@ from bevatron.spec import ModelSpec, SpecError
 from bevatron.spec.adapter import NAMES
 from bevatron.spec.json import from_json
 from bevatron.train.adapter_config import adapted
+from bevatron.train.adapter_init import adapter_source
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
 from bevatron.train.head_kinds import with_head
@@ -163,6 +164,8 @@ def _with_adapter(config: RunConfig, start: Start, copies: bool) -> Start:
             return start
         spec = adapted(start.spec, settings, start.fresh)
         made = tuple(p.name for p in spec.parameters() if p.role in NAMES)
+        if settings.init is not None:
+            adapter_source(settings.init, spec, start.family, start.weights)
         return replace(start, spec=spec, fresh=(*start.fresh, *made))
     if settings is None and old is None:
         return start

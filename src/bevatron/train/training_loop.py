@@ -24,6 +24,7 @@ from bevatron.parallel.process_groups import mesh
 from bevatron.parallel.replica_check import check_replicas
 from bevatron.progress import Advance, progress
 from bevatron.train import restart
+from bevatron.train.adapter_init import begin_with
 from bevatron.train.bad_steps import Guard, event
 from bevatron.train.config import RunConfig
 from bevatron.train.feed import Batches
@@ -232,6 +233,9 @@ class Run:
         stream(trainer.placed, weights, leave=self.start.fresh, verified=self.start.verified)
         fill_random(trainer.placed, self.config.train.seed, only=self.start.fresh)
         fill_magnitudes(trainer.placed, only=self.start.fresh)
+        adapter = self.config.adapter
+        if adapter is not None and adapter.init is not None and self.start.resumed is None:
+            begin_with(trainer.placed, adapter.init, self.start.family, weights)
         if self.start.state is not None:
             self._continue(weights, self.start.state)
 
