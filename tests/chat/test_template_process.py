@@ -33,8 +33,8 @@ def says(x: Any) -> str:
 
 def worker_pid() -> int:
     assert says(1) == "11989"
-    assert template_process._worker is not None
-    return template_process._worker.process.pid
+    assert template_process._shared.worker is not None
+    return template_process._shared.worker.process.pid
 
 
 def test_threads_share_one_process_and_get_their_own_answers() -> None:
@@ -114,8 +114,8 @@ def test_a_terminals_ctrl_c_does_not_reach_it() -> None:
 def test_one_that_was_killed_or_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     pid = worker_pid()
     os.kill(pid, signal.SIGKILL)
-    assert template_process._worker is not None
-    template_process._worker.process.wait()
+    assert template_process._shared.worker is not None
+    template_process._shared.worker.process.wait()
     other = worker_pid()
     assert other != pid
     monkeypatch.setattr(template_process, "PATIENCE", 0.2)
@@ -130,8 +130,8 @@ def test_its_memory_is_watched_where_the_system_does_not_limit_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker_pid()
-    assert template_process._worker is not None
-    monkeypatch.setattr(template_process._worker, "limits_memory", False)
+    assert template_process._shared.worker is not None
+    monkeypatch.setattr(template_process._shared.worker, "limits_memory", False)
     monkeypatch.setattr(template_process, "MEMORY", 1 << 20)
     monkeypatch.setattr(template_process, "WATCH", 0.01)
     with pytest.raises(ChatError, match="takes more memory than a chat can need; stopped"):

@@ -1,30 +1,23 @@
-"""Rows to learn from in TRL's columns, as token ids and which of them are learned.
-
-`messages` (or ShareGPT's `conversations`), perhaps with `tools` and `chat_template_kwargs`;
-`prompt` and `completion`, both texts or both messages; or `text`. Other columns mean nothing.
-Documents of a token store come as `ids` and `learned`.
-"""
+"""Rows to learn from as token ids and which of them are learned, and samples made of them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bevatron.chat.chat_messages import ChatError
 from bevatron.data.chat_examples import ChatExamples, Example
+from bevatron.data.chat_rows import check_row, examples_of
 from bevatron.data.dataset_rows import Row
-from bevatron.data.labelled_examples import Arrays, is_text
-from bevatron.errors import BevatronError
-
-COLUMNS = '"messages", "prompt" and "completion", or "text"'
-SHAREGPT = {"human": "user", "gpt": "assistant", "bing": "assistant", "observation": "tool"}
+from bevatron.data.labelled_examples import Arrays
+from bevatron.data.token_store import FILE_NAME, StoreError, TokenStore
 
 
 class ChatRows:
-    """How rows become examples, and examples samples of one length (see `SftKind`)."""
+    """How rows become examples, and examples samples of one length (see `SftKind`). Rows are as
+    `data.chat_rows` reads them, or documents of a token store: `ids` and `learned`."""
 
     windows = True
 
@@ -44,35 +37,14 @@ class ChatRows:
 
     def check(self, row: Row) -> None:
         """Raise BevatronError for a row whose columns cannot be used."""
-        if "prompt" in row or "completion" in row:
-            found = [row.get("prompt"), row.get("completion")]
-            if not (all(map(is_text, found)) or all(map(_is_messages, found))):
-                raise BevatronError(
-                    '"prompt" and "completion" are not two texts or two lists of messages; the row '
-                    f"has {_keys(row)}"
-                )
-        elif "messages" in row or "conversations" in row:
-            name = "messages" if "messages" in row else "conversations"
-            if not _is_messages(row[name]):
-                raise BevatronError(f'"{name}" is not a list of messages')
-        elif "ids" not in row and not is_text(row.get("text")):
-            raise BevatronError(f"the row has {_keys(row)}; expected {COLUMNS}")
+        if "ids" not in row:
+            check_row(row)
 
     def of_row(self, row: Row) -> list[Example]:
         """The examples of a row, however long. Raises BevatronError."""
         if "ids" in row:
             return [Example(row["ids"], row["learned"])]
-        if "text" in row and not {"prompt", "completion", "messages", "conversations"} & set(row):
-            return [self.examples.text(row["text"])]
-        tools, variables = _parsed(row, "tools"), _parsed(row, "chat_template_kwargs") or {}
-        try:
-            if "prompt" in row:
-                both = row["prompt"], row["completion"]
-                return self.examples.completions(*both, tools, **variables)
-            messages = row["messages"] if "messages" in row else _renamed(row["conversations"])
-            return self.examples.conversation(messages, tools, **variables)
-        except ChatError as error:
-            raise BevatronError(str(error)) from error
+        return examples_of(self.examples, row)
 
     def encode(self, rows: Sequence[Row]) -> list[list[Arrays]]:
         """Of each row its examples, cut off at the sample's length: `tokens` and `learned` [t]."""
@@ -103,30 +75,63 @@ class ChatRows:
         return made | ({"documents": np.zeros_like(tokens)} if self.packing else {})
 
 
-def _parsed(row: Mapping[str, Any], key: str) -> Any:
-    """A value that may be JSON in a text, as tables have what differs from row to row."""
-    value = row.get(key)
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BevatronError(f'"{key}" is not valid JSON ({error})') from error
+class StoredRows:
+    """The documents of token stores as rows: `ids` [t] and `learned` [t].
+
+    Raises StoreError for a store of another tokenizer, or one that does not say what is to be
+    learned, unless all of it is (`learn_unmasked`)."""
+
+    def __init__(self, paths: Sequence[str], labelled: ChatRows) -> None:
+        opened = labelled.examples.tokenizer
+        self.stores = [TokenStore.open(Path(path)) for path in paths]
+        for store in self.stores:
+            store.check_index()
+            if not store.made_with(opened.fingerprint, opened.encoding):
+                raise StoreError(
+                    f"{store.path}: was made with another tokenizer ({store.info.tokenizer}, "
+                    f"{store.info.fingerprint}) than the model's own ({opened.file}, "
+                    f"{opened.fingerprint}); make it anew with `bevatron tokenize --chat "
+                    f"--tokenizer {opened.file.parent}`"
+                )
+            if store.info.learned is None and not labelled.learn_unmasked:
+                raise StoreError(
+                    f"{store.path}: does not say which of its tokens are to be learned; make it "
+                    "anew with `bevatron tokenize --chat`, or set objective.learn_unmasked: true "
+                    "to learn every token"
+                )
+        self._begins = [np.append(s.document_starts(), s.tokens) for s in self.stores]
+        self._ends = np.cumsum([store.info.documents for store in self.stores])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        number, document = self._at(index)
+        store, (begin, end) = self.stores[number], self._begins[number][document : document + 2]
+        ids, learned = store.read(int(begin), int(end - begin)), None
+        if store.info.learned is not None:
+            learned = store.learned(int(begin), int(end - begin))
+        if learned is None:
+            learned = np.ones(len(ids), dtype=bool)
+        learned[:1] = False  # nothing comes before it
+        return {"ids": ids, "learned": learned}
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[documents] tokens of each."""
+        return np.concatenate([np.diff(begins) for begins in self._begins])
+
+    def where(self, index: int) -> str:
+        number, document = self._at(index)
+        return f"{self.stores[number].path}: document {document}"
+
+    def _at(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - (int(self._ends[number - 1]) if number else 0)
 
 
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
-
-
-def _renamed(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """ShareGPT's turns, of which each is {"from", "value"}, as messages."""
-    return [
-        {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        if "from" in turn
-        else dict(turn)
-        for turn in turns
-    ]
-
-
-def _keys(row: Row) -> str:
-    return "the keys " + (", ".join(map(repr, row))[:200] or "(none)")
+def is_store(path: str) -> bool:
+    return (Path(path) / FILE_NAME).is_file()

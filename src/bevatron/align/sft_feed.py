@@ -7,17 +7,22 @@ first step. The ranks share out this work. An example is tokenized again when it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from bevatron.align.chat_rows import ChatRows
+from bevatron.align.chat_rows import ChatRows, StoredRows, is_store
 from bevatron.align.packing import best_fit_decreasing
+from bevatron.data.chat_examples import Example
+from bevatron.data.chat_rows import examples_of_rows
 from bevatron.data.labelled_examples import Arrays, Labelled
+from bevatron.data.token_store import TokenStore
+from bevatron.data.tokenize import cores
 from bevatron.errors import BevatronError
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.progress import progress
@@ -35,20 +40,37 @@ class Conversations(Examples):
     labelled: ChatRows
     table: Table | None = None  # [examples, columns], in the order of the rows
 
+    @staticmethod
+    def read(sources: Sequence[SourceConfig], labelled: Labelled) -> Any:
+        """Rows, or documents of token stores."""
+        stored = [source.path for source in sources if is_store(source.path)]
+        if not stored:
+            return Examples.read(sources, labelled)
+        other = next((s.path for s in sources if s.path not in stored), None)
+        if other is not None:
+            raise BevatronError(
+                f"data: {stored[0]} is a token store, and {other} is none; name one of the two "
+                "kinds (`bevatron tokenize --chat` makes a store)"
+            )
+        assert isinstance(labelled, ChatRows)
+        return StoredRows(stored, labelled)
+
     def count(self, rank: int = 0, ranks: int = 1) -> Table:
         """That of every `ranks`-th row, from row `rank` on. Raises BevatronError naming a row that
         cannot be read."""
+        numbers, labelled = range(rank, len(self.rows), ranks), self.labelled
+        source: Any = self.rows
+        if isinstance(source, StoredRows):
+            rows: Iterator[list[Example]] = (labelled.of_row(source[n]) for n in numbers)
+        else:
+            workers = max(1, cores() // ranks)
+            rows = examples_of_rows(labelled.examples, source, numbers, workers)
         found: list[tuple[int, ...]] = []
-        numbers = range(rank, len(self.rows), ranks)
         with progress("tokenizing", len(numbers), "rows", show=rank == 0) as advance:
-            for number in numbers:
-                try:
-                    examples = self.labelled.of_row(self.rows[number])
-                except BevatronError as error:
-                    raise BevatronError(f"{self.rows.where(number)}: {error}") from None
+            for number, examples in zip(numbers, rows, strict=True):
                 for window, one in enumerate(examples):
                     learned = int(one.learned.sum())
-                    left = int(one.learned[: self.labelled.length].sum())
+                    left = int(one.learned[: labelled.length].sum())
                     found.append((number, window, len(one), learned, left, one.split))
                 advance(1)
         return np.array(found, dtype=np.int64).reshape(-1, 6)
@@ -148,9 +170,14 @@ class SftFeed(LabelledFeed):
     training: Conversations
     validation: Conversations | None
 
+    examples = Conversations
+
     @staticmethod
-    def examples(sources: Sequence[SourceConfig], labelled: Labelled) -> Conversations:
-        return Conversations(sources, labelled)
+    def hash_of(path: str) -> str:
+        if not is_store(path):
+            return LabelledFeed.hash_of(path)
+        info = TokenStore.open(Path(path)).info
+        return info.hash if info.learned_hash is None else f"{info.hash} {info.learned_hash}"
 
     def bind(self, trainer: Trainer) -> None:
         super().bind(trainer)

@@ -1,6 +1,7 @@
 """The process that renders chat templates: starting and ending it, and its limits.
 
-A process that renders chats has one such worker. The worker starts at the first chat (in about
+A process that renders chats has one such worker, or one for each thread that makes many at a time
+(`own_processes`). The worker starts at the first chat (in about
 0.1 s, it imports no torch), and again after a template went beyond a limit and the worker was
 stopped. It ends with its parent, however the parent ends, because it reads from a socket whose
 other end then closes. The program that runs in it is `template_worker.py`.
@@ -17,8 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
@@ -171,8 +173,64 @@ class _Worker:
             raise _Gone("takes more memory than a chat can need")
 
 
-_lock = threading.Lock()
-_worker: _Worker | None = None
+class _Renderer:
+    """One process at a time, which is started when it is needed, and answers one thread after
+    another."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.worker: _Worker | None = None
+        _renderers.add(self)
+
+    def ask(self, request: bytes, most: int) -> dict[str, Any]:
+        """An answer. Raises ChatError if the process had to be stopped."""
+        with self.lock:
+            if self.worker is None or self.worker.process.poll() is not None:
+                self.stop()
+                self.worker = _Worker()
+            try:
+                answer = self.worker.ask(request, most)
+            except _Gone as gone:
+                raise ChatError(f"the chat template {self.worker.why(gone)}; stopped") from None
+            except BaseException:  # such as Ctrl-C: the answer would be taken for the next one's
+                self.stop()
+                raise
+            if answer.get("exhausted"):
+                self.stop()
+        return answer
+
+    def stop(self) -> None:
+        if self.worker is not None:
+            self.worker.stop()
+        self.worker = None
+
+    def start_anew(self) -> None:
+        """In a forked process."""
+        if self.worker is not None:
+            self.worker.leave()
+        self.lock, self.worker = threading.Lock(), None
+
+
+_renderers: weakref.WeakSet[_Renderer] = weakref.WeakSet()
+_shared = _Renderer()
+_own = threading.local()
+
+
+@contextmanager
+def own_processes() -> Iterator[Callable[[], None]]:
+    """For threads that render at the same time: what each has to call first, to have a process of
+    its own. They end with the context."""
+    made: list[_Renderer] = []
+
+    def begin() -> None:
+        _own.renderer = _Renderer()
+        made.append(_own.renderer)
+
+    try:
+        yield begin
+    finally:
+        for renderer in made:
+            renderer.stop()
 
 
 def _ask(
@@ -181,7 +239,6 @@ def _ask(
     now: str = "",
     cuts: Sequence[tuple[int, bool]] | None = None,
 ) -> dict[str, Any]:
-    global _worker  # noqa: PLW0603 (one per process)
     limits = {"seconds": SECONDS, "memory": MEMORY, "memory_per_byte": MEMORY_PER_BYTE}
     limits |= {"characters": CHARACTERS, "characters_per_byte": CHARACTERS_PER_BYTE}
     given = {"source": source, "variables": variables, "cuts": cuts, "now": now, "limits": limits}
@@ -193,37 +250,22 @@ def _ask(
     # 12: bytes of a character outside of the 16-bit plane, as JSON escapes it
     each = 12 * (CHARACTERS + CHARACTERS_PER_BYTE * len(request)) + (1 << 20)
     most = each * (1 if cuts is None else max(1, len(cuts)))
-    with _lock:
-        if _worker is None or _worker.process.poll() is not None:
-            _stop()
-            _worker = _Worker()
-        try:
-            answer = _worker.ask(request, most)
-        except _Gone as gone:
-            raise ChatError(f"the chat template {_worker.why(gone)}; stopped") from None
-        except BaseException:  # such as Ctrl-C: the answer would be taken for the next one's
-            _stop()
-            raise
-        if answer.get("exhausted"):
-            _stop()
+    renderer: _Renderer = getattr(_own, "renderer", _shared)
+    answer = renderer.ask(request, most)
     if "error" in answer:
         raise ChatError(f"the chat template {shortened(str(answer['error']))}")
     return answer
 
 
-def _stop() -> None:
-    global _worker  # noqa: PLW0603
-    if _worker is not None:
-        _worker.stop()
-    _worker = None
-
-
 def _start_anew() -> None:
     """In a forked process."""
-    global _lock, _worker
-    if _worker is not None:
-        _worker.leave()
-    _lock, _worker = threading.Lock(), None
+    for renderer in list(_renderers):
+        renderer.start_anew()
+
+
+def _stop() -> None:
+    for renderer in list(_renderers):
+        renderer.stop()
 
 
 atexit.register(_stop)

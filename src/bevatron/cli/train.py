@@ -47,6 +47,20 @@ def tokenize(
     leave_out: Annotated[
         list[str] | None, typer.Option(help="Below folders, names to leave out, such as '*.zip'.")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Of rows with messages, prompt and completion, or text: with what is to be "
+            "learned of each, for objective sft.",
+        ),
+    ] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="With --chat, a file in place of the tokenizer's own.")
+    ] = None,
+    learn_all: Annotated[
+        bool, typer.Option("--learn-all", help="With --chat, prompts and questions as well.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn text into a memory-mapped token store. Killed, the same command goes on from there."""
@@ -57,6 +71,31 @@ def tokenize(
     if len(paths) < 2:
         raise BevatronError("tokenize needs at least one source and a target: SRC... DST")
     *sources, target = paths
+    if chat:
+        from bevatron.data.tokenize_chats import tokenize_chats
+
+        given = {"--text-field": text_field != "text", "--no-eos": not eos}
+        given |= {"--as-text": bool(as_text), "--leave-out": bool(leave_out)}
+        given["--engine"] = engine != "auto"
+        if other := next((name for name, there in given.items() if there), None):
+            raise BevatronError(f"{other} is for texts and means nothing with --chat; drop it")
+        stored, notes = tokenize_chats(
+            list(sources),
+            Path(target),
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            assistant_only=not learn_all,
+            completion_only=not learn_all,
+            split=split,
+            workers=workers,
+            overwrite=overwrite,
+        )
+        info = stored.info
+        shown = {"path": target, "tokens": info.tokens, "documents": info.documents}
+        show({**shown, "learned": info.learned, **notes}, as_json)
+        return
+    if chat_template is not None or learn_all:
+        raise BevatronError("--chat-template and --learn-all are for rows of chats; add --chat")
     store = make(
         list(sources),
         Path(target),

@@ -4,6 +4,8 @@ store.json      what the other two hold, and the tokenizer that made them
 tokens.bin      every token, little endian, uint16 if the vocabulary allows it, else uint32
 documents.bin   int64, little endian, the index in tokens.bin at which each document begins:
                 ascending, the first is 0
+learned.bin     in a store that says what is to be learned (`bevatron tokenize --chat`): a byte for
+                each token, 1 where it is
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ VERSION = 1
 FILE_NAME = "store.json"
 TOKENS = "tokens.bin"
 DOCUMENTS = "documents.bin"
+LEARNED = "learned.bin"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 AGAIN = "make it anew with `bevatron tokenize`"
 
@@ -55,6 +58,8 @@ class StoreInfo:
         engine: what encoded, `tiktoken` or `tokenizers`, and `why`; the ids are the same.
         sources: as the user named them.
         text_bytes: of UTF-8 that the documents had as text.
+        learned: how many tokens are to be learned, or None in a store that does not say which;
+            `learned_hash`: of learned.bin.
     The fields that default to None are absent in stores of earlier versions.
     """
 
@@ -74,6 +79,8 @@ class StoreInfo:
     engine: Mapping[str, Any] | None = None
     sources: tuple[str, ...] | None = None
     text_bytes: int | None = None
+    learned: int | None = None
+    learned_hash: str | None = None
     version: int = VERSION
 
 
@@ -88,6 +95,9 @@ class TokenStore:
         self._tokens: NDArray[Any] = tokens.view(np.ndarray)
         documents = np.memmap(path / DOCUMENTS, dtype="<i8", mode="r")
         self._documents: NDArray[Any] = documents.view(np.ndarray)
+        self._learned: NDArray[Any] | None = None
+        if info.learned is not None:
+            self._learned = np.memmap(path / LEARNED, dtype=np.uint8, mode="r").view(np.ndarray)
 
     @classmethod
     def open(cls, path: Path) -> TokenStore:
@@ -96,6 +106,13 @@ class TokenStore:
         info = _read_info(path)
         _check_size(path / TOKENS, info.tokens * DTYPES[info.dtype].itemsize)
         _check_size(path / DOCUMENTS, info.documents * 8)
+        if info.learned is not None:
+            _check_size(path / LEARNED, info.tokens)
+        elif (path / LEARNED).exists():
+            raise StoreError(
+                f"{path / LEARNED}: {FILE_NAME} does not know of this mask, so it is of other "
+                f"tokens; {AGAIN}, or remove it"
+            )
         try:
             store = cls(path, info)
         except (OSError, ValueError) as error:
@@ -114,6 +131,14 @@ class TokenStore:
         """Tokens `start` to `start + length`, as a copy. Raises StoreError beyond the ends."""
         self._check_range(start, length)
         return self._tokens[start : start + length].astype(np.int64)
+
+    def learned(self, start: int, length: int) -> NDArray[np.bool_] | None:
+        """Which of these tokens are to be learned; None if the store does not say it."""
+        self._check_range(start, length)
+        if self._learned is None:
+            return None
+        found: NDArray[np.bool_] = self._learned[start : start + length].astype(bool)
+        return found
 
     def read_many(self, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
         """[n, length], in the store's dtype: the tokens from each of `starts` on. Raises StoreError
@@ -179,13 +204,16 @@ class TokenStore:
         )
 
     def verify(self) -> None:
-        """Read everything: the hashes of both files, and the order of the documents. Raises
+        """Read everything: the hashes of all files, and the order of the documents. Raises
         StoreError."""
         self.check_index()
-        for name, data, expected in (
+        files = [
             (TOKENS, self._tokens, self.info.hash),
             (DOCUMENTS, self._documents, self.info.documents_hash),
-        ):
+        ]
+        if self._learned is not None:
+            files.append((LEARNED, self._learned, self.info.learned_hash))
+        for name, data, expected in files:
             found = hash_array(data)
             if expected is not None and found != expected:
                 raise StoreError(
@@ -196,7 +224,8 @@ class TokenStore:
     def describe(self) -> dict[str, Any]:
         """What `bevatron inspect` says of it."""
         info = self.info
-        files = (self.path / TOKENS, self.path / DOCUMENTS)
+        files = [self.path / TOKENS, self.path / DOCUMENTS]
+        files += [self.path / LEARNED] if info.learned is not None else []
         return {
             "kind": "token store",
             "path": str(self.path),
@@ -213,6 +242,8 @@ class TokenStore:
             "eos_id": info.eos_id,
             "hash": info.hash,
             "documents_hash": info.documents_hash,
+            "learned": info.learned,
+            "learned_hash": info.learned_hash,
             "engine": dict(info.engine) if info.engine else None,
             "sources": list(info.sources) if info.sources is not None else None,
             "skipped": dict(info.skipped),
@@ -267,6 +298,8 @@ def _read_info(path: Path) -> StoreInfo:
         engine=engine if isinstance(engine, dict) else None,
         sources=tuple(map(str, sources)) if isinstance(sources, list) else None,
         text_bytes=_optional_count(data, file, "text_bytes"),
+        learned=_optional_count(data, file, "learned"),
+        learned_hash=_optional_hash(data, file, "learned_hash"),
     )
     if info.dtype not in DTYPES:
         raise StoreError(f"{file}: dtype is {info.dtype!r}, expected uint16 or uint32; {AGAIN}")

@@ -16,6 +16,7 @@ from bevatron.data.token_store import (
     DOCUMENTS,
     DTYPES,
     FILE_NAME,
+    LEARNED,
     TOKENS,
     StoreError,
     StoreInfo,
@@ -48,7 +49,8 @@ class Written:
 
 class StoreWriter:
     """Writes tokens.bin and documents.bin into an existing folder: `add` documents, whole or in
-    pieces, or `append` parts that another writer made; then `finish`.
+    pieces, or `append` parts that another writer made; then `finish`. With learned.bin beside them
+    (`masked`), `add_example` whole documents.
 
     Args:
         vocab_size: decides the dtype.
@@ -57,7 +59,13 @@ class StoreWriter:
     """
 
     def __init__(
-        self, folder: Path, vocab_size: int, eos_id: int | None, *, inside: bool = False
+        self,
+        folder: Path,
+        vocab_size: int,
+        eos_id: int | None,
+        *,
+        inside: bool = False,
+        masked: bool = False,
     ) -> None:
         self.folder = folder
         self.vocab_size = vocab_size
@@ -67,15 +75,24 @@ class StoreWriter:
         self.documents = 0
         self.max_id = -1
         self.text_bytes: int | None = 0
-        self._hashers = {name: new_hasher() for name in (TOKENS, DOCUMENTS)}
+        self.learned = 0 if masked else None
+        names = (TOKENS, DOCUMENTS, LEARNED) if masked else (TOKENS, DOCUMENTS)
+        self._hashers = {name: new_hasher() for name in names}
         self._inside = inside
         self._files: dict[str, BinaryIO] = {}
-        for name in (TOKENS, DOCUMENTS):
+        for name in names:
             self._files[name] = (folder / name).open("wb")
 
     def add(self, ids: Sequence[int], ends: bool) -> None:
         """A piece of the current document; `ends`: it is the last one."""
         self.add_batch(np.asarray(ids, dtype=np.int64), [len(ids)], [ends])
+
+    def add_example(self, ids: NDArray[np.int64], learned: NDArray[np.bool_]) -> None:
+        """A document, [T], and which of its tokens are to be learned, [T]."""
+        assert self.learned is not None and self.eos_id is None and len(ids) == len(learned)
+        self.add_batch(ids, [len(ids)], [True])
+        self._write(LEARNED, learned.astype(np.uint8))
+        self.learned += int(learned.sum())
 
     def add_batch(
         self,
@@ -205,6 +222,8 @@ class StoreWriter:
             engine=engine,
             sources=tuple(sources) if sources is not None else None,
             text_bytes=written.text_bytes,
+            learned=self.learned,
+            learned_hash=spell(self._hashers[LEARNED]) if self.learned is not None else None,
         )
         text = json.dumps({"format": "bevatron token store", **asdict(info)}, indent=2)
         (self.folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -34,8 +34,15 @@ class Examples:
                     "comes once an epoch, so weights mean nothing; drop them"
                 )
         self.labelled = labelled
-        self.rows = read_rows(sources, labelled)
+        self.rows = self.read(sources, labelled)
         self.windows = self._count() if labelled.windows else None  # [examples, (row, window)]
+
+    @staticmethod
+    def read(sources: Sequence[SourceConfig], labelled: Labelled) -> Rows:
+        """All rows, each of which is checked. Raises BevatronError naming the first that is
+        wrong."""
+        paths, splits = [s.path for s in sources], [s.split for s in sources]
+        return Rows(paths, labelled.check, splits)
 
     def __len__(self) -> int:
         return len(self.rows) if self.windows is None else len(self.windows)
@@ -74,17 +81,13 @@ class Examples:
                 raise BevatronError(f"{self.rows.where(i)}: {error}") from None
 
 
-def read_rows(sources: Sequence[SourceConfig], labelled: Labelled) -> Rows:
-    """All rows, each of which is checked. Raises BevatronError naming the first that is wrong."""
-    paths, splits = [s.path for s in sources], [s.split for s in sources]
-    return Rows(paths, labelled.check, splits)
-
-
 class LabelledFeed(Feed):
     """Labelled examples. Training goes through all of them in another order every epoch; validation
     goes through them once, in order, and then has blank ones.
 
     Raises BevatronError for a row that does not fit the model's head, naming its line."""
+
+    examples: ClassVar[type[Examples]] = Examples  # what is read of sources
 
     def __init__(
         self,
@@ -128,12 +131,7 @@ class LabelledFeed(Feed):
     def rows_of(cls, config: RunConfig, start: Start) -> tuple[Rows, Labelled]:
         """All rows, those of the training first, and how they become arrays."""
         sources, labelled = [*config.data.train, *config.data.validation], _labelled(config, start)
-        return read_rows(sources, labelled), labelled
-
-    @staticmethod
-    def examples(sources: Sequence[SourceConfig], labelled: Labelled) -> Examples:
-        """What is read of sources."""
-        return Examples(sources, labelled)
+        return cls.examples.read(sources, labelled), labelled
 
     @staticmethod
     def hash_of(path: str) -> str:

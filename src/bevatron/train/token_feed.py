@@ -121,6 +121,8 @@ class TokenFeed(Feed):
                 f"{store.path}: {count:,} samples ({_percent(share)}), {count / windows:.2f} "
                 f"epochs of {windows:,}"
             )
+            if store.info.learned is not None:
+                lines[-1] += "; all tokens are learned, though it says which ones are to be"
             if windows < self.global_batch * share:
                 lines[-1] += f"; fewer than its share of a step of {self.global_batch:,}"
         for stage, configured in zip(sampler.stages[1:], self.data.stages, strict=True):
