@@ -15,7 +15,7 @@ from bevatron.errors import failure
 from bevatron.train.processes_and_signals import end_with_agent
 
 # Their verbs, in the order of the help.
-from bevatron.cli import convert, train, compress, generate  # noqa: F401  # isort: skip
+from bevatron.cli import convert, train, compress, align, generate  # noqa: F401  # isort: skip
 
 
 @app.command(rich_help_panel=OTHER)
