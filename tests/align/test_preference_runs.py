@@ -176,3 +176,27 @@ def test_a_length_that_leaves_no_answer_is_refused_before_a_process_starts(folde
         config = load_config(Path("run.yaml"), [objective("dpo"), PAIRS, "data.seq_len=4"])
         with pytest.raises(BevatronError, match="leaves nothing of an answer of any of the first"):
             PreferenceFeed.check(config, find_start(config))
+
+
+def test_rpo_stops_where_the_rewards_say_and_dpo_does_not(folder: Path, pool: Pool) -> None:
+    """Pairs whose rewards differ by 0.1 and by 5, all in every batch; the former are the validation
+    as well. `benchmarks/preferences.py` measures it in full."""
+    rows = pairs()[:8]
+    for i, row in enumerate(rows):
+        row |= {"chosen_reward": (0.1, 5.0)[i % 2], "rejected_reward": 0.0}
+    write(folder / "both.jsonl", rows)
+    write(folder / "small.jsonl", rows[::2])
+    own = ("data={train: [{path: both.jsonl}], validation: [{path: small.jsonl}], seq_len: 16}",)
+    own += ("train={steps: 80, global_batch: 8, micro_batch: 8, precision: fp32, val_every: 80}",)
+    own += ("optimizer={lr: 4.0e-3, weight_decay: 0.0}", "schedule={name: cosine}")
+    runs = {"rpo": objective("rpo", loss="rpo_sq"), "dpo": objective("dpo", beta=0.2)}
+    pool.run(1, run_all, folder, "toy", runs, *own, "checkpoint.every=0")
+    for name in runs:
+        both = lines(folder / f"toy-{name}", "loss", "rewards/margins")[-1]["rewards/margins"]
+        small = lines(folder / f"toy-{name}", "val_loss", "val_rewards/margins")[-1]
+        small = small["val_rewards/margins"]
+        large = 2 * both - small
+        if name == "rpo":
+            assert small == pytest.approx(0.1, rel=0.1) and large == pytest.approx(5, rel=0.1)
+        else:
+            assert small > 2 and small > 20 * 0.1, "it knows of no 0.1"
