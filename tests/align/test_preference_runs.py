@@ -3,7 +3,6 @@ reference answers."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from bevatron.align.preference_feed import PreferenceFeed
+from bevatron.align.preference_feed import Preferences
+from bevatron.align.preference_rows import PreferenceRows
+from bevatron.data.chat_examples import ChatExamples
 from bevatron.errors import BevatronError
-from bevatron.train.config_file import load_config
-from bevatron.train.run_start import find_start
+from bevatron.train.config import SourceConfig
 from tests.align.preference_data import (
     PAIRS,
     SEVERAL,
@@ -171,11 +171,44 @@ def test_another_model_may_be_the_reference(folder: Path, pool: Pool) -> None:
     assert first["rewards/margins"] < -0.1
 
 
-def test_a_length_that_leaves_no_answer_is_refused_before_a_process_starts(folder: Path) -> None:
-    with contextlib.chdir(folder):
-        config = load_config(Path("run.yaml"), [objective("dpo"), PAIRS, "data.seq_len=4"])
-        with pytest.raises(BevatronError, match="leaves nothing of an answer of any of the first"):
-            PreferenceFeed.check(config, find_start(config))
+def test_what_is_too_long_is_refused_cut_off_or_left_out(folder: Path, tmp_path: Path) -> None:
+    """Known of all rows before the first step; the ranks share them out."""
+    rows = pairs()
+    rows[3]["prompt"] += "?" * 12  # only this prompt fills a sample of 16
+    rows[4]["rejected"] += "?" * 6
+    write(tmp_path / "long.jsonl", rows)
+
+    def read(too_long: str, length: int = 16) -> Preferences:
+        examples = ChatExamples.open(folder / "tokenizer")
+        labelled = PreferenceRows(examples, length, too_long=too_long)
+        found = Preferences([SourceConfig(path=str(tmp_path / "long.jsonl"))], labelled)
+        found.join([found.count(rank, 3, lambda: None) for rank in range(3)])
+        return found
+
+    with pytest.raises(BevatronError) as caught:
+        read("refuse")
+    assert "2 of 30 rows have a prompt with an answer of more than data.seq_len 16" in str(
+        caught.value
+    )
+    assert "the longest has 25" in str(caught.value) and "line 4)" in str(caught.value)
+    said = "2 of 30 rows have sequences of more than 16 tokens (the longest 25) and "
+    cut, dropped = read("truncate"), read("drop")
+    assert cut.told() == [
+        said + "lose the end of an answer, 1 of them all of one, and are left out"
+    ]
+    assert dropped.told() == [said + "are left out"]
+    assert (len(cut), len(dropped)) == (29, 28)
+    assert cut.batch([3])["cut"].tolist() == [[False, True]], "the row behind the one left out"
+    assert read("refuse", 32).told() == []
+    with pytest.raises(BevatronError, match=r"nothing of an answer is left within data\.seq_len 4"):
+        read("truncate", 4)
+
+
+def test_a_run_with_too_long_rows_ends_before_its_first_step(folder: Path, pool: Pool) -> None:
+    own = (objective("dpo"), PAIRS, "data.seq_len=10", "run.dir=long", "parallel={dp_shard: 2}")
+    with pytest.raises(AssertionError, match="30 of 30 rows have a prompt with an answer of more"):
+        pool.run(2, train, folder, *own)
+    assert not (folder / "long" / "metrics.jsonl").exists()
 
 
 def test_rpo_stops_where_the_rewards_say_and_dpo_does_not(folder: Path, pool: Pool) -> None:

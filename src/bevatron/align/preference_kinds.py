@@ -30,6 +30,10 @@ class PreferenceKind(ExamplesKind):
     reported as sft_loss."""
     preference_avg_log_probs: bool = False
     """Average the log-probabilities of an answer over its tokens, rather than add them up."""
+    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
+    """A prompt with an answer of more than `data.seq_len` tokens ends the run before it begins,
+    loses its end (and its row is left out if nothing of an answer is left), or its row is left out.
+    How many are is said."""
     chat_template: str | None = None
     """A file with a chat template, in place of the tokenizer's own."""
 
@@ -48,6 +52,7 @@ class PreferenceKind(ExamplesKind):
             count=self.sequences,
             rewards=self.takes_rewards,
             default_rewards=self.default_rewards,
+            too_long=self.too_long,
         )
 
     @property

@@ -40,16 +40,6 @@ class Answers(NamedTuple):
     numbers: list[float]
 
 
-class Survey(NamedTuple):
-    """Of some rows how many lose the end of an answer, and of how many an answer is lost whole; and
-    the tokens of the longest sequence."""
-
-    rows: int
-    cut: int
-    dropped: int
-    longest: int
-
-
 class PreferenceRows:
     """Makes arrays of rows, `count` sequences of each; a `data.labelled_examples.Labelled`.
 
@@ -59,8 +49,9 @@ class PreferenceRows:
     bool, whether there is a row; and under their names float32 scalars of further columns.
 
     Args:
-        length: T; longer sequences lose their ends, as with TRL's `truncation_mode: keep_start`. An
-            answer of which nothing is left is not learned, and its pair counts for nothing.
+        length: T; longer sequences lose their ends, as with TRL's `truncation_mode: keep_start`.
+        too_long: whether a run refuses them, truncates them or drops their rows; that is for who
+            reads the rows.
         count: answers of a row.
         rewards: whether answers need rewards.
         default_rewards: of a row's chosen and rejected answer, where it has none.
@@ -79,9 +70,11 @@ class PreferenceRows:
         rewards: bool = False,
         default_rewards: tuple[float | None, float | None] = (None, None),
         numbers: Sequence[str] = (),
+        too_long: str = "truncate",
         pad_id: int | None = None,
     ) -> None:
         self.examples, self.length, self.count = examples, length, count
+        self.too_long = too_long
         self.rewards, self.default_rewards, self.numbers = rewards, default_rewards, numbers
         opened = examples.tokenizer
         known = (pad_id, opened.pad_id, opened.eos_id, 0)
@@ -149,16 +142,6 @@ class PreferenceRows:
             [0.0] * self.count,
             [0.0] * len(self.numbers),
         )
-
-    def survey(self, rows: Sequence[Row]) -> Survey:
-        """What the length does to these rows."""
-        cut = dropped = longest = 0
-        for row in rows:
-            found = self.tokenized(row)
-            longest = max(longest, *(len(example) for example in found))
-            cut += any(len(example) > self.length for example in found)
-            dropped += not all(example.learned[: self.length].any() for example in found)
-        return Survey(len(rows), cut, dropped, longest)
 
     def _arrays(self, row: Row) -> Arrays:
         arrays, found = self.blank(), self.tokenized(row)
