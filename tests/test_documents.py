@@ -15,6 +15,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,18 @@ ELSEWHERE = {
     "torchrun": "tests/train",
 }
 HF, NATIVE, RUN, STORE, HELD_OUT = "hf", "native", "run", "tokens", "held-out"
-TEXT, SCORES, NANOTRON = "text", "scores.safetensors", "nanotron"
+TEXT, SCORES, NANOTRON, CHAT = "text", "scores.safetensors", "nanotron", "chat"
+LENGTHS = {"sft.md": "data.seq_len=256"}  # of pages whose examples are longer than 16 tokens
+TURNS = """\
+{% for m in messages %}{{ '<s>' + m.role + '\\n' + m.content + '</s>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"""
 # What a page's commands name and do not make.
 NAMES: dict[str, dict[str, str]] = {
     "README.md": {"meta-llama/Llama-3.2-1B": HF, "corpus": TEXT, "held-out": HELD_OUT},
     "training.md": {"native": NATIVE, "corpus": TEXT},
     "conversion.md": {"meta-llama/Llama-3.1-8B": HF, "folder": HF, "runs/my-run": RUN},
     "evaluate.md": {"run": RUN, "held-out": HELD_OUT},
+    "sft.md": {"meta-llama/Llama-3.2-1B-Instruct": CHAT},
     "finetune-heads.md": {"meta-llama/Llama-3.2-1B": HF},
     "generate.md": {"toy": NATIVE},
     "chat.md": {"toy": NATIVE},
@@ -167,6 +173,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / HF / "tokenizer_config.json").write_text(
         json.dumps({**settings, "chat_template": template})
     )
+    shutil.copytree(folder / HF, folder / CHAT)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / CHAT / "tokenizer.json"))
+    (folder / CHAT / "chat_template.jinja").write_text(TURNS)
     (folder / TEXT).mkdir()
     (folder / TEXT / "a.txt").write_text(Path(json.__file__).read_text()[:6000])
     (folder / "other.txt").write_text(Path(json.__file__).read_text()[6000:12000])
@@ -237,7 +247,8 @@ def run(command: str, page: str, said: str) -> None:
     if words[0] == "train" and "--dry-run" not in words and "--print-config" not in words:
         if "--nproc" in words:
             call([*words, "--dry-run"])
-        call([*without_processes(words), *TRAINING.split()])
+        more = TRAINING.split() + LENGTHS.get(page, "").split()
+        call([*without_processes(words), *more])
         return
     planned = words[0] in ("train", "import", "export") and "--dry-run" in words
     call(words if planned else small(words), stdin)

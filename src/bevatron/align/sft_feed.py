@@ -26,8 +26,9 @@ from bevatron.data.tokenize import cores
 from bevatron.errors import BevatronError
 from bevatron.parallel.on_all_ranks import on_all
 from bevatron.progress import progress
-from bevatron.train.config import SourceConfig
-from bevatron.train.labelled_feed import Examples, LabelledFeed
+from bevatron.train.config import RunConfig, SourceConfig
+from bevatron.train.labelled_feed import Examples, LabelledFeed, labelled_of
+from bevatron.train.run_start import Start
 from bevatron.train.trainer import Trainer
 
 Table = NDArray[np.int64]
@@ -171,6 +172,13 @@ class SftFeed(LabelledFeed):
     validation: Conversations | None
 
     examples = Conversations
+
+    @classmethod
+    def check(cls, config: RunConfig, start: Start) -> None:
+        labelled = labelled_of(config, start)
+        for sources in (config.data.train, config.data.validation):
+            if sources:
+                cls.examples.read(sources, labelled)
 
     @staticmethod
     def hash_of(path: str) -> str:

@@ -106,7 +106,7 @@ class LabelledFeed(Feed):
         )
         self.seed, self.vocab_size = seed, start.spec.vocab_size
         self._hashes = {s.path: self.hash_of(s.path) for s in config.data.train}
-        labelled = _labelled(config, start)
+        labelled = labelled_of(config, start)
         self.training = self.examples(config.data.train, labelled)
         validation = config.data.validation
         self.validation = self.examples(validation, labelled) if validation else None
@@ -130,7 +130,10 @@ class LabelledFeed(Feed):
     @classmethod
     def rows_of(cls, config: RunConfig, start: Start) -> tuple[Rows, Labelled]:
         """All rows, those of the training first, and how they become arrays."""
-        sources, labelled = [*config.data.train, *config.data.validation], _labelled(config, start)
+        sources, labelled = (
+            [*config.data.train, *config.data.validation],
+            labelled_of(config, start),
+        )
         return cls.examples.read(sources, labelled), labelled
 
     @staticmethod
@@ -173,7 +176,7 @@ class LabelledFeed(Feed):
         return rows
 
 
-def _labelled(config: RunConfig, start: Start) -> Labelled:
+def labelled_of(config: RunConfig, start: Start) -> Labelled:
     """How the objective's rows become arrays, for the head of the model that starts."""
     if config.data.stages:
         raise BevatronError(
