@@ -15,7 +15,7 @@ TOOLS := pip setuptools wheel hatchling editables
 .PHONY: help demo test test-slow test-compat test-newest test-readers lock lint docs bench clean
 
 help:
-	@echo "make demo   set up .venv, then convert, train in 3D, resume, export, verify, generate"
+	@echo "make demo   set up .venv, then teach a real model a fact: convert, train in 3D, resume, export, verify, ask"
 	@echo "make test   set up .venv, then all tests but the slow ones"
 	@echo "make test-slow    the slow ones: all layouts, all resumes, thirty kills (an hour or two)"
 	@echo "make test-compat  the same with transformers 4.57 in .venv-compat: reading exports, bevatron.hf"

@@ -22,10 +22,10 @@ from bevatron.cli import convert, train, compress, align, generate  # noqa: F401
 def demo(
     source: Annotated[str | None, typer.Argument(help="HF folder or Hub id to start from.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Everything goes in here.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(min=5, help="Training steps at each layout.")] = 18,
+    steps: Annotated[int, typer.Option(min=5, help="Training steps at each layout.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete --dir first.")] = False,
 ) -> None:
-    """The whole tour on real text: convert, train in 3D, resume, export, verify, generate."""
+    """The whole tour: convert a real model, ask it, teach it a fact, resume, export, ask again."""
     from bevatron.demo import demo as tour
 
     tour(source, folder, steps=steps, overwrite=overwrite)

