@@ -25,8 +25,21 @@ from tests.bridge.hf_folders import make
 from tests.data.test_store import write_store
 from tests.train.tiny_run import SPEC
 
-# Of the papers and of the published checkpoints, not of our presets: parameters, and tokens / 10^9.
+# Of the papers and of the published checkpoints, not of our presets: parameters, and tokens / 10^9
+# where these are published.
+NANO, SUPER, ULTRA = 8_030_261_248, 49_867_145_216, 253_401_268_224
 PUBLISHED = {
+    "llama-nemotron-nano-rpo-1": (NANO, None),
+    "llama-nemotron-nano-rpo-2": (NANO, None),
+    "llama-nemotron-nano-sft-1": (NANO, None),
+    "llama-nemotron-nano-sft-2": (NANO, None),
+    "llama-nemotron-nano-sft-3": (NANO, None),
+    "llama-nemotron-super-if-rl": (SUPER, None),
+    "llama-nemotron-super-rpo": (SUPER, None),
+    "llama-nemotron-super-sft": (SUPER, None),
+    "llama-nemotron-ultra-reasoning-rl": (ULTRA, None),
+    "llama-nemotron-ultra-rlhf": (ULTRA, None),
+    "llama-nemotron-ultra-sft": (ULTRA, None),
     "llama3-8b-pretrain": (8_030_261_248, 15_000),
     "llama3.1-8b-teacher-correction": (8_030_261_248, 100),
     "llama3.1-minitron-4b-depth": (4_540_469_248, 94),
@@ -53,9 +66,11 @@ def test_it_is_a_run_configuration_of_the_published_size_and_length(found: Recip
     parameters, billions = PUBLISHED[found.path.stem]
     assert (row["name"], row["parameters"]) == (found.path.stem, parameters)
     batch = found.config.train.global_batch * found.config.data.seq_len
+    batch *= found.config.objective.sequences
     tokens = found.config.train.steps * batch
     assert row["tokens"] == tokens
-    if not found.path.stem.startswith("nanochat"):  # whose steps are whole, or are of answers
+    nanochat = found.path.stem.startswith("nanochat")  # whose steps are whole, or are of answers
+    if billions is not None and not nanochat:
         assert 0 <= tokens - billions * 10**9 < batch, "the last step is the first to reach them"
     comments = [int(n.replace(",", "")) for n in re.findall(r"# ([\d,]+) parameters", found.text)]
     assert comments == [parameters]
@@ -114,8 +129,13 @@ def check_plan(found: Recipe, plan: dict) -> None:
     assert plan["parameters"] == PUBLISHED[found.path.stem][0]
     assert plan["ranks"] == config.recipe.world
     assert plan["steps"] * plan["tokens_per_step"] == found.to_dict()["tokens"]
-    assert 0 < plan["stages"][0]["peak"] < 80 * 2**30, "one of the GPUs that were used"
+    peaks = [stage["peak"] for stage in plan["stages"]]
+    assert min(peaks) > 0 and max(peaks) < 80 * 2**30, "one of the GPUs that were used"
     warned = [w.partition(":")[0] for w in plan["warnings"]]
+    if found.path.stem.startswith("llama-nemotron"):
+        judged = ["objective.rewards.0.path"] * ("reward_model" in found.text)
+        assert warned == ["model.init", *judged, *(source.path for source in config.data.train)]
+        return
     expected = {"distill": ["model.init", "objective.teacher", "tokens"], "pretrain": ["tokens"]}
     if found.path.stem.startswith("nanochat") and config.model.init is not None:
         assert warned[0] == "model.init"
@@ -138,6 +158,19 @@ def test_a_distillation_is_planned_at_its_real_size_without_weights_and_data(
     assert plan["stages"][0]["weights"] - 4 * plan["stages"][0]["parameters_per_rank"] == held
     assert plan["start"] == "runs/llama3.1-minitron-4b-width/pruned, which is not there yet"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_alignment_is_planned_at_its_published_layout_with_its_reward_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = recipe("llama-nemotron-ultra-reasoning-rl")
+    plan = planned(found, capsys)
+    check_plan(found, plan)
+    assert len(plan["stages"]) == 18 and plan["layout"].count("cp 2 x tp 8") == 1
+    kind = found.config.objective
+    prompts = kind.steps_per_generation * found.config.train.global_batch / kind.num_generations
+    assert (prompts, kind.num_generations, kind.updates) == (72, 16, 2), "as published"
 
 
 @pytest.mark.slow

@@ -205,6 +205,8 @@ class RewardModel(RewardConfig):
     name: str = "reward_model"
     path: str
     """The model: a native checkpoint, a run, an HF folder or a Hub id."""
+    like: str | None = None
+    """Preset or spec file whose sizes it has, as `model.like`: for a dry run without it."""
     attributes: dict[str, float] = Field({})
     """Of a model with several scores: what each is multiplied by before they are added up."""
 

@@ -8,6 +8,8 @@ own tokenizer and chat template, so it may be of another family than the model t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,18 @@ from numpy.typing import NDArray
 from bevatron.align.reward_config import RewardConfig, RewardModel
 from bevatron.align.rewards import Outside, Rewards
 from bevatron.align.scorers import Asked
-from bevatron.bridge.open_weights import open_weights
+from bevatron.bridge.open_weights import open_weights, paper
 from bevatron.chat.chat_messages import ChatError
 from bevatron.data.chat_examples import ChatExamples
 from bevatron.errors import BevatronError
+from bevatron.families import for_spec
 from bevatron.nn.output_heads import last_token
 from bevatron.parallel.companion import Companion
 from bevatron.parallel.context_parallel import ContextParallel
 from bevatron.parallel.forward_pass import forward, micro_batches, sequence_scores
 from bevatron.parallel.on_all_ranks import on_all
+from bevatron.spec import Head
+from bevatron.train.run_start import spec_named
 
 Found = list[float | str | None]
 
@@ -39,6 +44,12 @@ class Judge(Companion):
     of_batches = False
 
     def __init__(self, config: RewardModel, where: str) -> None:
+        if not config.path:  # of a dry run, which has its sizes alone
+            spec = spec_named(str(config.like))
+            spec = replace(spec, head=Head("sequence_classification", ("reward",), pad_token_id=0))
+            opened = paper(Path(str(config.like)), for_spec(spec), spec, "", "BF16")
+            super().__init__(spec, opened, at_end=sequence_scores)
+            return
         try:
             opened = open_weights(config.path)
         except BevatronError as error:

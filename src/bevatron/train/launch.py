@@ -18,6 +18,7 @@ from bevatron.errors import BevatronError
 from bevatron.parallel.layout import Layout, LayoutError, check, check_documents
 from bevatron.train.config import RunConfig
 from bevatron.train.config_file import load_config
+from bevatron.train.config_objective import TOKENS
 from bevatron.train.missing_inputs import check_present, stand_in
 from bevatron.train.processes_and_signals import (
     ONE_NODE,
@@ -145,7 +146,8 @@ def _plan(config: RunConfig, layout: Layout, as_json: bool) -> None:
     from bevatron.train.dry_run import make_plan, to_text
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    notes += [f"{path}: does not exist; make it with `bevatron tokenize`" for path in absent]
+    how = "; make it with `bevatron tokenize`" if config.objective.reads == TOKENS else ""
+    notes += [f"{path}: does not exist{how}" for path in absent]
     objective = config.objective.make(start.spec, config)
     notes += _beyond_contexts(config, start, objective)
     plan = make_plan(config, layout, objective, notes)

@@ -34,6 +34,12 @@ def stand_in(config: RunConfig) -> tuple[RunConfig, list[str]]:
         path, like = getattr(objective, key), getattr(objective, f"{key}_like", None)
         if stands_in(f"objective.{key}", path, like):
             objective = objective.model_copy(update={key: None})
+    rewards = list(getattr(objective, "rewards", ()))
+    for i, reward in enumerate(rewards):
+        path, like = getattr(reward, "path", None), getattr(reward, "like", None)
+        if stands_in(f"objective.rewards.{i}.path", path, like):
+            rewards[i] = reward.model_copy(update={"path": ""})
+            objective = objective.model_copy(update={"rewards": rewards})
     return config.model_copy(update={"model": model, "objective": objective}), notes
 
 
@@ -47,6 +53,8 @@ def check_present(config: RunConfig) -> None:
     weights = {"model.init": config.model.init}
     for key in config.objective.paths:
         weights[f"objective.{key}"] = getattr(config.objective, key)
+    for i, reward in enumerate(getattr(config.objective, "rewards", ())):
+        weights[f"objective.rewards.{i}.path"] = getattr(reward, "path", None)
     if _goes_on(config):
         del weights["model.init"]
     missing = [
