@@ -165,6 +165,7 @@ def failing(case: Case) -> list[str]:
                 live._model.run = broken  # type: ignore[union-attr, assignment, method-assign]
             heard += [said(lambda it=live: it.complete(REQUESTS)), said(live.refresh)]
     heard.append(said(lambda: engine(At(replicas=5))))
+    heard.append(said(lambda: engine(At(tp=2, pp=4))))
     assert trainer.step(samples(trainer, 0), 1e-2) is not None
     return heard
 
@@ -172,7 +173,8 @@ def failing(case: Case) -> list[str]:
 def test_a_failure_on_one_rank_is_told_by_all_and_training_can_go_on(pool: Pool) -> None:
     heard = pool.run(4, failing, CASES["pipeline"])
     assert all(other == heard[0] for other in heard)
-    act, refresh, *steps, layout = heard[0]
+    act, refresh, *steps, layout, team = heard[0]
+    assert "the engine's tp 2 x pp 4 needs 8 processes, the run has 4" in team
     assert "unexpected ValueError" in act and "no reward for that" in act
     assert "a fault of rank 3" in refresh
     for (_, rank), step, after in zip(FAULTS, steps[::2], steps[1::2], strict=True):

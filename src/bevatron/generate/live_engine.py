@@ -116,6 +116,11 @@ class LiveEngine:
         check_layout(spec, "the engine's model", tp, pp)
         self.team = tp * pp
         self.replicas = ranks // self.team if replicas is None else replicas
+        if self.team > ranks:
+            raise BevatronError(
+                f"the engine's tp {tp} x pp {pp} needs {self.team} processes, the run has {ranks}; "
+                "use a smaller tp or pp, or more processes"
+            )
         if not 1 <= self.replicas <= ranks // self.team:
             raise BevatronError(
                 f"the engine has {self.replicas} replicas of tp {tp} x pp {pp}, the run has "
