@@ -68,7 +68,7 @@ NAMES: dict[str, dict[str, str]] = {
     "nanotron.md": {"checkpoints": NANOTRON},
     "distillation.md": {"TEACHER": NATIVE, "native": NATIVE, "pruned": NATIVE, "teacher": NATIVE,
                         "tokens": STORE, "held-out": HELD_OUT},
-    "recipes.md": {}, "reinforcement.md": {},
+    "recipes.md": {}, "reinforcement.md": {"native": NATIVE},
     "scale.md": {"tokens": STORE},
     "long-sequences.md": {}, "layouts.md": {}, "data.md": {}, "optimization.md": {},
     "cluster.md": {}, "checkpoint-format.md": {"native": NATIVE, "runs/my-run": RUN},

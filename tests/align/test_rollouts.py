@@ -161,6 +161,17 @@ def stale_engine(folder: Path) -> str:
     return str(caught.value)
 
 
+def test_an_adapter_learns_with_its_base_as_the_reference(folder: Path, pool: Pool) -> None:
+    """The engine answers with the adapter merged in, the reference is the adapter switched off."""
+    pool.run(1, train, folder, "run.dir=base", "train.steps=1", "checkpoint.every=0")
+    more = ("model={init: base}", "adapter={kind: lora, rank: 4, alpha: 8, targets: [qkv, down]}")
+    more += ("objective.beta=0.1", "train.steps=3", "run.dir=lora", "parallel={tp: 2}")
+    pool.run(2, train, folder, *more)
+    first, *later = lines(folder / "lora")
+    assert first["kl"] == 0 and all(line["kl"] > 0 for line in later)
+    assert all(line["sampling/sampling_logp_difference/max"] <= 1e-5 for line in later)
+
+
 def test_groups_that_teach_nothing_are_replaced(folder: Path, pool: Pool) -> None:
     """Rewards that are all equal for half of the problems: other problems come in their place."""
     (folder / "half.py").write_text(
