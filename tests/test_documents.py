@@ -60,6 +60,7 @@ NAMES: dict[str, dict[str, str]] = {
     "evaluate.md": {"run": RUN, "held-out": HELD_OUT},
     "sft.md": {"meta-llama/Llama-3.2-1B-Instruct": CHAT},
     "finetune-heads.md": {"meta-llama/Llama-3.2-1B": HF},
+    "preferences.md": {"meta-llama/Llama-3.2-1B": HF},
     "generate.md": {"toy": NATIVE},
     "chat.md": {"toy": NATIVE},
     "minitron.md": {"MODEL": NATIVE, "CKPT": NATIVE, "text": TEXT, "TOKENS": STORE,
