@@ -1,7 +1,7 @@
 """RLOO on IFEval-style instructions with the real SmolLM2-135M-Instruct: what the strict pass rate
 gains on held-out prompts, and that with shuffled rewards it gains nothing.
 
-    python benchmarks/rl_ifeval.py --dir DIR [--steps 90] [--nproc 2] [--layout dp_shard=2]
+    python benchmarks/rl_ifeval.py --dir DIR [--steps 70] [--nproc 2] [--layout dp_shard=2]
     python benchmarks/rl_ifeval.py --dir DIR --layout tp=2 --only instructions    # at TP2 as well
     python benchmarks/rl_ifeval.py --dir DIR --only speed                         # two steps, timed
 
@@ -35,7 +35,7 @@ from bevatron.demo.smollm2 import model_folder
 KINDS = ["no_comma", "title", "postscript", "keyword", "forbidden", "fewer_words", "bullets"]
 KINDS += ["highlights", "placeholders", "quotation"]
 SIZE = 200  # held-out prompts
-LONGEST, SEQ_LEN = 40, 112  # tokens of an answer, and with its prompt
+LONGEST, SEQ_LEN = 32, 96  # tokens of an answer, and with its prompt
 
 
 def shuffled(
@@ -160,8 +160,8 @@ def learn(folder: Path, reward: str, options: argparse.Namespace, model: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--lr", type=float, default=3.0e-4)
+    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--lr", type=float, default=4.0e-4)
     parser.add_argument("--rank", type=int, default=32, help="of LoRA; 0 trains all parameters")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--generations", type=int, default=8)

@@ -4,6 +4,8 @@ stop. Built-in rewards say what TRL's and the libraries' own functions say."""
 from __future__ import annotations
 
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,26 @@ def test_what_cannot_be_loaded_is_said_at_once(tmp_path: Path) -> None:
     for said, keys in cases.items():
         with pytest.raises(BevatronError, match=said.replace("(", r"\(")):
             Rewards.open([reward_of({"name": "python", "path": FUNCTIONS, **keys})])
+
+
+def test_processes_end_with_the_run_however_it_ends() -> None:
+    """By SIGKILL, while a function loops."""
+    program = (
+        "from tests.align.test_rewards import answer, python, Rewards\n"
+        "made = Rewards.open([python('fails', seconds=900.0)])\n"
+        "print(made._idle[0][0].process.pid, flush=True)\n"
+        "made.score([answer('loops')])\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    worker = int(run.stdout.readline())
+    time.sleep(1.0)
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 120
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_time_that_is_lost_is_bounded() -> None:
