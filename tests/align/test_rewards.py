@@ -17,6 +17,7 @@ from bevatron.align.reward_config import REWARDS, reward_of
 from bevatron.align.rewards import Answer, Rewards, weighted
 from bevatron.align.scorers import extracted, normalised, scorer_of
 from bevatron.errors import BevatronError, CheckFailed
+from bevatron.train.config_file import checked
 
 FUNCTIONS = str(Path(__file__).with_name("reward_functions.py"))
 
@@ -279,6 +280,7 @@ def test_reasoning_gym_scores_its_own() -> None:
         assert score("reasoning_gym", text, row=entry) == theirs
         tagged = f"5 6 <answer>{text}</answer>"
         assert score("reasoning_gym", tagged, row=entry, pattern="answer_tags") == theirs
+    assert score("reasoning_gym", "5") is None  # of another source
 
 
 # --- settings
@@ -297,6 +299,11 @@ def test_settings_are_checked() -> None:
         with pytest.raises((ValueError, ValidationError), match=said):
             reward_of(given)
     assert {kind.model_fields["name"].default for kind in REWARDS.values()} == set(REWARDS)
+    raw: dict[str, Any] = {"model": {"spec": "x"}, "data": {"train": [{"path": "x"}], "seq_len": 8}}
+    raw |= {"train": {"steps": 1, "global_batch": 8}, "optimizer": {"lr": 1.0}, "run": {"dir": "x"}}
+    raw["objective"] = {"name": "grpo", "rewards": [{"name": "exact_match", "colum": "a"}]}
+    with pytest.raises(BevatronError, match=r"objective.rewards.0.colum: unknown.*column"):
+        checked(raw, [], "run.yaml")
 
 
 def test_a_reward_model_is_scored_by_who_has_it() -> None:

@@ -64,6 +64,8 @@ def main() -> None:
             reply = {"error": f"takes more than {config.memory_gib:g} GiB of memory", "full": True}
         except Misshapen as error:
             reply = {"error": str(error), "misshapen": True}
+        except BevatronError as error:
+            reply = {"error": f"fails: {_said(error)}"}
         except Exception as error:
             reply = {"error": _said(error)}
         except SystemExit as error:

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -149,7 +149,8 @@ def _keys(parents: list[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         kind = fields_of(model)[part].annotation
-        arguments = [a for a in getattr(kind, "__args__", ()) if isinstance(a, type)]
+        inner = [get_args(a)[0] if get_origin(a) is Annotated else a for a in get_args(kind)]
+        arguments = [a for a in inner if isinstance(a, type)]
         model = next((a for a in arguments if issubclass(a, BaseModel)), kind)
     return [field.alias or name for name, field in fields_of(model).items()]
 
