@@ -42,6 +42,8 @@ from tests.train.tiny_run import SPEC, metrics, prepare
 MUON, DISTILL = "optimizer.name=muon", "objective={name: distill, teacher: a}"
 LABELLED = "objective={name: token_classification, labels: [a]}"
 REINFORCED = "objective={name: grpo, rewards: [{name: exact_match}]}"
+PREFERRED = "objective={name: dpo, reference: a}"
+TOOLS = "objective.environment={tools: [calculator]}"
 CURRICULUM = "objective.problems={curriculum: {}}"
 VALIDATED = "data.validation=[{path: held-out}]"
 # Key -> another value of it, and what both configurations have besides.
@@ -90,6 +92,36 @@ OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "objective.attributes": ("[b]", ("objective={name: reward, attributes: [a]}",)),
     "objective.margin": ("b", ("objective.name=reward",)),
     "objective.center_rewards_coefficient": ("0.1", ("objective.name=reward",)),
+    "objective.mixture": ("0.3", (DISTILL, "objective.divergence=jsd")),
+    "objective.teacher_top_k": ("2", ("objective={name: on_policy_distill, teacher: a}",)),
+    "objective.assistant_only_loss": ("false", ("objective.name=sft",)),
+    "objective.completion_only_loss": ("false", ("objective.name=sft",)),
+    "objective.packing": ("true", ("objective.name=sft",)),
+    "objective.too_long": ("drop", ("objective.name=sft",)),
+    "objective.chat_template": ("b", ("objective.name=sft",)),
+    "objective.learn_unmasked": ("true", ("objective.name=sft",)),
+    "objective.beta": ("0.3", (PREFERRED,)),
+    "objective.sft_loss_weight": ("0.3", (PREFERRED,)),
+    "objective.preference_avg_log_probs": ("true", (PREFERRED,)),
+    "objective.reference": ("b", (PREFERRED,)),
+    "objective.reference_like": ("b", (PREFERRED,)),
+    "objective.precompute_reference": ("true", (PREFERRED,)),
+    "objective.label_smoothing": ("0.1", (PREFERRED,)),
+    "objective.robust": ("true", (PREFERRED, "objective.label_smoothing=0.1")),
+    "objective.gamma": ("0.6", ("objective.name=simpo",)),
+    "objective.eta": ("2.0", ("objective.name=rpo",)),
+    "objective.preference_loss_weight": ("2.0", ("objective.name=rpo",)),
+    "objective.responses": ("3", ("objective.name=rpo",)),
+    "objective.default_chosen_reward": ("1.0", ("objective.name=rpo",)),
+    "objective.default_rejected_reward": ("1.0", ("objective.name=rpo",)),
+    "objective.environment.tools": ("[python]", (REINFORCED, TOOLS)),
+    "objective.environment.form": ("nanochat", (REINFORCED, TOOLS)),
+    "objective.environment.path": ("b", (REINFORCED, "objective.environment={path: a}")),
+    "objective.environment.function": ("b", (REINFORCED, "objective.environment={path: a}")),
+    "objective.environment.turns": ("2", (REINFORCED, TOOLS)),
+    "objective.environment.seconds": ("2.0", (REINFORCED, TOOLS)),
+    "objective.environment.memory_gib": ("2.0", (REINFORCED, TOOLS)),
+    "objective.environment.allow_unguarded": ("true", (REINFORCED, TOOLS)),
     "objective.use_bias_correction_kl": ("false", (REINFORCED,)),
     "objective.problems.column": ("b", (REINFORCED, "objective.problems={}")),
     "objective.problems.template": ("b", (REINFORCED, "objective.problems={}")),
