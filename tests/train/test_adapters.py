@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bevatron.checkpoint.rank_boxes import local
 from bevatron.generate.live_engine import LiveEngine
+from bevatron.parallel import compile_and_recompute
 from bevatron.parallel.adapter_off import AdapterOff
 from bevatron.parallel.forward_pass import forward, token_log_probabilities
 from bevatron.parallel.layout import Layout
@@ -132,3 +134,49 @@ def test_the_engine_inside_the_run_has_the_adapter_merged_in(
     for found, end in pool.run(4, live, Case(spec, layout, 1, adapter=adapter)):
         if end is not None:
             torch.testing.assert_close(torch.tensor(found), end, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputing_changes_nothing(pool: Pool, recompute: str) -> None:
+    case = Case("heterogeneous", adapter=DORA)
+    expected = pool.run(1, adapted_run, case)
+    assert pool.run(1, adapted_run, replace(case, recompute=recompute)) == expected
+
+
+def compiled(case: Case) -> list[tuple[float, float]]:
+    with patch.object(compile_and_recompute, "BACKEND", "aot_eager"):
+        return adapted_run(case)[0]
+
+
+def test_compiled_layers_with_an_adapter_train_as_eager_ones(pool: Pool) -> None:
+    """One layer has an adapter and the others have not; ranks add up the lengths of rows."""
+    adapter = replace(DORA, targets=("qkv", "o", "down"), layers=(1, 2))
+    case = Case("homogeneous", Layout(tp=2), 1, adapter=adapter)
+    expected = pool.run(2, adapted_run, case)
+    for found, (steps, _) in zip(
+        pool.run(2, compiled, replace(case, compile=True)), expected, strict=True
+    ):
+        for got, wanted in zip(found, steps, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def half(case: Case) -> tuple[list[tuple[float, float]], list[str]]:
+    """The same, in bf16, and which parameters are held in another dtype than they should be."""
+    trainer = make_trainer(case)
+    adapter = trainer.spec.adapter
+    assert adapter is not None
+    dtypes = {n: p.dtype for n, p in trainer.placed.parameters.items()}
+    wanted = {n: torch.float32 if adapter.owns(n) else torch.bfloat16 for n in dtypes}
+    steps = [trainer.step(samples(trainer, s), 3e-3) or (0.0, 0.0) for s in range(STEPS)]
+    return steps, [n for n in dtypes if dtypes[n] != wanted[n]]
+
+
+def test_in_bf16_the_base_is_held_in_bf16_and_the_adapter_has_masters(pool: Pool) -> None:
+    case = Case("heterogeneous", precision="bf16", adapter=DORA)
+    ((alone, wrong),) = pool.run(1, half, case)
+    assert not wrong
+    layout = Layout(tp=2, pp=2, schedule="zbv")
+    for steps, wrong in pool.run(4, half, replace(case, layout=layout, micro_batch=1)):
+        assert not wrong
+        for got, expected in zip(steps, alone, strict=True):
+            assert got == pytest.approx(expected, rel=2e-2)
