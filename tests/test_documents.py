@@ -69,6 +69,7 @@ NAMES: dict[str, dict[str, str]] = {
     "nanotron.md": {"checkpoints": NANOTRON},
     "distillation.md": {"TEACHER": NATIVE, "native": NATIVE, "pruned": NATIVE, "teacher": NATIVE,
                         "tokens": STORE, "held-out": HELD_OUT},
+    "adapters.md": {"native": NATIVE, "tokens": STORE},
     "recipes.md": {}, "reinforcement.md": {"native": NATIVE},
     "scale.md": {"tokens": STORE},
     "long-sequences.md": {}, "layouts.md": {}, "data.md": {}, "optimization.md": {},

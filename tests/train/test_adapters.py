@@ -18,7 +18,7 @@ from bevatron.parallel.layout import Layout
 from bevatron.parallel.replica_check import check_replicas
 from bevatron.spec import Adapter
 from tests.processes import Pool
-from tests.train_steps import STEPS, Case, make_trainer, samples
+from tests.train_steps import Case, make_trainer, samples
 
 LORA = Adapter("lora", 3, 6.0, ("qkv", "o", "gate_up", "down"))
 DORA = Adapter("dora", 2, 4.0, ("qkv", "o", "gate_up", "down", "linear"))
@@ -32,7 +32,7 @@ def adapted_run(case: Case) -> tuple[list[tuple[float, float]], list[str]]:
     placed, adapter = trainer.placed, trainer.spec.adapter
     assert adapter is not None
     before = {n: local(p.detach()).clone() for n, p in placed.parameters.items()}
-    steps = [trainer.step(samples(trainer, s), 3e-3) or (0.0, 0.0) for s in range(STEPS)]
+    steps = [trainer.step(samples(trainer, s), 3e-3) or (0.0, 0.0) for s in range(3)]
     wrong = []
     for name, p in placed.parameters.items():
         now = local(p.detach())
@@ -59,23 +59,27 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "adapter", "layout"), CASES)
-def test_an_adapter_run_equals_one_process_and_moves_the_adapter_alone(
-    pool: Pool, spec: str, adapter: Adapter, layout: Layout
-) -> None:
-    ((alone, wrong),) = pool.run(1, adapted_run, Case(spec, adapter=adapter))
-    assert not wrong
-    found = pool.run(layout.world_size, adapted_run, Case(spec, layout, 1, adapter=adapter))
-    for steps, wrong in found:
-        assert not wrong
-        for got, expected in zip(steps, alone, strict=True):
-            assert got == pytest.approx(expected, rel=1e-5)
+def adapted_runs(cases: list[Case]) -> list[tuple[list[tuple[float, float]], list[str]]]:
+    return [adapted_run(case) for case in cases]
+
+
+def test_an_adapter_run_equals_one_process_and_moves_the_adapter_alone(pool: Pool) -> None:
+    (alone,) = pool.run(1, adapted_runs, [Case(spec, adapter=a) for spec, a, _ in CASES])
+    for ranks in (2, 4):
+        which = [i for i, (_, _, layout) in enumerate(CASES) if layout.world_size == ranks]
+        cases = [Case(CASES[i][0], CASES[i][2], 1, adapter=CASES[i][1]) for i in which]
+        for found in pool.run(ranks, adapted_runs, cases):
+            for i, (steps, wrong) in zip(which, found, strict=True):
+                assert not wrong and not alone[i][1], CASES[i]
+                for got, expected in zip(steps, alone[i][0], strict=True):
+                    assert got == pytest.approx(expected, rel=1e-5), CASES[i]
 
 
 def off(case: Case) -> tuple[Tensor | None, Tensor | None, list[float]]:
     """log p of a batch's tokens from the base, and with a trained adapter that is switched off, on
     ranks that have them; and the losses."""
-    trainer = make_trainer(case)
+    with patch.object(compile_and_recompute, "BACKEND", "aot_eager"):
+        trainer = make_trainer(case)
     ids = samples(trainer, 9)["tokens"]
     ids, batch = ids[:, :-1], {"labels": ids[:, 1:]}
     companion = AdapterOff(trainer.spec)
@@ -91,15 +95,17 @@ def off(case: Case) -> tuple[Tensor | None, Tensor | None, list[float]]:
     return before, after, losses
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_switched_off_it_is_the_base_and_training_goes_on_as_it_was(
     pool: Pool, compiled: bool
 ) -> None:
-    ((before, after, losses),) = pool.run(1, off, Case("heterogeneous", adapter=DORA))
+    spec = "homogeneous" if compiled else "heterogeneous"
+    adapter = LORA if compiled else DORA
+    ((before, after, losses),) = pool.run(1, off, Case(spec, adapter=adapter))
     assert before is not None and after is not None and torch.equal(before, after)
     assert losses[3] < losses[0]
     layout = Layout(tp=2, pp=2) if not compiled else Layout()
-    case = Case("heterogeneous", layout, adapter=DORA, compile=compiled)
+    case = Case(spec, layout, adapter=adapter, compile=compiled)
     for first, second, others in pool.run(layout.world_size, off, case):
         assert others == pytest.approx(losses, rel=1e-5)
         if first is not None and second is not None:
@@ -136,11 +142,11 @@ def test_the_engine_inside_the_run_has_the_adapter_merged_in(
             torch.testing.assert_close(torch.tensor(found), end, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputing_changes_nothing(pool: Pool, recompute: str) -> None:
+def test_recomputing_changes_nothing(pool: Pool) -> None:
     case = Case("heterogeneous", adapter=DORA)
-    expected = pool.run(1, adapted_run, case)
-    assert pool.run(1, adapted_run, replace(case, recompute=recompute)) == expected
+    again = [replace(case, recompute=which) for which in ("none", "full", "selective")]
+    ((expected, *found),) = pool.run(1, adapted_runs, again)
+    assert found == [expected, expected]
 
 
 def compiled(case: Case) -> list[tuple[float, float]]:
@@ -148,6 +154,7 @@ def compiled(case: Case) -> list[tuple[float, float]]:
         return adapted_run(case)[0]
 
 
+@pytest.mark.slow
 def test_compiled_layers_with_an_adapter_train_as_eager_ones(pool: Pool) -> None:
     """One layer has an adapter and the others have not; ranks add up the lengths of rows."""
     adapter = replace(DORA, targets=("qkv", "o", "down"), layers=(1, 2))
@@ -167,7 +174,7 @@ def half(case: Case) -> tuple[list[tuple[float, float]], list[str]]:
     assert adapter is not None
     dtypes = {n: p.dtype for n, p in trainer.placed.parameters.items()}
     wanted = {n: torch.float32 if adapter.owns(n) else torch.bfloat16 for n in dtypes}
-    steps = [trainer.step(samples(trainer, s), 3e-3) or (0.0, 0.0) for s in range(STEPS)]
+    steps = [trainer.step(samples(trainer, s), 3e-3) or (0.0, 0.0) for s in range(2)]
     return steps, [n for n in dtypes if dtypes[n] != wanted[n]]
 
 

@@ -25,7 +25,7 @@ class MergedWeights:
     make, over the ranks that share the stages."""
 
     def __init__(self, placed: Placed, dora: bool = True) -> None:
-        self.parameters = placed.parameters
+        self.parameters, self.grid = placed.parameters, placed.grid
         self.changes: dict[str, tuple[AdaptedMap, Tensor, Tensor]] = {}
         self.factors: dict[str, Tensor] = {}
         for stage in placed.mine.values():
@@ -47,7 +47,15 @@ class MergedWeights:
         mine = local(parameter.detach())
         if mine.numel() and is_first_copy(parameter):
             whole[tuple(_within(parameter, (slice(None),) * mine.ndim))] = mine.float()
-        return _sum(whole, parameter)
+        return self._sum(whole, parameter)
+
+    def _sum(self, values: Tensor, parameter: Tensor) -> Tensor:
+        """Added up over the ranks that share a parameter, in place. (Its own mesh may be an equal
+        one of an earlier process group, see `Placed.grid`.)"""
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        for name in (mesh.mesh_dim_names or ()) if mesh is not None else ():
+            dist.all_reduce(values, group=self.grid.get_group(name))
+        return values
 
     @torch.no_grad()
     def values(self, name: str, part: Slices = ()) -> Tensor:
@@ -74,15 +82,7 @@ class MergedWeights:
             *rows, _ = _within(parameter, (slice(None),) * mine.ndim)
             merged = MergedWeights.values(self, name)
             squared[tuple(rows)] += merged.square().sum(-1, dtype=torch.float64)
-        return _sum(squared / copies(parameter), parameter).sqrt().float()
-
-
-def _sum(values: Tensor, parameter: Tensor) -> Tensor:
-    """Added up over the ranks that share a parameter, in place."""
-    if isinstance(parameter, DTensor):
-        for dimension in range(parameter.device_mesh.ndim):
-            dist.all_reduce(values, group=parameter.device_mesh.get_group(dimension))
-    return values
+        return self._sum(squared / copies(parameter), parameter).sqrt().float()
 
 
 def _within(parameter: Tensor, part: Slices) -> list[slice]:
