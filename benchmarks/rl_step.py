@@ -317,6 +317,8 @@ def race(folder: Path, shape: str, rounds: int, names: list[str]) -> None:
         for number in range(WARM + rounds):
             for runner in runners:
                 found = runner.step()
+                spent = ", ".join(f"{part} {cpu:.2f}" for part, (_, cpu) in sorted(found.items()))
+                print(f"{shape} {number} {runner.name}: {spent}", file=sys.stderr, flush=True)
                 if number >= WARM:
                     took[runner.name].append(found)
     finally:

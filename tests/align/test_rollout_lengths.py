@@ -22,20 +22,23 @@ def made(tokens: int) -> Rollout:
     return Rollout(ids, [True] * tokens, [0.0] * tokens, ids, "", True)
 
 
+@pytest.mark.parametrize("most", [8, 64])
 @pytest.mark.parametrize("layout", [Layout(), Layout(cp=2), Layout(tp=4), Layout(cp=2, tp=3)])
-def test_there_are_few_lengths_which_the_layout_divides(layout: Layout) -> None:
-    unit, found = 2 * layout.cp * layout.tp, set()
+def test_there_are_few_lengths_which_the_layout_divides(layout: Layout, most: int) -> None:
+    unit = 2 * layout.cp * layout.tp
+
+    def length(n: int, seq_len: int) -> int:
+        return length_of([made(1), made(n)], seq_len, layout, compiled=most == 8)
+
     for seq_len in (unit * 3, unit * 64, unit * 100):
-        lengths = {length_of([made(1), made(n)], seq_len, layout) for n in range(1, seq_len + 1)}
-        assert len(lengths) <= 8 and max(lengths) == seq_len
-        assert all(n % unit == 0 for n in lengths)
-        found |= lengths
-        for n in (1, seq_len // 2, seq_len):
-            assert (
-                n <= length_of([made(n)], seq_len, layout) <= n + unit * (seq_len // unit + 7) // 8
-            )
-    assert length_of([made(3)], 18, Layout()) == 4
-    assert length_of([made(17)], 18, Layout(cp=2, tp=2)) == 18, "as it is where nothing divides it"
+        found = {n: length(n, seq_len) for n in range(1, seq_len + 1)}
+        assert len(set(found.values())) <= most and found[seq_len] == seq_len
+        for n, padded in found.items():
+            assert padded % unit == 0 and n <= padded < n + unit * -(-seq_len // (most * unit))
+    assert length_of([made(9)], 18, Layout(), False) == 10
+    assert length_of([made(9)], 18, Layout(pp=2), False) == 12
+    whole = length_of([made(17)], 18, Layout(cp=2, tp=2), False)
+    assert whole == 18, "as it is where nothing divides it"
 
 
 def test_rollouts_are_used_up_at_a_layout_with_other_lengths(tmp_path: Path, pool: Pool) -> None:

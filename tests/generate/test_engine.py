@@ -73,6 +73,31 @@ def test_prompts_in_chunks_beside_running_answers_change_nothing(
             assert answer.tokens == expected
 
 
+@pytest.mark.parametrize("kind", ["llama", "dynamic", "llama-nemotron"])
+def test_a_prompt_that_several_requests_share_is_computed_once(kind: str, tmp_path: Path) -> None:
+    """Whoever comes first computes it, also while others answer and where the cache is too small
+    for all; what is said is what each would say alone."""
+    make(tmp_path, kind)
+    shared, other = prompts(21, 9)
+    asked = [
+        Request(prompt, 3 + 2 * i, sampling=Sampling(temperature=0.8, seed=i), logprobs=0)
+        for i, prompt in enumerate([other, shared, shared, other, shared, shared, (5,), shared])
+    ]
+    with Engine.open(tmp_path, max_batch=1) as engine:
+        alone = [engine.complete([request])[0] for request in asked]
+        assert engine.stats().prompt_tokens == sum(len(request.prompt) for request in asked)
+    for batch, most in ((8, None), (3, None), (8, 150)):
+        with Engine.open(tmp_path, max_batch=batch, max_tokens=most) as engine:
+            together = engine.complete(asked)
+            computed = engine.stats().prompt_tokens
+        for one, all_ in zip(alone, together, strict=True):
+            assert one.tokens == all_.tokens
+            pairs = zip(one.logprobs or (), all_.logprobs or (), strict=True)
+            assert all(abs(a.logprob - b.logprob) < 1e-4 for a, b in pairs)
+        if batch == 8 and most is None:
+            assert computed == len(shared) + len(other) + 1
+
+
 def test_a_seed_repeats_whatever_runs_beside_it(engine: Engine) -> None:
     prompt = prompts(6)[0]
     kinds = [

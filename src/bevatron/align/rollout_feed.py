@@ -403,8 +403,9 @@ class RolloutFeed(Feed):
 
     def _sequences(self, rollouts: Sequence[Rollout]) -> Sequences:
         """As samples, which are as long as the longest of them needs."""
-        longest = self.config.data.seq_len
-        return Sequences.of(rollouts, length_of(rollouts, longest, self.trainer.layout))
+        longest, compiled = self.config.data.seq_len, self.config.train.compile
+        length = length_of(rollouts, longest, self.trainer.layout, compiled)
+        return Sequences.of(rollouts, length)
 
     def _rolled(self, asks: Sequence[Ask]) -> list[Rollout]:
         assert self.engine is not None

@@ -119,11 +119,13 @@ def single_turn(
     return out
 
 
-def length_of(rollouts: Sequence[Rollout], seq_len: int, layout: Layout) -> int:
-    """Of the samples that hold these: as long as the longest one, in steps of about an eighth of
-    `seq_len` that the layout divides, so that there are few lengths and little padding."""
+def length_of(rollouts: Sequence[Rollout], seq_len: int, layout: Layout, compiled: bool) -> int:
+    """Of the samples that hold these: as long as the longest one, in steps of about a 64th of
+    `seq_len` that the layout divides; of an eighth where a pipeline or compiled layers are made
+    anew for each length."""
     unit = 2 * layout.cp * layout.tp  # each context-parallel rank has two runs of tokens
-    step = unit * -(-seq_len // (8 * unit))
+    lengths = 8 if layout.pp > 1 or compiled else 64
+    step = unit * -(-seq_len // (lengths * unit))
     longest = max(len(one.ids) for one in rollouts)
     return min(seq_len, step * -(-longest // step))
 
