@@ -12,6 +12,7 @@ import pytest
 
 from bevatron.align.preference_feed import Preferences
 from bevatron.align.preference_rows import PreferenceRows
+from bevatron.checkpoint.run_folder import RunFolder, step_of
 from bevatron.data.chat_examples import ChatExamples
 from bevatron.errors import BevatronError
 from bevatron.train.config import SourceConfig
@@ -25,6 +26,7 @@ from tests.align.preference_data import (
     run_all,
     write,
 )
+from tests.commands import Command
 from tests.processes import Pool
 from tests.train.tiny_run import train
 
@@ -40,7 +42,7 @@ OF_SEVERAL = {"sqloo": objective("rpo", loss="rpo_sqloo", responses=4, sft_loss_
 KEYS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/accuracies")
 KEYS += ("rewards/margins", "logps/chosen", "logps/rejected", "truncated", "dropped")
 VALIDATED = tuple(f"val_{key}" for key in KEYS if key != "grad_norm")
-SHORT = ("train.steps=3", "optimizer.lr=3.0e-3", "checkpoint.every=3")
+SHORT = ("train.steps=3", "optimizer.lr=3.0e-3", "checkpoint.every=3", "train.val_batches=2")
 
 
 def go(folder: Path, name: str, *overrides: str) -> None:
@@ -111,6 +113,23 @@ def test_at_eight_processes_and_from_there_on_at_two(folder: Path, pool: Pool) -
     assert (folder / "eight/reference/train.safetensors").stat().st_mtime_ns == written
     close(lines(folder / "eight", *KEYS), lines(folder / "beside", *KEYS))
     close(lines(folder / "eight", *VALIDATED)[-1:], lines(folder / "beside", *VALIDATED)[-1:])
+
+
+def test_a_run_that_is_killed_goes_on_at_another_layout(folder: Path, pool: Pool) -> None:
+    """By SIGKILL, with a reference that was computed before."""
+    own = (objective("rpo", precompute_reference=True, sft_loss_weight=0.1), PAIRS)
+    own += ("optimizer.lr=3.0e-3", "checkpoint={every: 1, keep: 999}")
+    pool.run(1, train, folder, *own, "train.steps=4", "run.dir=unharmed")
+    run = folder / "killed"
+    command = Command(folder, "train", "run.yaml", *own, "run.dir=killed", "train.steps=500")
+    assert command.wait_until((run / "step-00000002/manifest.json").is_file)
+    command.kill()
+    assert command.wait() == -9
+    for path in RunFolder(run).folders():
+        if step_of(path) > 2:  # it was quick
+            shutil.rmtree(path)
+    pool.run(2, train, folder, *own, "train.steps=4", "run.dir=killed", "parallel={tp: 2}")
+    close(lines(run, *KEYS), lines(folder / "unharmed", *KEYS))
 
 
 def test_a_stale_reference_is_refused(folder: Path, pool: Pool) -> None:
