@@ -91,11 +91,12 @@ def test_the_calculator_computes_numbers_and_nothing_else(expression: str, value
 
 @locked
 def test_python_answers_with_what_it_prints() -> None:
-    limits = Limits(seconds=1.0)
+    limits = Limits(seconds=60.0)
     assert answer_of("python", {"code": "print(6 * 7)"}, limits) == "42"
     assert answer_of("python", {"code": "x = 1"}, limits) == "(no output)"
     assert answer_of("python", {"code": "print(1)\n1/0"}, limits).startswith("1\nerror: ZeroDiv")
-    assert answer_of("python", {"code": "while 1: pass"}, limits) == "error: takes more than 1 s"
+    loop = {"code": "while 1: pass"}
+    assert answer_of("python", loop, Limits(seconds=1.0)) == "error: takes more than 1 s"
     assert answer_of("python", {"program": "1"}, limits).startswith("error: python takes one")
     assert answer_of("other", {}, limits) == "error: there is no tool 'other'"
 
@@ -117,7 +118,7 @@ def test_calls_are_understood_in_the_forms_that_models_write() -> None:
 
 
 def test_a_function_of_the_users_answers_and_its_failure_ends_the_answer(folder: Path) -> None:
-    config = EnvironmentConfig(path=str(folder / "replies.py"))
+    config = EnvironmentConfig(path=str(folder / "replies.py"), seconds=60.0)
     said = [{"role": "assistant", "content": "a"}]
     with Environment(config) as environment:
         assert environment.reply({}, said) == [{"role": "user", "content": "again 1"}]
@@ -252,7 +253,10 @@ def test_a_run_with_several_turns_is_the_same_at_two_layouts(folder: Path, pool:
     """A real engine and a real trainer agree about every token that the model said, with what the
     environment said in between."""
     (folder / "problems.jsonl").write_text(json.dumps({"prompt": "a", "rest": 0}) + "\n")
-    keys = ["objective.problems={chat: true}", "objective.environment={path: replies.py}"]
+    keys = [
+        "objective.problems={chat: true}",
+        "objective.environment={path: replies.py, seconds: 60.0}",
+    ]
     keys += ["objective.max_completion_length=60", "data.seq_len=120", "train.steps=2"]
     keys += ["objective.loss=grpo", "checkpoint.every=0"]
     pool.run(1, train, folder, *keys, "run.dir=turns-1")

@@ -56,17 +56,15 @@ def test_chats_are_messages() -> None:
 
 
 def test_whatever_a_function_does_costs_its_answer_alone() -> None:
-    texts = ["fine", "sleeps", "loops", "child", "eats", "crashes"]
-    texts += ["raises", "exits", "nan", "inf", "text", "fine"]
-    with Rewards.open([python("fails", seconds=1.0, memory_gib=1.0)]) as made:
+    texts = ["fine", "eats", "crashes", "raises", "exits", "nan", "inf", "text", "fine"]
+    with Rewards.open([python("fails", seconds=120.0, memory_gib=1.0)]) as made:
         scores = made.score([answer(text) for text in texts])
         notes = made.notes()
-        assert made.unscorable == {"fails": 10}
+        assert made.unscorable == {"fails": 7}
         assert made.score([answer("fine")]).tolist() == [[1]]
     assert scores[[0, -1], 0].tolist() == [1, 1] and np.isnan(scores[1:-1]).all()
     for said in (
-        "reward fails takes more than 1 s: on 3 of 12 answers, such as 'sleeps'",
-        "takes more than 1 GiB of memory",
+        "reward fails takes more than 1 GiB of memory: on 1 of 9 answers, such as 'eats'",
         "ends its process (signal 11)",
         "raises KeyError at reward_functions.py:",
         "calls exit(3)",
@@ -75,8 +73,17 @@ def test_whatever_a_function_does_costs_its_answer_alone() -> None:
         "returns 'abc', which is no number",
     ):
         assert sum(said in note for note in notes) == 1, (said, notes)
+
+
+def test_what_hangs_is_ended_with_all_that_it_started() -> None:
+    texts = ["sleeps", "loops", "child", "none"]
+    with Rewards.open([python("fails", seconds=1.0), python("matches")]) as made:
+        scores = made.score([answer(text) for text in texts])
+        notes = made.notes()
+    assert np.isnan(scores[:3, 0]).all() and scores[:3, 1].tolist() == [0, 0, 0]
+    assert "reward fails takes more than 1 s: on " in notes[0] and "such as 'sleeps'" in notes[0]
     found = subprocess.run(["pgrep", "-f", "^sleep 86399"], capture_output=True, check=False)
-    assert found.stdout == b""  # what it started has ended with it
+    assert found.stdout == b""
 
 
 @pytest.mark.parametrize(
@@ -136,11 +143,9 @@ def test_processes_end_with_the_run_however_it_ends() -> None:
 
 def test_time_that_is_lost_is_bounded() -> None:
     with Rewards.open([python("fails", seconds=0.2)]) as made:
-        scores = made.score([answer("fine"), *[answer("sleeps")] * 30])
-        (note,) = made.notes()
-    assert scores[0, 0] == 1 and np.isnan(scores[1:]).all()
-    assert "more were not scored, as this had taken 2 s" in note
-    assert made.unscorable == {"fails": 30}
+        with pytest.raises(CheckFailed, match=r"more were not scored, as this had taken 2 s"):
+            made.score([answer("sleeps")] * 30)
+        assert made.unscorable == {"fails": 30}
 
 
 # --- built-in ones
@@ -230,14 +235,17 @@ def test_math_verify_agrees_with_trls_and_survives_towers_of_powers() -> None:
     rows += [answer(r"\boxed{5} or \boxed{4}"), answer(r"\boxed{4}, no: \boxed{5}"), answer("so 5")]
     rows += [answer(r"$\boxed{\frac{2}{4}}$", answer=r"\frac{1}{2}"), answer("5", answer="???")]
     towers = [answer("9**9**9**9"), answer(r"\boxed{9^{9^{9^{9}}}}")]
-    with Rewards.open([reward_of({"name": "math_verify", "seconds": 2.0})]) as made:
-        scores = made.score([*rows, *towers, answer("5")])[:, 0]
+    with Rewards.open([reward_of({"name": "math_verify", "seconds": 120.0})]) as made:
+        scores = made.score(rows)[:, 0]
+    with Rewards.open([reward_of({"name": "math_verify", "seconds": 1.0})]) as made:
+        try:
+            assert not np.any(made.score(towers) > 0)
+        except CheckFailed as error:  # both
+            assert "takes more than 1 s" in str(error)
     n = len(texts)
     assert scores[:n].tolist() == theirs == [1, 0, 1, 1, 1, 1]
     # Of several guesses the last one counts; what is right may be bare LaTeX, or no mathematics.
     np.testing.assert_array_equal(scores[n : n + 5], [0, 1, 1, 1, np.nan])
-    assert not np.any(scores[n + 5 : n + 7] > 0)
-    assert scores[-1] == 1
 
 
 IDS = ["punctuation:no_comma", "length_constraints:number_words"]

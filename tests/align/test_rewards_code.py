@@ -17,7 +17,7 @@ from bevatron.align.reward_config import Code, reward_of
 from bevatron.align.rewards import Answer, Rewards
 from bevatron.errors import BevatronError
 
-LIMITS = Limits(seconds=5.0, memory=512 << 20)
+LIMITS = Limits(seconds=120.0, memory=512 << 20)
 
 
 def _locked() -> str | None:
@@ -33,7 +33,7 @@ locked = pytest.mark.skipif(WHY is not None, reason=WHY or "")
 
 
 def graded(program: str, tests: Any, **keys: Any) -> float:
-    config = reward_of({"name": "code", "seconds": 2.0, **keys})
+    config = reward_of({"name": "code", "seconds": 60.0, **keys})
     assert isinstance(config, Code)
     return code_score(config, {"tests": tests}, f"Here it is:\n```python\n{program}\n```\nDone.")
 
@@ -121,7 +121,7 @@ def test_correct_programs_pass_and_others_do_not() -> None:
     assert graded("print(2 * int(input()))", '{"inputs": ["1"], "outputs": ["2"]}') == 1
     hangs = "def f(x):\n    while x == 1: pass\n    return x"
     tests = ["assert f(0) == 0", "assert f(1) == 1", "assert f(2) == 2"]
-    assert graded(hangs, tests, partial=True, seconds=0.5) == pytest.approx(2 / 3)
+    assert graded(hangs, tests, partial=True, seconds=3.0) == pytest.approx(2 / 3)
 
 
 @locked
@@ -177,7 +177,7 @@ def test_tests_that_cannot_be_understood_are_refused() -> None:
 
 @locked
 def test_code_is_a_reward_like_others() -> None:
-    reward = reward_of({"name": "code", "seconds": 1.0, "processes": 2})
+    reward = reward_of({"name": "code", "seconds": 3.0, "processes": 2})
     row = {"tests": ["assert f(1) == 2"]}
     texts = ["def f(x): return x + 1", "def f(x): return x", "while True: pass"]
     with Rewards.open([reward]) as made:
