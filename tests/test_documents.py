@@ -36,6 +36,7 @@ PAGES = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs"
 ELSEWHERE = {
     "autobridge.md": "tests/bridge/test_auto_bridge.py runs it, twice and under torchrun",
     "serve.md": "tests/server/test_docs.py runs it against a server",
+    "nanochat.md": "tests/align/test_nanochat_line.py runs it",
     "bevatron serve": "tests/server",
     "bevatron transformers": "tests/hf/test_users.py",
     "bevatron doctor": "starts processes: tests/train/test_doctor.py",
@@ -71,6 +72,7 @@ NAMES: dict[str, dict[str, str]] = {
                         "tokens": STORE, "held-out": HELD_OUT},
     "adapters.md": {"native": NATIVE, "tokens": STORE},
     "recipes.md": {}, "reinforcement.md": {"native": NATIVE},
+    "reward-models.md": {"native": NATIVE},
     "scale.md": {"tokens": STORE},
     "long-sequences.md": {}, "layouts.md": {}, "data.md": {}, "optimization.md": {},
     "cluster.md": {}, "checkpoint-format.md": {"native": NATIVE, "runs/my-run": RUN},

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 class RewardKind(LabelledKind):
     head = "sequence_classification"
+    reads = "bevatron.align.reward_feed:RewardFeed"
 
     name: str = "reward"
     attributes: list[str] = Field([])

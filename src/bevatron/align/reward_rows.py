@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.align.preference_rows import Answers, PreferenceRows
+from bevatron.align.preference_rows import Answers, PreferenceRows, Survey
 from bevatron.chat.chat_messages import ChatError
 from bevatron.data.chat_examples import ChatExamples, Example
 from bevatron.data.dataset_rows import Row
@@ -57,6 +57,12 @@ class ScoredAnswers:
 
     def encode(self, rows: Sequence[Row]) -> list[list[Arrays]]:
         return [[self._arrays(row)] for row in rows]
+
+    def survey(self, rows: Sequence[Row]) -> Survey:
+        """What the length does to these rows."""
+        lengths = [len(self._example(row).ids) for row in rows]
+        cut = sum(length > self.length for length in lengths)
+        return Survey(len(rows), cut, cut, max(lengths, default=0))
 
     def blank(self) -> Arrays:
         return {
