@@ -114,7 +114,7 @@ def test_attributes_are_learned_as_transformers_learns_numbers(folder: Path, poo
         ([SCORES], r'scored\.jsonl: line 1: has no "chosen"'),
         ([SCORES, "objective.attributes=[a]"], r'line 1: "a" is None, expected a finite number'),
         ([PAIRS, "objective.attributes=[margin]"], 'has neither "messages" nor "prompt" with'),
-        (["data.seq_len=2"], "too short for each of the first 60 rows, whose longest sequence has"),
+        (["data.seq_len=2"], "too short for each of the first 30 rows, whose longest sequence has"),
         (["objective.attributes=[a, a]"], "has a name twice"),
         (["objective.attributes=[a]", "objective.center_rewards_coefficient=1.0"], "for pairs of"),
         (["model={init: hf-s}", PAIRS], "attributes: missing; the model's head has 2 scores"),

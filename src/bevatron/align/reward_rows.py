@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bevatron.align.preference_rows import Answers, PreferenceRows, Survey
+from bevatron.align.preference_rows import Answers, PreferenceRows
 from bevatron.chat.chat_messages import ChatError
 from bevatron.data.chat_examples import ChatExamples, Example
 from bevatron.data.dataset_rows import Row
@@ -25,6 +25,10 @@ class RewardPairs(PreferenceRows):
         if "prompt" not in row and all(is_text(row.get(name)) for name in ("chosen", "rejected")):
             row = {**row, "prompt": ""}
         return super().read(row)
+
+    def lengths(self, row: Row) -> list[int]:
+        """Tokens of the row's sequences."""
+        return [len(example) for example in self.tokenized(row)]
 
 
 class ScoredAnswers:
@@ -58,11 +62,9 @@ class ScoredAnswers:
     def encode(self, rows: Sequence[Row]) -> list[list[Arrays]]:
         return [[self._arrays(row)] for row in rows]
 
-    def survey(self, rows: Sequence[Row]) -> Survey:
-        """What the length does to these rows."""
-        lengths = [len(self._example(row).ids) for row in rows]
-        cut = sum(length > self.length for length in lengths)
-        return Survey(len(rows), cut, cut, max(lengths, default=0))
+    def lengths(self, row: Row) -> list[int]:
+        """Tokens of the row's sequences."""
+        return [len(self._example(row).ids)]
 
     def blank(self) -> Arrays:
         return {
