@@ -50,6 +50,14 @@ def alone(folder: Path, pool: Pool) -> list[dict[str, Any]]:
     return lines(folder / "alone", *KEYS)
 
 
+@pytest.fixture(scope="module")
+def of_attributes(folder: Path, pool: Pool) -> Path:
+    """The export of a run on scores."""
+    ours = objective("reward", attributes=ATTRIBUTES)
+    pool.run(1, train, folder, ours, SCORES, *SHORT, "run.dir=scored", "checkpoint.export=hf-s")
+    return folder / "hf-s"
+
+
 def scores_of(folder: Path, texts: list[str]) -> torch.Tensor:
     """By the class of transformers that config.json names: [texts, labels]."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -94,11 +102,11 @@ def test_another_layout_and_a_restart_change_nothing(
         assert ours == pytest.approx(theirs, rel=1e-5 if ours["step"] <= 1 else 1e-4, abs=2e-5)
 
 
-def test_attributes_are_learned_as_transformers_learns_numbers(folder: Path, pool: Pool) -> None:
-    ours = objective("reward", attributes=ATTRIBUTES)
-    pool.run(1, train, folder, ours, SCORES, *SHORT, "run.dir=scored", "checkpoint.export=hf-s")
+def test_attributes_are_learned_as_transformers_learns_numbers(
+    folder: Path, of_attributes: Path
+) -> None:
     rows = scored()
-    found = scores_of(folder / "hf-s", [row["prompt"] + row["response"] for row in rows])
+    found = scores_of(of_attributes, [row["prompt"] + row["response"] for row in rows])
     wanted = torch.tensor([[float(row[name]) for name in ATTRIBUTES] for row in rows])
     errors = (found - wanted).square().mean(0)
     names = ["val_loss", *(f"val_mse/{name}" for name in ATTRIBUTES)]
@@ -125,6 +133,7 @@ def test_attributes_are_learned_as_transformers_learns_numbers(folder: Path, poo
 def test_what_does_not_fit_is_refused_with_what_to_do(
     folder: Path,
     alone: list[dict[str, Any]],
+    of_attributes: Path,
     monkeypatch: pytest.MonkeyPatch,
     overrides: list[str],
     words: str,
