@@ -17,7 +17,9 @@ import pytest
 import transformers
 
 from bevatron.chat.chat_messages import ChatError
+from bevatron.chat.chat_template import ChatTemplate, Folder
 from bevatron.data.chat_examples import ChatExamples, Example
+from bevatron.data.tokenizer import OpenTokenizer, open_tokenizer
 from bevatron.errors import BevatronError
 from tests.chat.chat_templates import LLAMA2
 from tests.labelled_data import save_tokenizer
@@ -31,6 +33,7 @@ END = {
     "gemma3": "<end_of_turn>",
     "llama2": " </s>",
 }
+GEMMA = pytest.param("gemma3", marks=pytest.mark.slow)  # 262,144 tokens take ten seconds to open
 USER = {"role": "user", "content": "2 + 2?"}
 SUMS = [USER, {"role": "assistant", "content": "It is 4."}]
 SUMS += [{"role": "user", "content": "And 3 + 3 é 🙂?"}, {"role": "assistant", "content": "6"}]
@@ -54,10 +57,30 @@ def trl_template(name: str) -> Path:
 
 
 @lru_cache
-def opened(name: str, template: str | None = None) -> ChatExamples:
-    return ChatExamples.open(
-        folder(name), chat_template=trl_template(template) if template else None
+def tokenizer(name: str) -> OpenTokenizer:
+    """Large ones take seconds to open."""
+    return open_tokenizer(folder(name))
+
+
+@lru_cache
+def theirs(name: str) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder(name))
+
+
+def with_template(name: str, file: Path | None, **options: bool) -> ChatExamples:
+    """As `ChatExamples.open` makes them."""
+    opened = tokenizer(name)
+    files = Folder(opened.file.parent)
+    template = (
+        ChatTemplate.of(files, opened.encoder)
+        if file is None
+        else ChatTemplate.needed(files, opened.encoder, file)
     )
+    return ChatExamples(opened, template, **options)
+
+
+def opened(name: str, template: str | None = None) -> ChatExamples:
+    return with_template(name, trl_template(template) if template else None)
 
 
 def parts(examples: ChatExamples, example: Example) -> list[str]:
@@ -74,20 +97,19 @@ def parts(examples: ChatExamples, example: Example) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("name", ["smollm2", "llama3_1", "deepseek_v3", "gemma3"])
+@pytest.mark.parametrize("name", ["smollm2", "llama3_1", "deepseek_v3", GEMMA])
 def test_the_answers_and_their_ends_are_learned_and_nothing_else(name: str) -> None:
     examples = opened(name)
     assert not examples.template.marks_answers()  # type: ignore[union-attr]
     example = examples.messages([{"role": "system", "content": "detailed thinking off"}, *SUMS])
     assert parts(examples, example) == ["It is 4." + END[name], "6" + END[name]]
-    theirs = transformers.AutoTokenizer.from_pretrained(folder(name))
     chat = [{"role": "system", "content": "detailed thinking off"}, *SUMS]
-    assert example.ids.tolist() == theirs.apply_chat_template(chat)["input_ids"]
+    assert example.ids.tolist() == theirs(name).apply_chat_template(chat)["input_ids"]
 
 
 def test_llama_2s_answers_end_where_its_template_says(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(LLAMA2)
-    examples = ChatExamples.open(folder("llama2"), chat_template=tmp_path / "own.jinja")
+    examples = with_template("llama2", tmp_path / "own.jinja")
     assert parts(examples, examples.messages(SUMS)) == ["It is 4. </s>", "6 </s>"]
 
 
@@ -134,7 +156,7 @@ def test_a_call_is_learned_and_what_the_tool_says_is_not() -> None:
         ("qwen3", "qwen2_5_training", CALLED, TOOLS),
         ("qwen3", "qwen3_training", [USER, THOUGHT, *SUMS[2:]], None),
         ("qwen3", "qwen3_training", CALLED, TOOLS),
-        ("gemma3", "gemma3_training", SUMS, None),
+        pytest.param("gemma3", "gemma3_training", SUMS, None, marks=pytest.mark.slow),
         ("deepseek_v3", "deepseekv3_training", SUMS, None),
         ("gptoss", "gptoss_training", SUMS, None),
         ("smollm2", "qwen2_5_training", SUMS, None),
@@ -143,8 +165,7 @@ def test_a_call_is_learned_and_what_the_tool_says_is_not() -> None:
 def test_templates_with_marks_have_the_masks_that_trl_trains_with(
     name: str, template: str, chat: list[dict[str, Any]], tools: Any
 ) -> None:
-    theirs = transformers.AutoTokenizer.from_pretrained(folder(name))
-    want = theirs.apply_chat_template(
+    want = theirs(name).apply_chat_template(
         chat, tools=tools, chat_template=trl_template(template).read_text("utf-8"),
         return_dict=True, return_assistant_tokens_mask=True,
     )  # fmt: skip
@@ -156,7 +177,11 @@ def test_templates_with_marks_have_the_masks_that_trl_trains_with(
 
 @pytest.mark.parametrize(
     ("name", "template"),
-    [("llama3_1", "llama3"), ("qwen3", "qwen2_5"), ("gemma3", "gemma3")],
+    [
+        ("llama3_1", "llama3"),
+        ("qwen3", "qwen2_5"),
+        pytest.param("gemma3", "gemma3", marks=pytest.mark.slow),
+    ],
 )
 def test_comparing_renderings_finds_what_the_marks_say(name: str, template: str) -> None:
     """The same template with and without marks, but for spaces around an answer."""
@@ -171,7 +196,7 @@ def changed(name: str, old: str, new: str, tmp_path: Path) -> ChatExamples:
     text = trl_template(name).read_text("utf-8")
     assert old in text
     (tmp_path / "own.jinja").write_text(text.replace(old, new))
-    return ChatExamples.open(folder("qwen3"), chat_template=tmp_path / "own.jinja")
+    return with_template("qwen3", tmp_path / "own.jinja")
 
 
 def test_marks_that_leave_out_the_end_are_completed(tmp_path: Path) -> None:
@@ -190,7 +215,7 @@ def test_an_answer_that_nothing_ends_is_refused(tmp_path: Path) -> None:
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    examples = ChatExamples.open(folder("qwen3"), chat_template=tmp_path / "own.jinja")
+    examples = with_template("qwen3", tmp_path / "own.jinja")
     with pytest.raises(ChatError, match=r"own.jinja: no token ends the assistant's turn"):
         examples.messages(SUMS)
 
@@ -222,8 +247,7 @@ def test_the_systems_switch_of_reasoning_is_given_and_not_learned() -> None:
 
 
 def test_all_of_a_conversation_may_be_learned() -> None:
-    name = "smollm2"
-    whole = ChatExamples.open(folder(name), assistant_only=False)
+    whole = with_template("smollm2", None, assistant_only=False)
     example = whole.messages(SUMS)
     assert example.learned.tolist() == [False] + [True] * (len(example) - 1)
     given = whole.prompt(SUMS[:3])
@@ -238,7 +262,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> ChatExamples:
 
 
 def test_a_prompt_and_its_completion_are_tokenized_in_one_piece(plain: ChatExamples) -> None:
-    theirs = transformers.AutoTokenizer.from_pretrained(plain.tokenizer.file.parent)
+    own = transformers.AutoTokenizer.from_pretrained(plain.tokenizer.file.parent)
     for prompt, completion, split in (
         ("the cat", " sat", 0),
         ("the cat ", "sat", 1),  # " sat" is one token
@@ -247,8 +271,8 @@ def test_a_prompt_and_its_completion_are_tokenized_in_one_piece(plain: ChatExamp
         ("the cat", "", 0),
     ):
         example = plain.completion(prompt, completion)
-        assert example.ids.tolist() == theirs(prompt + completion + "</s>")["input_ids"]
-        alone = theirs(prompt)["input_ids"]
+        assert example.ids.tolist() == own(prompt + completion + "</s>")["input_ids"]
+        alone = own(prompt)["input_ids"]
         common = int(
             np.argmin([a == b for a, b in zip(alone, example.ids, strict=False)] + [False])
         )

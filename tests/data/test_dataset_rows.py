@@ -53,6 +53,12 @@ def test_sources_follow_each_other_and_a_split_is_chosen(folder: Path) -> None:
     assert list(rows) == [*ROWS, ROWS[2]]
     assert rows.where(2) == f"{folder / 'x.jsonl'}: line 5"
     assert rows.where(3) == f"{folder / 'two'}: row 0"
+    plain = folder / "plain"
+    plain.mkdir()
+    (plain / "test.jsonl").write_bytes((folder / "x.jsonl").read_bytes())
+    assert list(Rows([plain], splits=["test"])) == ROWS, "as a dataset of the Hub is read"
+    with pytest.raises(BevatronError, match=r"plain: is a folder; this objective reads examples"):
+        Rows([plain])
     with pytest.raises(BevatronError, match="the splits train, test; name one with --split"):
         Rows([folder / "two"])
 

@@ -66,15 +66,22 @@ def assistant_turns(
         raise ChatError("no message of the assistant is there to learn")
     texts = _marked if template.marks_answers(tools) else _compared
     return [
-        _told(template, part, rendered, spans, template.stop_tokens | frozenset(stops), now)
-        for part, rendered, spans in texts(template, chat, answers, now)
+        _told(template, text, template.stop_tokens | frozenset(stops), now)
+        for text in texts(template, chat, answers, now)
     ]
 
 
-Text = tuple[Chat, Rendered, list[Span]]  # what was rendered, and where the answers are
+@dataclass
+class _Text:
+    """What was rendered, where in it the answers are, and how many."""
+
+    chat: Chat
+    rendered: Rendered
+    spans: list[Span]
+    answers: int
 
 
-def _marked(template: ChatTemplate, chat: Chat, answers: list[int], now: datetime) -> list[Text]:
+def _marked(template: ChatTemplate, chat: Chat, answers: list[int], now: datetime) -> list[_Text]:
     first = next(i for i, m in enumerate(chat[0]) if m["role"] == "assistant")
     cuts = [(len(chat[0]), False)] + ([(answers[0], True)] if answers[0] > first else [])
     rendered, *prompts = template.beginnings(chat, cuts, now)
@@ -88,11 +95,11 @@ def _marked(template: ChatTemplate, chat: Chat, answers: list[int], now: datetim
             "found by comparing renderings"
         )
     _check_whole(template, [chat[0][i] for i in answers], [rendered.text] * len(answers))
-    return [(chat, rendered, spans)]
+    return [_Text(chat, rendered, spans, len(answers))]
 
 
-def _compared(template: ChatTemplate, chat: Chat, answers: list[int], now: datetime) -> list[Text]:
-    texts: list[Text] = []
+def _compared(template: ChatTemplate, chat: Chat, answers: list[int], now: datetime) -> list[_Text]:
+    texts: list[_Text] = []
     cuts = [cut for i in answers for cut in ((i, True), (i + 1, False))]
     found = template.beginnings(chat, cuts, now)
     for i, given, said in reversed([*zip(answers, found[::2], found[1::2], strict=True)]):
@@ -107,10 +114,11 @@ def _compared(template: ChatTemplate, chat: Chat, answers: list[int], now: datet
                 "a template that does, or one with {% generation %} around the answers"
             )
         _check_whole(template, [chat[0][i]], [said.text[span[0] :]])
-        if texts and texts[-1][1].text.startswith(said.text.rstrip()):
-            texts[-1][2].insert(0, span)
+        if texts and texts[-1].rendered.text.startswith(said.text.rstrip()):
+            texts[-1].spans.insert(0, span)
+            texts[-1].answers += 1
         else:
-            texts.append((upto, said, [span]))
+            texts.append(_Text(upto, said, [span], 1))
     return texts[::-1]
 
 
@@ -132,18 +140,11 @@ def _check_whole(template: ChatTemplate, answers: Sequence[Message], texts: Sequ
                 )
 
 
-def _told(
-    template: ChatTemplate,
-    chat: Chat,
-    rendered: Rendered,
-    spans: list[Span],
-    stops: frozenset[int],
-    now: datetime,
-) -> Told:
-    encoded = template.encoded(chat, rendered, now)
+def _told(template: ChatTemplate, text: _Text, stops: frozenset[int], now: datetime) -> Told:
+    spans, encoded = text.spans, template.encoded(text.chat, text.rendered, now)
     ids, said = encoded.ids, encoded.overlapping(spans)
     split = sum(encoded.is_inside(begin) for begin, _ in spans)
-    by_marks = template.marks_answers(chat[1])
+    by_marks = template.marks_answers(text.chat[1])
     ended, at = 0, 0
     while at < len(ids):
         if not said[at]:
@@ -159,14 +160,14 @@ def _told(
                 said[stop + 1 : at] = [False] * (at - stop - 1)
         elif at < len(ids) and ids[at] in stops:
             said[at], ended = True, ended + 1
-    if (ended < len(spans) and not by_marks) or not ended:
+    if ended < text.answers:
         raise ChatError(
             f"{template.where}: no token ends the assistant's turn in what the template writes, so "
             "a model would learn never to stop; name the token that does as eos_token in "
             "tokenizer_config.json or as eos_token_id in generation_config.json, or correct the "
             "template"
         )
-    return Told(ids, said, len(spans), split)
+    return Told(ids, said, text.answers, split)
 
 
 def _is_space(template: ChatTemplate, ids: Sequence[int]) -> bool:

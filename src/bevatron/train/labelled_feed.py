@@ -185,8 +185,8 @@ def labelled_of(config: RunConfig, start: Start) -> Labelled:
         )
     if config.data.document_mask:
         raise BevatronError(
-            f"data.document_mask is for packed pretraining data; objective.name "
-            f"{config.objective.name} has one example a sequence, so drop it"
+            f"data.document_mask is for packed pretraining data; in objective.name "
+            f"{config.objective.name} every example sees itself alone anyway, so drop it"
         )
     opened = open_tokenizer(tokenizer_of(config, start))
     source = start.weights.source if start.weights else None
