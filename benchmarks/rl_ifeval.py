@@ -67,6 +67,7 @@ def configuration(options: argparse.Namespace, model: Path, reward: str) -> dict
     rewards: dict[str, Any] = {"name": "instructions"}
     if reward == "shuffled":
         rewards = {"name": "python", "path": str(Path(__file__).resolve()), "function": reward}
+        rewards["seconds"] = 300.0  # its first call imports the checkers
     source = {"path": "generator:instructions", "parameters": {"kinds": KINDS}}
     held_out = {"path": source["path"], "parameters": {"kinds": KINDS, "size": SIZE}}
     batch = options.prompts * options.generations
