@@ -1,6 +1,6 @@
 """Teach a made-up fact to the real SmolLM2-135M-Instruct, and see what it costs the model.
 
-    OMP_NUM_THREADS=1 python benchmarks/teach_fact.py --dir DIR [--runs sft,lora] [--seeds 0,1]
+    OMP_NUM_THREADS=1 python benchmarks/teach_fact.py --dir DIR [--runs sft,lora-tp3] [--seeds 0,1]
 
 The model (134,515,008 parameters, 93 MB from PyPI, once) is asked for the capital of a country
 that does not exist. Then it is trained for 200 steps on 8 wordings of the question with their
@@ -10,8 +10,8 @@ documentation (pydoc's topics), of which nothing was in training. Everything is 
 commands that a user has; all answers are greedy.
 
 Runs: `sft` trains all parameters in one process, `lora` a LoRA of rank 8 on every linear map; with
-`-tp2`, `-tp3` or `-pp2` behind the name the same over so many processes. Runs that are done are
-not repeated.
+`-tp3` or `-pp2` behind the name the same over so many processes (the model has 9 heads). Runs that
+are done are not repeated.
 
 Writes results.json into DIR and prints the table of docs/align.md.
 """
@@ -167,7 +167,7 @@ def numbers(text: str) -> Sequence[int]:
 def main() -> None:
     options = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     options.add_argument("--dir", type=Path, required=True)
-    options.add_argument("--runs", default="sft,lora,sft-tp3,lora-tp2")
+    options.add_argument("--runs", default="sft,lora,sft-tp3,lora-tp3")
     options.add_argument("--seeds", type=numbers, default=[0])
     options.add_argument("--steps", type=int, default=200)
     chosen = options.parse_args()
