@@ -135,7 +135,8 @@ def test_engine_and_trainer_are_compared_and_a_run_that_differs_stops(
     folder: Path, pool: Pool
 ) -> None:
     """In bf16 they differ, which weights correct; with other weights in the engine the run ends."""
-    bf16 = ("train.precision=bf16", "train.steps=2", "checkpoint.every=0")
+    bf16 = ("train.precision=bf16", "train.steps=2", "checkpoint.every=0", "data.seq_len=64")
+    bf16 += ("objective.max_completion_length=40",)
     pool.run(1, train, folder, *bf16, "run.dir=bf16", "objective.temperature=0.5")
     for line in lines(folder / "bf16"):
         ratio, apart = "sampling/importance_sampling_ratio", "sampling/sampling_logp_difference"
