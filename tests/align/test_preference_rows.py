@@ -110,6 +110,8 @@ def test_what_is_too_long_loses_its_end_and_says_so(folder: Path) -> None:
         ),
         ({"prompt": "x", "responses": ["a"], "rewards": [1]}, "has 1 \"responses\", expected 2"),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "tools": "{"}, "not valid JSON"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "chat_template_kwargs": "[1]"},
+         "expected an object such as"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_row_is_said(folder: Path, row: dict[str, Any], says: str) -> None:

@@ -122,9 +122,22 @@ def test_every_form_of_a_row_is_read(examples: ChatExamples, tmp_path: Path) -> 
         ({"prompt": "a", "completion": messages}, "not two texts or two lists of messages"),
         ({"prompt": "a"}, "not two texts or two lists of messages"),
         ({"text": None}, "the row has the keys 'text'"),
+        ({"text": 5}, "\"text\" is '5', expected a text"),
+        ({"text": "a\ud800"}, '"text" is .*, expected a text'),
     ):
         with pytest.raises(BevatronError, match=says):
             rows.check(row)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": "f"}]}
+    for row, says in (
+        ({"conversations": [{"from": ["x"], "value": "a"}]}, r"messages\[0\].role is a list"),
+        ({"messages": [*messages, call]}, r"tool_calls\[0\].function is a text, expected an obj"),
+        ({"messages": messages, "chat_template_kwargs": [1]}, r"is '\[1\]', expected an object"),
+        ({"messages": messages, "chat_template_kwargs": "5"}, "is '5', expected an object"),
+        ({"messages": messages, "chat_template_kwargs": {"tools": []}}, "has 'tools', which is"),
+        ({"messages": messages, "chat_template_kwargs": {"stops": 1}}, "has 'stops', which is"),
+    ):
+        with pytest.raises(BevatronError, match=says):
+            rows.of_row(row)
     path = write_rows(tmp_path / "x.jsonl", [*chats(2), {"messages": messages[:1]}])
     samples = Conversations([SourceConfig(path=str(path))], rows)
     with pytest.raises(BevatronError, match=r"x.jsonl: line 3: no message of the assistant"):

@@ -104,6 +104,15 @@ def test_a_store_without_a_mask_is_learned_only_if_that_is_said(folder: Path) ->
         Conversations(mixed, whole.labelled)
 
 
+def test_a_setting_that_a_store_does_not_heed_is_named(folder: Path) -> None:
+    asked = ChatExamples.open(folder / "tokenizer", assistant_only=False)
+    says = "objective.assistant_only_loss: false changes nothing here"
+    for name, there in (("store", True), ("chats.jsonl", False)):
+        found = Conversations([SourceConfig(path=str(folder / name))], ChatRows(asked, 64))
+        assert any(line.startswith(says) for line in found.told()) == there
+    assert not any("changes nothing" in line for line in read(folder, "store").told())
+
+
 def test_a_store_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     other = prepared(tmp_path / "other") / "tokenizer"
     text = (other / "tokenizer.json").read_text()

@@ -322,6 +322,7 @@ FORMATS = {
     "torch.distributed.checkpoint": (("__0_0.distcp", ".metadata"), "program that wrote it"),
     "Megatron": (("latest_checkpointed_iteration.txt",), "Megatron-Bridge"),
     "GGUF": (("a.gguf",), "safetensors"),
+    "peft": (("adapter_config.json", "adapter_model.safetensors"), "adapter.init: this folder"),
 }
 
 
@@ -332,6 +333,9 @@ def test_a_folder_of_another_format_is_named_with_what_to_do(tmp_path: Path, kin
     for name in files:
         (tmp_path / "work" / "x" / name).write_bytes(b"\x80\x02}q\x00.")
     refused(tmp_path / "work" / "x", kind, advice, files[0])
+    status, _, stderr = command("inspect", tmp_path / "work" / "x")
+    assert status == 2
+    assert kind in stderr and advice in stderr
 
 
 @pytest.mark.parametrize("older", ["tokenizer.model", "vocab.json", None])

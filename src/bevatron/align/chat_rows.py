@@ -120,6 +120,11 @@ class StoredRows:
         return map(self.__getitem__, range(len(self)))
 
     @property
+    def masked(self) -> bool:
+        """Whether any says which of its tokens are to be learned."""
+        return any(store.info.learned is not None for store in self.stores)
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """[documents] tokens of each."""
         return np.concatenate([np.diff(begins) for begins in self._begins])

@@ -8,7 +8,6 @@ the same messages, which are the prompt then. How good an answer is stands in `c
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 
 from bevatron.chat.chat_messages import ChatError
 from bevatron.data.chat_examples import ChatExamples, Example
+from bevatron.data.chat_rows import template_inputs
 from bevatron.data.dataset_rows import Row
 from bevatron.data.labelled_examples import Arrays, is_text
 from bevatron.errors import BevatronError
@@ -118,13 +118,7 @@ class PreferenceRows:
     def tokenized(self, row: Row) -> list[Example]:
         """The prompt with each of its answers."""
         prompt, texts, _, _ = self.read(row)
-        tools = row.get("tools")
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except ValueError as error:
-                raise BevatronError(f'"tools" is not valid JSON ({error})') from error
-        variables = row.get("chat_template_kwargs") or {}
+        tools, variables = template_inputs(row)
         try:
             return [self.examples.completion(prompt, t, tools, **variables) for t in texts]
         except ChatError as error:

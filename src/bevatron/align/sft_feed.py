@@ -136,12 +136,25 @@ class Conversations(Examples):
         count, table = len(self), self.table
         assert table is not None
         room, tokens = count * self.labelled.length, int(self.lengths.sum())
+        examples = self.labelled.examples
         lines = [
             f"{len(self.lengths):,} examples of {len(self.rows):,} rows in {count:,} samples: "
             f"{tokens:,} tokens, of which {self.learned:,} are learned, and "
             f"{1 - tokens / room:.1%} padding"
         ]
         long, length = table[:, LENGTH] > self.labelled.length, self.labelled.length
+        source: Any = self.rows
+        if isinstance(source, StoredRows) and source.masked:
+            given = {
+                "objective.assistant_only_loss": examples.assistant_only,
+                "objective.completion_only_loss": examples.completion_only,
+            }
+            if off := [name for name, only in given.items() if not only]:
+                lines.append(
+                    f"{' and '.join(off)}: false changes nothing here: a token store says itself "
+                    "what is learned (`bevatron tokenize --chat --learn-all` makes one of which "
+                    "all is)"
+                )
         if (more := len(table) - len(self.rows)) > 0:
             lines.append(
                 f"{more:,} examples more than rows: the chat template writes answers in another "

@@ -98,13 +98,19 @@ def read_config(path: Path) -> dict[str, Any]:
             raise SourceError(
                 f"{path}: is a native checkpoint already, expected a Hugging Face folder"
             )
-        _check_kind(path)
+        check_kind(path)
         raise SourceError(f"{path}: has no config.json; expected a Hugging Face model folder")
     return read_object(confined(path, path / "config.json"))
 
 
 # Files that tell another format's folder, what it is, and what to do with it.
 _KINDS = (
+    (
+        "adapter_config.json",
+        "is an adapter of peft, without the model that it belongs to",
+        "begin a run with it (model.init: its model, adapter.init: this folder), or merge it with "
+        "peft's merge_and_unload() and save_pretrained()",
+    ),
     (
         "model_[0-9]*.pt",
         "is a checkpoint of nanochat, a PyTorch pickle, which is not opened",
@@ -131,7 +137,7 @@ _KINDS = (
 )
 
 
-def _check_kind(path: Path) -> None:
+def check_kind(path: Path) -> None:
     """Say what a folder without config.json is, if its files tell."""
     for pattern, kind, advice in _KINDS:
         found = sorted(p.name for p in path.glob(pattern))

@@ -11,7 +11,7 @@ from typing import Any
 from bevatron.bridge.adapter_base import read_base
 from bevatron.bridge.foreign_checkpoint import Foreign
 from bevatron.bridge.hf_config import understand
-from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, fetch_config, open_hf
+from bevatron.bridge.hf_folder import INDEX, SINGLE, SourceError, check_kind, fetch_config, open_hf
 from bevatron.bridge.nanotron_read import is_nanotron, open_nanotron
 from bevatron.bridge.open_native import open_native
 from bevatron.checkpoint.dtypes import FLOATS, ITEMSIZE, dtype_named, main_dtype, stated_dtype
@@ -92,6 +92,7 @@ def _hf(path: str | Path, accept: Collection[str]) -> dict[str, Any]:
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
+            check_kind(Path(path))
             raise SourceError(
                 f"{path}: holds no config.json, manifest.json or latest; expected a Hugging Face "
                 "folder, a native checkpoint or a run"

@@ -55,6 +55,11 @@ def _message(where: str, message: Any, template: str) -> Message:
     if calls := made.get("tool_calls"):
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ChatError(f"{where}.tool_calls is no list of objects")
+        for i, call in enumerate(calls):
+            if not isinstance(inner := call.get("function", {}), dict | None):
+                raise ChatError(
+                    f"{where}.tool_calls[{i}].function is {_kind(inner)}, expected an object"
+                )
         made["tool_calls"] = [_parsed_arguments(call) for call in calls]
     reasoning = next((made[key] for key in REASONING if made.get(key) is not None), None)
     if reasoning is not None:

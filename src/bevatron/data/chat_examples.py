@@ -175,8 +175,8 @@ class ChatExamples:
         if self.template is None:
             raise ChatError(
                 f"{self.tokenizer.file}: has no chat template beside it, as base models have none, "
-                "so messages cannot be read; name a file with one (objective.chat_template), or "
-                "give texts"
+                "so messages cannot be read; name a file with one (objective.chat_template of a "
+                "run, --chat-template of a command), or give texts"
             )
         return self.template
 

@@ -22,6 +22,9 @@ from bevatron.errors import BevatronError
 
 COLUMNS = '"messages", "prompt" and "completion", or "text"'
 FEW, AHEAD = 64, 8  # rows that are not worth threads; rows that a thread may be ahead
+# Arguments of what renders a conversation, which are no variables of its template.
+TAKEN = {"self", "template", "messages", "prompt", "completion", "tools", "stops", "last"}
+TAKEN |= {"add_generation_prompt", "continue_final_message"}
 SHAREGPT = {"human": "user", "gpt": "assistant", "bing": "assistant", "observation": "tool"}
 
 
@@ -38,15 +41,17 @@ def check_row(row: Row) -> None:
         name = "messages" if "messages" in row else "conversations"
         if not _is_messages(row[name]):
             raise BevatronError(f'"{name}" is not a list of messages')
-    elif not is_text(row.get("text")):
+    elif row.get("text") is None:
         raise BevatronError(f"the row has {_keys(row)}; expected {COLUMNS}")
+    elif not is_text(row["text"]):
+        raise BevatronError(f'"text" is {str(row["text"])[:60]!r}, expected a text')
 
 
 def examples_of(examples: ChatExamples, row: Row) -> list[Example]:
     """The examples of a row, however long. Raises BevatronError."""
     if "text" in row and not {"prompt", "completion", "messages", "conversations"} & set(row):
         return [examples.text(row["text"])]
-    tools, variables = _parsed(row, "tools"), _parsed(row, "chat_template_kwargs") or {}
+    tools, variables = template_inputs(row)
     try:
         if "prompt" in row:
             both = row["prompt"], row["completion"]
@@ -55,6 +60,23 @@ def examples_of(examples: ChatExamples, row: Row) -> list[Example]:
         return examples.conversation(messages, tools, **variables)
     except ChatError as error:
         raise BevatronError(str(error)) from error
+
+
+def template_inputs(row: Row) -> tuple[Any, dict[str, Any]]:
+    """The tools of a row, and the variables for its chat template. Raises BevatronError."""
+    tools, variables = _parsed(row, "tools"), _parsed(row, "chat_template_kwargs")
+    if not variables:
+        return tools, {}
+    if not isinstance(variables, dict):
+        raise BevatronError(
+            f'"chat_template_kwargs" is {str(variables)[:60]!r}, expected an object such as '
+            '{"enable_thinking": false}'
+        )
+    if taken := sorted(TAKEN & variables.keys()):
+        raise BevatronError(
+            f'"chat_template_kwargs" has {taken[0]!r}, which is not for a row to say'
+        )
+    return tools, variables
 
 
 def examples_of_rows(
@@ -107,7 +129,7 @@ def _is_messages(value: Any) -> bool:
 def _renamed(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """ShareGPT's turns, of which each is {"from", "value"}, as messages."""
     return [
-        {"role": SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
         if "from" in turn
         else dict(turn)
         for turn in turns

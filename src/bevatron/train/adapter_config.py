@@ -65,7 +65,7 @@ def numbers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"expected numbers of layers such as 16-31 or 3,5, found {text!r}")
+            raise ValueError("expected numbers of layers such as 16-31 or 3,5")
         ends = int(first), int(last or first)
         if ends[1] < ends[0]:
             raise ValueError(f"{part.strip()} ends before it begins")

@@ -37,7 +37,9 @@ def adapter_source(
         if is_peft(folder):
             return _of_peft(PeftAdapter.open(folder, spec, family_of(family, spec.base)[0]))
         if not is_native(folder):
-            raise BevatronError(f"{path} is neither a run nor a folder with peft's adapter_config")
+            raise BevatronError(
+                f"{path} is neither a run nor a folder with peft's adapter_config.json"
+            )
         step = open_step(folder)
         if step.spec.adapter is None:
             raise BevatronError(f"{path} holds no adapter; name it as model.init")
