@@ -65,7 +65,7 @@ CONFIG: dict[str, Any] = {
     },
     "checkpoint": {"keep": 1},
 }
-RATES = {"sft": 1e-5, "lora": 2e-4}
+RATES = {"sft": 1e-5, "lora": 6e-5}
 ADAPTER = {"kind": "lora", "rank": 8, "alpha": 16.0}
 
 
