@@ -87,6 +87,11 @@ def test_overrides_reach_sections_lists_and_absent_sections(tmp_path: Path) -> N
             "data.train.0.wieght=3",
             "data.train.0.wieght: unknown key; did you mean data.train.0.weight?",
         ),
+        ("train.optimizer=adamw", "did you mean optimizer, which is a key of its own?"),
+        (
+            "objective={name: grpo, rewards: [{name: length, target: 4, longest: 8}]}",
+            "objective.rewards.0.longest: not a key of the kind that objective.rewards.0 names",
+        ),
         ("checkpoint.asinc=true", "did you mean checkpoint.async?"),
         ("parallel.tp='2'", "parallel.tp: "),
         ("train.compile=1", "train.compile: "),

@@ -131,6 +131,11 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, name = problem["loc"]
+        if name in _keys(parents):
+            section = ".".join(map(str, parents))
+            return f"{where}: not a key of the kind that {section} names; take it out"
+        if len(parents) == 1 and name in _keys([]):
+            return f"{where}: unknown key; did you mean {name}, which is a key of its own?"
         near = difflib.get_close_matches(str(name), _keys(parents), 1, 0.5)
         hint = f"; did you mean {'.'.join([*map(str, parents), near[0]])}?" if near else ""
         return f"{where}: unknown key{hint}"
