@@ -36,7 +36,7 @@ def fails(prompts, completions, completion_ids, **columns):
             raise KeyError("x")
         if text == "exits":
             raise SystemExit(3)
-        out.append({"nan": math.nan, "inf": math.inf, "text": "abc"}.get(text, 1.0))
+        out.append({"nan": math.nan, "inf": math.inf, "huge": 1e308, "text": "abc"}.get(text, 1.0))
     return out
 
 

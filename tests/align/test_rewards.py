@@ -49,6 +49,12 @@ def test_a_function_with_trls_signature_scores_and_none_is_not_scorable() -> Non
     assert np.isnan(weighted(np.array([[np.nan]]), np.ones(1)))[0]
 
 
+def test_a_batch_without_a_score_is_said() -> None:
+    with Rewards.open([python("matches")]) as made:
+        assert np.isnan(made.score([answer("none"), answer("none")])).all()
+        assert made.notes() == ["no answer of a batch of 2 could be scored (matches)"]
+
+
 def test_chats_are_messages() -> None:
     chat = [{"role": "user", "content": "q"}]
     with Rewards.open([python("conversational")]) as made:
@@ -56,20 +62,22 @@ def test_chats_are_messages() -> None:
 
 
 def test_whatever_a_function_does_costs_its_answer_alone() -> None:
-    texts = ["fine", "eats", "crashes", "raises", "exits", "nan", "inf", "text", "fine"]
+    texts = ["fine", "eats", "crashes", "raises", "exits", "nan", "inf", "huge"]
+    texts += ["text", "fine"]
     with Rewards.open([python("fails", seconds=120.0, memory_gib=1.0)]) as made:
         scores = made.score([answer(text) for text in texts])
         notes = made.notes()
-        assert made.unscorable == {"fails": 7}
+        assert made.unscorable == {"fails": 8}
         assert made.score([answer("fine")]).tolist() == [[1]]
     assert scores[[0, -1], 0].tolist() == [1, 1] and np.isnan(scores[1:-1]).all()
     for said in (
-        "reward fails takes more than 1 GiB of memory: on 1 of 9 answers, such as 'eats'",
+        "reward fails takes more than 1 GiB of memory: on 1 of 10 answers, such as 'eats'",
         "ends its process (signal 11)",
         "raises KeyError at reward_functions.py:",
         "calls exit(3)",
         "returns nan",
         "returns inf",
+        "returns 1e+308, expected at most 1e+09",
         "returns 'abc', which is no number",
     ):
         assert sum(said in note for note in notes) == 1, (said, notes)

@@ -30,6 +30,7 @@ from bevatron.align.scorers import Asked, scorer_of
 from bevatron.errors import BevatronError
 
 SPARE = 5.0  # seconds of the processor beyond the clock's, on each core
+LARGEST = 1e9  # reward; squares of sums of them are finite
 LONGEST = 300  # characters of an error
 
 
@@ -162,6 +163,8 @@ def _number(value: Any) -> float | str | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return f"returns {_short(repr(value))}, which is no number"
+    if math.isfinite(number) and abs(number) > LARGEST:
+        return f"returns {number:g}, expected at most {LARGEST:g}"
     return number if math.isfinite(number) else f"returns {number}"
 
 

@@ -232,6 +232,9 @@ class Rewards:
             found = self._scored(number, answers)
             out[:, number] = found.scores
             self._judge(config, name, found, answers)
+        if np.isnan(out).all():
+            names = ", ".join(self.names)
+            self._notes.append(f"no answer of a batch of {len(out)} could be scored ({names})")
         return out
 
     def notes(self) -> list[str]:
