@@ -16,10 +16,10 @@ slow minute of the machine hits all of them, and work is counted in CPU-seconds 
 of a step is in one of its parts:
 
     rollout    sampling the answers; of bevatron, handing the new weights to the engine as well
-    logps      log-probabilities of the answers under the policy before the update. bevatron always
-               compares them with the engine's; TRL needs none where a rollout serves one update
-               (`trl`), and computes them where it serves several (`trl-old`: as many answers a
-               step, but those of one rollout in two updates)
+    logps      log-probabilities of the answers under the policy before the update. bevatron and TRL
+               need none where a rollout serves one update (`bevatron`, `trl`); TRL computes them
+               where it serves several (`trl-old`: as many answers a step, but
+               those of one rollout in two updates)
     update     forward, backward and the optimizer
     other      prompts, rewards, advantages, metrics
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bevatron.align.rollout_kind import PolicyKind
+from bevatron.align.rollouts import Sequences
 from bevatron.checkpoint.run_folder import RunFolder, step_of
 from bevatron.errors import CheckFailed
 from bevatron.generate.live_engine import LiveEngine
@@ -160,6 +162,67 @@ def stale_engine(folder: Path) -> str:
     with patch.object(LiveEngine, "refresh", once), pytest.raises(CheckFailed) as caught:
         train(folder, "run.dir=stale", "objective.max_logp_difference=1e-3", "train.steps=3")
     return str(caught.value)
+
+
+# Of runs whose batches serve one update: whether log-probabilities are needed before it, and keys.
+SETTINGS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "gspo": (False, ("objective.importance_sampling_mode=sequence_truncate",)),
+    "dapo": (False, ("objective.importance_sampling_clip_max=1.05", "objective.beta=0.1")),
+    "grpo": (
+        False,
+        (
+            "objective.importance_sampling_mode=sequence_mask",
+            "objective.importance_sampling_clip_max=1.1",
+        ),
+    ),
+    "rloo": (True, ("objective.beta=0.1",)),
+}
+
+
+def one_update(folder: Path, name: str, forced: bool, *more: str) -> None:
+    """Short runs with an engine whose log-probabilities are wrong by up to 0.2, in a process of the
+    pool. `forced`: old log-probabilities come from a forward of their own."""
+    of, needs = Sequences.of, PolicyKind.answered_by_update.fget  # type: ignore[attr-defined]
+
+    def wrong(rollouts: Any, seq_len: int) -> Sequences:
+        made = of(rollouts, seq_len)
+        size = np.arange(made.sampled.size, dtype=np.float32).reshape(made.sampled.shape)
+        return made._replace(sampled=made.sampled + 0.2 * np.sin(size) * made.mask)
+
+    own = property(lambda kind: not forced and needs(kind))
+    for loss, (_, given) in SETTINGS.items():
+        keys = (*given, f"objective.loss={loss}", f"run.dir={name}-{loss}", "train.steps=2", *more)
+        with (
+            patch.object(Sequences, "of", wrong),
+            patch.object(PolicyKind, "answered_by_update", own),
+        ):
+            train(folder, *keys)
+
+
+@pytest.mark.parametrize("layout", ["{}", "{cp: 2, dp_shard: 2}", "{tp: 2, pp: 2}"])
+def test_the_only_update_of_a_batch_has_old_log_probabilities_of_its_own(
+    folder: Path, pool: Pool, layout: str
+) -> None:
+    """The same losses, gradients, comparisons with the engine, and weights as with a forward."""
+    ranks = 1 if layout == "{}" else 4
+    names = [f"{how}-{'-'.join(re.findall('[a-z]+', layout))}" for how in ("own", "forced")]
+    for name in names:
+        forced = name.startswith("forced")
+        pool.run(ranks, one_update, folder, name, forced, f"parallel={layout}")
+    for loss, (needed, _) in SETTINGS.items():
+        own, apart = (folder / f"{name}-{loss}" for name in names)
+        text = [(run / "metrics.jsonl").read_text("utf-8") for run in (own, apart)]
+        assert ["time/logps_s" in x for x in text] == [needed, True]
+        for got, wanted in zip(lines(own), lines(apart), strict=True):
+            assert 0.05 < wanted["sampling/sampling_logp_difference/mean"] < 0.2
+            assert wanted["sampling/importance_sampling_ratio/min"] < 0.9
+            assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6), loss
+        files = sorted((apart / "step-00000002").rglob("*.safetensors"))
+        assert files
+        for file in files:
+            mine = load_file(own / file.relative_to(apart))
+            for key, array in load_file(file).items():
+                np.testing.assert_allclose(mine[key], array, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 def test_an_adapter_learns_with_its_base_as_the_reference(folder: Path, pool: Pool) -> None:

@@ -97,7 +97,12 @@ def advantages(rewards: Tensor, size: int, rule: Rule, scale: Scale | None = Non
 
 
 def importance_weights(
-    old: Tensor, sampled: Tensor, mask: Tensor, mode: Correction, most: float | None
+    old: Tensor,
+    sampled: Tensor,
+    mask: Tensor,
+    mode: Correction,
+    most: float | None,
+    total: Sum = lambda x: x,
 ) -> Tensor:
     """exp(old - sampled) [B, T], what the trainer's probabilities are to the engine's, bounded:
     truncated at `most`, or 0 above it, by token or by whole sequence. Truncated importance sampling
@@ -106,10 +111,11 @@ def importance_weights(
 
     Args:
         sampled: log-probabilities of the engine that answered.
+        total: sums [B] over the ranks that share the sequences.
     """
     difference = torch.where(mask, old - sampled, 0.0)
     if mode.startswith("sequence"):
-        difference = difference.sum(1, keepdim=True).expand_as(difference)
+        difference = total(difference.sum(1))[:, None].expand_as(difference)
     weights = difference.exp()
     if most is not None:
         beyond = weights > most

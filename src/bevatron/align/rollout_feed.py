@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from bevatron.align.environments import Environment
-from bevatron.align.policy import tries
+from bevatron.align.policy import APART, RATIO, tries
 from bevatron.align.policy_losses import RULES, advantages, group_std, importance_weights
 from bevatron.align.problems import Problem, Problems
 from bevatron.align.reference import NAME as REFERENCE
@@ -277,32 +277,29 @@ class RolloutFeed(Feed):
         groups = self._informative(timer)
         rollouts = [one for group in groups for one in group.rollouts]
         sequences = self._sequences(rollouts)
-        old = log_probabilities_of(self.trainer, self.trainer, sequences, self.kind.temperature)
-        timer.lap("logps")
-        apart, mine, theirs = differences(old, sequences)
-        self._check(step, apart)
+        kind, rule = self.kind, RULES["grpo"]
         scores = np.concatenate([group.scores for group in groups])
         total = torch.from_numpy(self._weighted(scores))
-        reported = self._statistics(rollouts, scores, total) | apart
-        kind, rule = self.kind, RULES["grpo"]
+        reported = self._statistics(rollouts, scores, total)
+        old, policy = None, {"sampled": sequences.sampled}
+        if not (isinstance(kind, PolicyKind) and kind.answered_by_update):
+            timer.lap("rest")
+            old = log_probabilities_of(self.trainer, self.trainer, sequences, kind.temperature)
+            timer.lap("logps")
+            weights, apart = self._compared(old, sequences)
+            self.check_step(step, apart)
+            reported |= apart
+            policy = {"old": old, "importance": weights}
         scale, worth = None, total
         if isinstance(kind, PolicyKind):
             rule, scale = RULES[kind.loss], kind.scale_rewards
             if kind.loss == "rloo" and kind.beta:
+                assert old is not None
                 worth = total - kind.beta * self._log_ratios(old, sequences)
         found = advantages(worth, kind.num_generations, rule, scale)
         learned = sequences.learned
         if kind.mask_truncated_completions:
             learned = learned & np.array([one.finished for one in rollouts])[:, None]
-        mask = torch.from_numpy(sequences.mask)
-        weights = mask.float()
-        if kind.importance_sampling_correction:
-            mode, most = kind.importance_sampling_mode, kind.importance_sampling_clip_max
-            weights = importance_weights(mine, theirs, mask, mode, most)
-            inside = weights[mask] if mask.any() else torch.zeros(1)
-            ends = {"min": inside.min(), "mean": inside.mean(), "max": inside.max()}
-            name = "sampling/importance_sampling_ratio"
-            reported |= {f"{name}/{k}": float(v) for k, v in ends.items()}
         if self.is_main:
             folder = Path(self.config.run.dir) / "rollouts"
             names, values = self._reward_names, found.tolist()
@@ -314,10 +311,24 @@ class RolloutFeed(Feed):
             "tokens": sequences.tokens,
             "learned": learned,
             "advantages": found.float().numpy(),
-            "old": old,
-            "importance": weights.float().numpy(),
             "rewards": total.float().numpy(),
+            **policy,
         }
+
+    def _compared(
+        self, old: NDArray[np.float32], sequences: Sequences
+    ) -> tuple[NDArray[np.float32], dict[str, float]]:
+        """Importance weights [n, T], and how engine and trainer differ."""
+        apart, mine, theirs = differences(old, sequences)
+        mask = torch.from_numpy(sequences.mask)
+        weights = mask.float()
+        if self.kind.importance_sampling_correction:
+            mode, most = self.kind.importance_sampling_mode, self.kind.importance_sampling_clip_max
+            weights = importance_weights(mine, theirs, mask, mode, most)
+            inside = weights[mask] if mask.any() else torch.zeros(1)
+            ends = {"min": inside.min(), "mean": inside.mean(), "max": inside.max()}
+            apart |= {f"{RATIO}/{k}": float(v) for k, v in ends.items()}
+        return weights.float().numpy(), apart
 
     def _informative(self, timer: Timer) -> list[Group]:
         """So many groups, in the order of their problems: if so configured, other problems in place
@@ -445,14 +456,14 @@ class RolloutFeed(Feed):
         ).astype(np.float64)
         return torch.from_numpy((old - theirs).sum(1))
 
-    def _check(self, step: int, apart: Mapping[str, float]) -> None:
-        """Raise if the engine and the trainer do not compute the same model."""
-        most, mean = self.kind.max_logp_difference, apart["sampling/sampling_logp_difference/mean"]
-        if most is not None and not mean <= most:
+    def check_step(self, step: int, reported: Mapping[str, float]) -> None:
+        """Raise CheckFailed if the engine and the trainer do not compute the same model."""
+        most, mean = self.kind.max_logp_difference, reported.get(f"{APART}/mean")
+        if most is not None and mean is not None and not mean <= most:
             raise CheckFailed(
                 f"step {step + 1}: the engine's and the trainer's log-probabilities of the sampled "
                 f"tokens differ by {mean:.3g} on average (at most "
-                f"{apart['sampling/sampling_logp_difference/max']:.3g}), more than "
+                f"{reported[f'{APART}/max']:.3g}), more than "
                 f"objective.max_logp_difference {most:g}; one of them computes another model. "
                 "Try train.precision: fp32; if they still differ, please report it"
             )

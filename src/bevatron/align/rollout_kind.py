@@ -133,6 +133,12 @@ class PolicyKind(ReferenceKind, RolloutKind):
     """The largest ratio that counts for an answer with a negative advantage (INTELLECT-2); none if
     absent."""
 
+    @property
+    def answered_by_update(self) -> bool:
+        """Whether a batch serves one update, whose own log-probabilities are therefore those of the
+        policy that answered. A KL in the reward needs them before it."""
+        return self.updates == 1 and not (self.loss == "rloo" and self.beta)
+
     @model_validator(mode="after")
     def _fits(self) -> PolicyKind:
         if self.num_generations == 1 and self.loss != "reinforce":

@@ -175,6 +175,11 @@ class Feed(ABC):
         place, and those of the updates so far whenever a collective feed is asked."""
         self.trainer = trainer
 
+    def check_step(self, step: int, reported: Mapping[str, float]) -> None:
+        """Before update number `step` (from 0) is applied, on all ranks: what the objective reports
+        of it. Raises BevatronError if it must not be."""
+        del step, reported
+
     def read_step(self, step: int) -> Batch:
         """This rank's samples of update number `step` (from 0). Runs in a thread."""
         return self.read_training(self._mine(self.batches.position(step)))

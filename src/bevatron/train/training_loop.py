@@ -380,10 +380,15 @@ class Run:
         )
         waited = time.perf_counter() - began
         self.watch.at("in its step", number)
+
+        def admit(loss: float, norm: float) -> bool:
+            self.feed.check_step(self.step, self.trainer.reported)
+            return self.guard.decide(number, loss, norm).action == "apply"
+
         done = self.trainer.step(
             samples,
             lr,
-            lambda loss, norm: self.guard.decide(number, loss, norm).action == "apply",
+            admit,
             replay=_due(number, safety.replay_every),
         )
         if done is None:
