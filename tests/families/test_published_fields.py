@@ -11,6 +11,7 @@ import pytest
 import transformers
 from transformers import modeling_layers, modeling_rope_utils
 
+from bevatron.demo.smollm2 import CONFIG as SMOLLM2
 from bevatron.families.config_fields import (
     HARMLESS,
     INERT,
@@ -22,7 +23,6 @@ from bevatron.families.config_fields import (
 )
 from bevatron.families.registry import FamilyError, by_name
 from bevatron.families.rope_fields import ROPE_FIELDS
-from tests.real.smollm2 import CONFIG as SMOLLM2
 
 LLAMA = by_name("llama")
 

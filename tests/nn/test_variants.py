@@ -74,10 +74,11 @@ class Adapted:
         self.up = torch.randn(*rows, 2, generator=generator) * 0.1
         self.before, self.used = linear.product, False
 
-    def product(self, x: Tensor, rows: Any, *, biased: bool = True) -> Tensor:
+    def product(self, x: Tensor, here: Any, chosen: Any = None, *, biased: bool = True) -> Tensor:
         self.used = True
         low = F.linear(x, self.down)
-        return self.before(x, rows, biased=biased) + F.linear(low, rows(self.up))
+        up = here(self.up) if chosen is None else chosen(here(self.up))
+        return self.before(x, here, chosen, biased=biased) + F.linear(low, up)
 
 
 @pytest.mark.parametrize("name", ALL)

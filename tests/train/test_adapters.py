@@ -106,6 +106,8 @@ def test_switched_off_it_is_the_base_and_training_goes_on_as_it_was(
     assert losses[3] < losses[0]
     layout = Layout(tp=2, pp=2) if not compiled else Layout()
     case = Case(spec, layout, adapter=adapter, compile=compiled)
+    # New processes: torch keeps meshes of earlier process groups, and here takes one of those.
+    pool.close()
     for first, second, others in pool.run(layout.world_size, off, case):
         assert others == pytest.approx(losses, rel=1e-5)
         if first is not None and second is not None:

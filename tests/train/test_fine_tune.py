@@ -245,7 +245,7 @@ def test_a_question_that_is_too_long_is_found_before_the_first_step(
 
 
 MISMATCHES = [
-    (["objective.name=classify"], "known are pretrain, distill, sequence_classification"),
+    (["objective.name=classify"], "known are pretrain, distill, on_policy_distill, "),
     (["objective.z_loss=0.1"], "z_loss means nothing to sequence_classification, only to pretrain"),
     (["objective.labels=[a, a]"], "labels has a name twice"),
     (["objective.labels=[]"], "objective.labels: missing"),
