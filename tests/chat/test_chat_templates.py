@@ -349,7 +349,7 @@ def test_no_content_beside_tool_calls_is_no_text(how: str) -> None:
 
 def test_calls_of_any_shape_are_the_templates_to_judge() -> None:
     ours = ChatTemplate({"default": STRICT.replace("%s", "")}, tokenizer())
-    for call in ({"function": "weather"}, {"name": "weather"}, {}):
+    for call in ({"function": None}, {"name": "weather"}, {}):
         said = ours.render([{"role": "assistant", "content": None, "tool_calls": [call]}])
         assert json.loads(said) == [{**call, "arguments": {}}]
     call = {"function": {"name": 5}}
