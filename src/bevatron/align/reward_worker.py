@@ -1,9 +1,9 @@
 """The program in which a reward is computed, so that it can be stopped: `rewards.py` starts it.
 
-It loads one reward, says whether it could, and then scores one call after another. Requests are
-pickles of plain data from its parent, replies are JSON; both stand behind their length (8 bytes) on
-a socket. A call's memory is limited by the kernel, its clock is watched by the parent. It ends when
-its parent does: a thread looks for that, and a timer of processor time ends what holds Python up.
+It loads one reward, says whether it could, and then scores one call after another. Requests and
+replies are JSON behind its length (8 bytes) on a socket. A call's memory is limited by the kernel,
+its clock is watched by the parent. It ends when its parent does: a thread looks for that, and a
+timer of processor time ends what holds Python up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import resource
 import signal
 import socket
@@ -41,7 +40,7 @@ class Misshapen(Exception):
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
-    given = pickle.loads(_receive(connection) or b"")
+    given = json.loads(_receive(connection) or b"{}")
     try:
         if given["name"] == "environment":
             config = PythonReward.model_validate(given)
@@ -58,9 +57,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, (config.seconds + SPARE) * cores)
         _limit_memory(int(config.memory_gib * (1 << 30)))
         try:
-            reply: dict[str, Any] = {
-                "scores": score([Asked(**each) for each in pickle.loads(data)])
-            }
+            reply: dict[str, Any] = {"scores": score([Asked(**each) for each in json.loads(data)])}
         except MemoryError:
             reply = {"error": f"takes more than {config.memory_gib:g} GiB of memory", "full": True}
         except Misshapen as error:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -118,7 +117,7 @@ class Worker:
 
     def _asked(self, what: Any, seconds: float) -> dict[str, Any]:
         until = time.monotonic() + seconds
-        data = pickle.dumps(what)
+        data = json.dumps(what, default=str).encode()  # str: dates of a table
         try:
             self.socket.settimeout(seconds)
             self.socket.sendall(len(data).to_bytes(8, "big") + data)
