@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bevatron.align.policy import Policy, tries
+from bevatron.align.policy_feed import pass_at
 from bevatron.align.policy_losses import RULES
-from bevatron.align.rollout_feed import pass_at
 from bevatron.align.rollout_kind import PolicyKind
 from bevatron.nn.rank_communication import LOCAL
 from bevatron.parallel.companion import Companion

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bevatron.align.rollout_feed import RolloutFeed
+from bevatron.align.policy_feed import PolicyFeed
 from bevatron.align.rollouts import sampled
 from bevatron.train.feed import Batch
+from bevatron.train.objectives import BLANK
 
 EVALUATED = 1_000_000  # numbers the draws of a validation, apart from those of the training
 
 
-class OnlineFeed(RolloutFeed):
+class OnlineFeed(PolicyFeed):
     """A sample is a prompt with `num_generations` answers and their rewards. One with an answer
     that nobody could score, or of which nothing is learned, counts for nothing.
 
@@ -27,29 +28,20 @@ class OnlineFeed(RolloutFeed):
         return self._grouped(made["tokens"], made["learned"], made["rewards"])
 
     def read_validation(self, positions: range) -> Batch:
-        assert self.engine is not None
-        n, k = len(positions), self.kind.num_generations
-        first = positions.start - self.dp_rank * n
-        real = range(first, min(first + n * self.dp, len(self.validation)))
-        self.engine.refresh()
-        before, self.cursor = self.cursor, first
-        try:
-            problems, asks = self._asked(self.validation, len(real))
-        finally:
-            self.cursor = before
+        k = self.kind.num_generations
+        problems, asks = self._held_out(positions)
         many = [
             replace(ask, sampling=sampled(self.kind, self.seed, ask.position, EVALUATED + i))
             for ask in asks
             for i in range(k)
         ]
-        rollouts = self._rolled(many)
-        rewards = self._weighted(self._scored(problems, rollouts, k))
+        rollouts = self.answering.answer(many)
+        rewards = self.answering.weighted(self.answering.score(problems, rollouts, k))
         sequences = self._sequences(rollouts)
-        grouped = self._grouped(sequences.tokens, sequences.learned, rewards)
-        at = np.array(positions)
-        mine = {n: array[np.minimum(at - first, len(real) - 1)] for n, array in grouped.items()}
-        mine["real"] = mine["real"] & (at < len(self.validation))
-        mine["learned"] = mine["learned"] & mine["real"][:, None, None]
+        mine = self._own(self._grouped(sequences.tokens, sequences.learned, rewards), positions)
+        if (blank := mine.pop(BLANK, None)) is not None:
+            mine["real"] = mine["real"] & ~blank
+            mine["learned"] = mine["learned"] & mine["real"][:, None, None]
         return mine
 
     def _grouped(

@@ -1,6 +1,6 @@
 """The objective of reinforcement learning: a policy loss over answers whose advantages are known.
 
-Samples come from `rollout_feed.py`, and the losses from `policy_losses.py`.
+Samples come from `policy_feed.py`, and the losses from `policy_losses.py`.
 """
 
 from __future__ import annotations

@@ -6,12 +6,9 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bevatron.align.answering import Group
 from bevatron.checkpoint.new_folder import replace_text
-
-if TYPE_CHECKING:
-    from bevatron.align.rollout_feed import Group
 
 
 def rollout_file(folder: Path, step: int) -> Path:

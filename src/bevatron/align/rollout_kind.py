@@ -108,7 +108,7 @@ class RolloutKind(Kind):
 class PolicyKind(ReferenceKind, RolloutKind):
     """Reinforcement learning with verifiable rewards."""
 
-    reads: ClassVar[str] = "bevatron.align.rollout_feed:RolloutFeed"
+    reads: ClassVar[str] = "bevatron.align.policy_feed:PolicyFeed"
     minimises: ClassVar[str] = "bevatron.align.policy:Policy"
 
     name: str = "grpo"
