@@ -219,6 +219,10 @@ def test_what_is_too_long_is_refused_cut_off_or_left_out(folder: Path, tmp_path:
     assert (len(cut), len(dropped)) == (29, 28)
     assert cut.batch([3])["cut"].tolist() == [[False, True]], "the row behind the one left out"
     assert read("refuse", 32).told() == []
+    rows[7]["rejected"] = rows[7]["chosen"]
+    write(tmp_path / "long.jsonl", rows)
+    (told,) = read("refuse", 32).told()
+    assert told.startswith("1 of 30 rows prefer an answer to itself")
     with pytest.raises(BevatronError, match=r"nothing of an answer is left within data\.seq_len 4"):
         read("truncate", 4)
 

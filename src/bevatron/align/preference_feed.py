@@ -28,7 +28,8 @@ from bevatron.train.trainer import Trainer
 TRIED = 8  # rows that are tokenized before any process starts
 ALIVE_EVERY = 256  # rows
 
-Table = NDArray[np.int64]  # [rows, (row, tokens of its longest sequence, whether answers are left)]
+# [rows, (row, tokens of its longest sequence, whether answers are left, whether all are equal)]
+Table = NDArray[np.int64]
 
 
 class Long(NamedTuple):
@@ -44,6 +45,7 @@ class Preferences(Examples):
     """Rows that are tokenized, of which some may be left out."""
 
     long: Long | None = None
+    same = 0  # rows whose answers are all the same
 
     @property
     def of(self) -> PreferenceRows:
@@ -61,17 +63,18 @@ class Preferences(Examples):
                     alive()
                 found.append((number, *self.lengths(number)))
                 advance(1)
-        return np.array(found, dtype=np.int64).reshape(-1, 3)
+        return np.array(found, dtype=np.int64).reshape(-1, 4)
 
-    def lengths(self, number: int) -> tuple[int, bool]:
-        """Of a row the tokens of its longest sequence, and whether something of every answer is
-        left within the sample's length."""
+    def lengths(self, number: int) -> tuple[int, bool, bool]:
+        """Of a row the tokens of its longest sequence, whether something of every answer is left
+        within the sample's length, and whether its answers are all the same."""
         try:
             found = self.of.tokenized(self.rows[number])
         except BevatronError as error:
             raise BevatronError(f"{self.rows.where(number)}: {error}") from None
         left = all(bool(one.learned[: self.of.length].any()) for one in found)
-        return max(len(one) for one in found), left
+        same = len({one.ids.tobytes() for one in found}) == 1
+        return max(len(one) for one in found), left, same
 
     def join(self, tables: Sequence[Table]) -> None:
         """Know all rows. Raises BevatronError if some are too long and may not be, or none is
@@ -95,23 +98,29 @@ class Preferences(Examples):
                 f"data.seq_len {length}; raise it"
             )
         self.long = Long(int(long.sum()), int((~kept).sum()), int(table[:, 1].max()))
+        self.same = int(table[kept][:, 3].sum())
         self.windows = np.stack((table[kept][:, 0], np.zeros(int(kept.sum()), np.int64)), 1)
 
     def told(self) -> list[str]:
-        """A line on what is not as the rows have it."""
+        """Lines on what is not as the rows have it, and on what teaches nothing."""
         assert self.long is not None
-        rows, out, longest = self.long
-        if not rows:
-            return []
-        cut = "lose the end of an answer"
-        if self.of.too_long == "drop":
-            cut = "are left out"
-        elif out:
-            cut += f", {out:,} of them all of one, and are left out"
-        return [
-            f"{rows:,} of {len(self.rows):,} rows have sequences of more than {self.of.length:,} "
-            f"tokens (the longest {longest:,}) and {cut}"
-        ]
+        (rows, out, longest), lines = self.long, []
+        if rows:
+            cut = "lose the end of an answer"
+            if self.of.too_long == "drop":
+                cut = "are left out"
+            elif out:
+                cut += f", {out:,} of them all of one, and are left out"
+            lines.append(
+                f"{rows:,} of {len(self.rows):,} rows have sequences of more than "
+                f"{self.of.length:,} tokens (the longest {longest:,}) and {cut}"
+            )
+        if self.same:
+            lines.append(
+                f"{self.same:,} of {len(self.rows):,} rows prefer an answer to itself: nothing is "
+                "learned from the comparison"
+            )
+        return lines
 
 
 class PreferenceFeed(LabelledFeed):
